@@ -1,0 +1,18 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="tw_compile",
+    version="0.1.0",
+    description='torch.compile(model, backend="tokenweave"): overlap the all-reduces of tensor-parallel LLMs with compute',
+    packages=find_packages(include=["tw_compile", "tw_compile.*"]),
+    package_data={"tw_compile": ["csrc/*.cu", "csrc/*.cuh"]},
+    python_requires=">=3.10",
+    # cuda-python compiles and launches the kernels at run time (NVRTC), so that no CUDA toolkit is needed; CUDA builds
+    # of torch bring NVRTC itself. It installs and imports without a GPU.
+    install_requires=["torch>=2.11", "cuda-python>=13.0"],
+    extras_require={
+        "test": ["pytest", "pytest-timeout", "expecttest", "numpy", "nvidia-cuda-nvrtc==13.0.*"],
+        "examples": ["numpy"],
+    },
+    entry_points={"torch_dynamo_backends": ["tokenweave = tw_compile.backend:tokenweave"]},
+)

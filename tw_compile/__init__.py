@@ -1,0 +1,27 @@
+"""``torch.compile(model, backend="tokenweave")``: all-reduces of tensor-parallel LLMs hidden behind compute.
+
+The pipeline, in the order in which a graph meets it::
+
+    backend.py     torch.compile's entry: options, training check, Inductor with our pass in it
+    passes/        find -> fuse -> split -> weave -> place, on post-grad ATen
+    ops/           the ops that the rewritten graph calls, and how they communicate
+    report.py      what was found, what was done, why not
+"""
+
+from .options import TokenWeaveError
+from .passes.find import register_all_reduce
+from .passes.token_axis import Split, TokenAxis, register_token_rule
+from .report import Refusal, Report, Site, explain, reports
+
+__all__ = [
+    "Refusal",
+    "Report",
+    "Site",
+    "Split",
+    "TokenAxis",
+    "TokenWeaveError",
+    "explain",
+    "register_all_reduce",
+    "register_token_rule",
+    "reports",
+]

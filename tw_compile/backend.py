@@ -1,0 +1,118 @@
+"""The backend: options, the training check, and Inductor with the passes in it."""
+
+import functools
+import json
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from . import ops, passes
+from .ops import transport
+from .options import Options, parse
+from .report import Report, record
+
+log = logging.getLogger("tw_compile")
+
+# Inductor keeps the counters that a compilation changed beside the compiled graph, and applies them again when the graph
+# comes from its cache, where no pass runs. That is how a report survives: as the name of a counter.
+_COUNTER = "tokenweave report "
+
+
+def tokenweave(gm, inputs, *, mode=None, options=None):
+    """What ``torch.compile(model, backend="tokenweave")`` calls for each graph.
+
+    mode, options: torch.compile's; options in the namespace ``tokenweave.*`` are ours (``options.Options``), all others
+    Inductor's. Raises TokenWeaveError for a request that cannot be met, on every rank alike.
+    """
+    ours, inductor = parse(options)
+    # What backend="inductor" does with them: the same presets, the same errors.
+    config = torch._TorchCompileInductorWrapper(mode, inductor, None).config
+    if _needs_grad(inputs):
+        _say_once("a graph needs gradients: tokenweave leaves it to Inductor. For inference, run under torch.no_grad()")
+        return compile_fx(gm, inputs, config_patches=config)
+
+    ops.keep_out_of_reuse()
+    theirs = config.get("post_grad_custom_pre_pass") or torch._inductor.config.post_grad_custom_pre_pass or ()
+    theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
+    before = counters["inductor"].copy()
+    compiled = compile_fx(gm, inputs, config_patches={**config, "post_grad_custom_pre_pass": _Pass(ours, theirs)})
+    for name in counters["inductor"] - before:
+        if name.startswith(_COUNTER):
+            record(_with_transport(Report.from_dict(json.loads(name.removeprefix(_COUNTER))), ours))
+    return compiled
+
+
+def _reset() -> None:
+    """torch._dynamo.reset() calls this: what Inductor's own backend does."""
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()
+
+
+tokenweave.reset = _reset
+
+
+def _needs_grad(inputs) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
+def _with_transport(report: Report, options: Options) -> Report:
+    """Settle what carries the sites, now that every rank has compiled the graph, and say so."""
+    if report.mode == "off":
+        if options.mode != "off":
+            _say_once(f"nothing to fuse or weave in a graph: {report.reasons[-1]}")
+        return report
+    for group, device in dict.fromkeys((site.group, site.device) for site in report.sites):
+        implementation, why_not = transport.choose(options.transport, group, torch.device(device))
+        report.transport = implementation.name
+        report.reasons += [why_not] if why_not else []
+    return report
+
+
+class _Pass(CustomGraphPass):
+    """The passes, where Inductor calls them, and after them those that the user configured there.
+
+    Free of side effects: on a cache hit they do not run.
+    """
+
+    def __init__(self, options: Options, then: tuple):
+        self.options, self.then = options, then
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        new, report = passes.rewrite(graph, self.options, self._may_be_symmetric)
+        if new is not graph:
+            _become(graph, new)
+        counters["inductor"][_COUNTER + json.dumps(report.to_dict())] += 1
+        for other in self.then:
+            other(graph)
+
+    def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
+        usable, _ = transport.candidates(self.options.transport, group, device)
+        return any(name != "process_group" for name in usable)
+
+    def uuid(self):
+        if not all(isinstance(other, CustomGraphPass) for other in self.then):
+            return None  # what a plain function does cannot be part of a cache key: no cache
+        then = [other.uuid() for other in self.then]
+        files = sorted(str(path) for path in Path(__file__).parent.rglob("*.py"))
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        return get_hash_for_files(tuple(files), repr((self.options, then, world, torch.cuda.device_count())))
+
+
+def _become(graph: torch.fx.Graph, new: torch.fx.Graph) -> None:
+    """Fill ``graph`` with the nodes of ``new``: Inductor holds on to the object."""
+    for node in reversed(graph.nodes):
+        graph.erase_node(node)
+    env = {}
+    for node in new.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)

@@ -1,0 +1,51 @@
+"""What a site computes, in eager PyTorch: the specification, and the oracle of the tests."""
+
+import torch
+from torch import Tensor
+
+
+def add_norm(
+    total: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
+    """Residual add and RMSNorm of an all-reduced value, in float32 with one rounding for each output.
+
+    total:    [..., H] the sum over the ranks, any floating dtype; the outputs have the dtype of ``residual``, or of
+              ``total`` where there is none
+    residual: [..., H] or None
+    weight:   [H] or None (ones); used as ``weight + offset``
+    bias:     [H] or None, added to the sum
+    scale:    factor on the sum, after the bias
+    Returns (norm, residual), both [..., H].
+    """
+    dtype = total.dtype if residual is None else residual.dtype
+    r = total.float()
+    if bias is not None:
+        r = r + bias.float()
+    if scale != 1.0:
+        r = r * scale
+    if residual is not None:
+        r = r + residual.float()
+    norm = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        norm = norm * (weight.float() + offset)
+    return norm.to(dtype), r.to(dtype)
+
+
+def all_reduce_add_norm(partials: list[Tensor], residual, weight, bias, eps, scale, offset) -> tuple[Tensor, Tensor]:
+    """The whole site, given what every rank contributes.
+
+    partials: one [..., H] tensor a rank, in rank order; the sum is taken in float32 in that order, so that every rank
+              gets the same bits whichever rank computed them.
+    Returns (norm, residual), in the dtype of the partials.
+    """
+    total = partials[0].float()
+    for partial in partials[1:]:
+        total = total + partial.float()
+    norm, r = add_norm(total, None if residual is None else residual.float(), weight, bias, eps, scale, offset)
+    return norm.to(partials[0].dtype), r.to(partials[0].dtype)

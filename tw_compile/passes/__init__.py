@@ -1,0 +1,78 @@
+"""The passes over a post-grad graph, in order. ``rewrite`` reads as the story."""
+
+from dataclasses import asdict
+
+from torch.fx import Graph
+
+from ..options import Options, TokenWeaveError
+from ..report import Refusal, Report, Site
+from .find import Match, find
+from .fuse import fuse
+from .graph_utils import value
+from .place import place
+from .split import Cut, choose_cut, split
+from .weave import weave
+
+__all__ = ["rewrite", "find", "fuse", "choose_cut", "split", "weave", "place"]
+
+
+def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Report]:
+    """Find the sites of a graph and do what the options ask for. Returns the new graph, and what was done.
+
+    may_be_symmetric: (group name, device) -> whether its sites may run over symmetric memory, so that values should live there
+    Raises TokenWeaveError where ``mode`` asks for what the graph does not allow. Free of side effects but on ``graph``:
+    on a cache hit this does not run.
+    """
+    report = Report(requested=asdict(options))
+    found = find(graph)
+    matches = [f for f in found if isinstance(f, Match)]
+    report.refusals = [f for f in found if isinstance(f, Refusal)]
+    rows = [_site(match) for match in matches]
+    if options.mode == "off" or not matches:
+        report.sites = rows if options.mode == "off" else []
+        return graph, _idle(report, options, bool(found))
+
+    ctas = 0 if options.ctas == "auto" else options.ctas
+    sites = fuse(graph, matches, options.transport, ctas)
+    report.mode, cut = "fuse", "mode is fuse"
+    if options.mode != "fuse":
+        cut = choose_cut(sites, options)
+    woven = []
+    if isinstance(cut, Cut):
+        graph, woven, report.joins = split(graph, sites, cut)
+        graph = weave(graph)
+        report.mode, report.split = "weave", tuple(n if isinstance(n, int) else str(n) for n in cut.halves)
+    elif options.mode == "weave" and options.min_tokens == "auto":
+        raise TokenWeaveError(f"option 'tokenweave.mode' is 'weave', but this graph cannot be woven: {cut}")
+    elif options.mode != "fuse":
+        report.reasons.append(f"not woven: {cut}")
+    if may_be_symmetric(matches[0].group, value(matches[0].total).device):
+        place(graph)
+    report.sites = [_site(match, site in woven) for match, site in zip(matches, sites)]
+    return graph, report
+
+
+def _idle(report: Report, options: Options, any_found: bool) -> Report:
+    """The report of a graph that is left as it is."""
+    if options.mode == "off":
+        report.reasons.append("mode is off")
+        return report
+    reason = (
+        "none of its all-reduces can be fused"
+        if any_found
+        else "it contains no all-reduce; is the model tensor-parallel, and are its collectives inside the compiled region?"
+    )
+    if options.mode != "auto":
+        detail = "".join(f"\n  {r.all_reduce}: {r.reason} ({r.source})" for r in report.refusals)
+        raise TokenWeaveError(f"option 'tokenweave.mode' is {options.mode!r}, but this graph cannot be: {reason}{detail}")
+    report.reasons.append(reason)
+    return report
+
+
+def _site(match: Match, woven: bool = False) -> Site:
+    total = value(match.total)
+    shape = tuple(size if isinstance(size, int) else str(size) for size in total.shape)
+    dtype = str(total.dtype).removeprefix("torch.")
+    return Site(
+        str(match.all_reduce), match.source, match.group, str(total.device), shape, dtype, match.residual is not None, woven
+    )

@@ -1,0 +1,144 @@
+"""Token-axis rules of scaled-dot-product attention, and how the second half of a causal one is computed.
+
+Cut between sequences, each half is the same call on fewer sequences. Cut within a sequence, the first half's queries of a
+causal attention see only the first half's keys: the same call again. The second half's see all keys, aligned to the
+bottom right. Where an op cannot say that, the result is merged exactly from two that it can: over the first half's keys,
+without a mask, and over its own, causal,
+
+    out = (out_a · exp(lse_a) + out_b · exp(lse_b)) / (exp(lse_a) + exp(lse_b))
+
+with lse the log of the sum of exponentials of the scores that each op returns beside its result.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .graph_utils import aten, is_one, prims, value
+from .token_axis import Split, TokenAxis, register_token_rule
+
+_FLASH = aten._scaled_dot_product_flash_attention.default
+_EFFICIENT = aten._scaled_dot_product_efficient_attention.default
+_CUDNN = aten._scaled_dot_product_cudnn_attention.default
+_CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """Where an SDPA op takes what; all take query, key, value first. A name stands for a keyword, None for no such argument."""
+
+    is_causal: int
+    mask: int | str | None
+    lse: int | None = None  # the flag that asks for the log-sum-exp, where it is not always returned
+    bottom_right: bool = False  # is_causal with fewer queries than keys aligns to the bottom right
+
+
+SIGNATURES = {
+    _FLASH: _Signature(is_causal=4, mask=None, bottom_right=True),
+    _EFFICIENT: _Signature(is_causal=6, mask=3, lse=4),
+    _CUDNN: _Signature(is_causal=6, mask=3, lse=4),
+    _CPU: _Signature(is_causal=4, mask="attn_mask"),
+}
+
+
+def _argument(node: Node, at, default=None):
+    if at is None:
+        return default
+    if isinstance(at, str):
+        return node.kwargs.get(at, default)
+    return node.args[at] if len(node.args) > at else default
+
+
+def is_causal(node: Node) -> bool:
+    return bool(_argument(node, SIGNATURES[node.target].is_causal, False))
+
+
+def attention_mask(node: Node) -> Node | None:
+    return _argument(node, SIGNATURES[node.target].mask)
+
+
+@register_token_rule(*SIGNATURES)
+def _attention(node, axes):
+    """query, key, value: [B, heads, T, D]. Only the result itself may be used, not the log-sum-exp or the random state."""
+    query, key, val = node.args[:3]
+    mask = attention_mask(node)
+    if query not in axes or any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+        return None
+    axis, outputs = axes[query], (axes[query],) * len(value(node))
+    kv = [a for a in (key, val) if a in axes]
+    if axis.dim == 0:  # between sequences
+        slices = {a: axis for a in (key, val) if a not in axes}
+        if mask is not None and mask not in axes and not is_one(value(mask).shape[0]):
+            slices[mask] = axis
+        return Split(outputs, slices=slices)
+    if axis.dim != 2:
+        return None
+    if is_causal(node):
+        # Both halves of all three, by ``second_half`` below; a mask on top of is_causal is not an op's choice to have.
+        same = len(kv) == 2 and all(axes[a].dim == 2 for a in kv)
+        return Split(outputs) if same and mask is None else None
+    slices = {}
+    if mask is not None and mask not in axes:
+        row = value(mask).dim() - 2
+        if row >= 0 and not is_one(value(mask).shape[row]):
+            slices[mask] = TokenAxis(row, axis.unit)
+    return Split(outputs, whole=frozenset(kv), slices=slices)
+
+
+def needs_both_halves(node: Node, axes) -> bool:
+    """Whether the halves of this attention are not the same call: causal, cut within the sequence."""
+    return node.target in SIGNATURES and is_causal(node) and axes[node.args[0]].dim == 2
+
+
+def second_half(emit, node: Node, query, keys, values) -> Node:
+    """The result (not the op's tuple) of the second half's queries over the keys and values of both halves.
+
+    emit:          emit(target, *args, **kwargs) -> Node
+    query:         [B, heads, T1, D];  keys, values: the two halves, each [B, kv heads, T, D]
+    """
+    signature = SIGNATURES[node.target]
+
+    def attend(key, val, causal):
+        args = [query, key, val, *node.args[3:]]
+        for position, flag in ((signature.lse, True), (signature.is_causal, causal)):
+            if position is not None:
+                args += [_DEFAULTS[node.target][i] for i in range(len(args), position + 1)]
+                args[position] = flag
+        return emit(node.target, *args, **node.kwargs)
+
+    if signature.bottom_right:
+        whole = attend(emit(aten.cat.default, list(keys), 2), emit(aten.cat.default, list(values), 2), True)
+        return emit(operator.getitem, whole, 0)
+
+    past, own = attend(keys[0], values[0], False), attend(keys[1], values[1], True)
+    out = [emit(operator.getitem, part, 0) for part in (past, own)]
+    lse = [_as_rows(emit, emit(operator.getitem, part, 1), query) for part in (past, own)]
+    # out_a + (out_b - out_a) · sigmoid(lse_b - lse_a) is the merge above, without overflow.
+    share = emit(aten.sigmoid.default, emit(aten.sub.Tensor, lse[1], lse[0]))
+    wide = [emit(prims.convert_element_type.default, o, torch.float32) for o in out]
+    step = emit(aten.mul.Tensor, emit(aten.sub.Tensor, wide[1], wide[0]), share)
+    merged = emit(aten.add.Tensor, wide[0], step)
+    return emit(prims.convert_element_type.default, merged, value(out[0]).dtype)
+
+
+# Arguments that a graph may leave out, by position.
+_DEFAULTS = {
+    _FLASH: (None, None, None, 0.0, False),
+    _EFFICIENT: (None, None, None, None, False, 0.0, False),
+    _CUDNN: (None, None, None, None, False, 0.0, False),
+    _CPU: (None, None, None, 0.0, False),
+}
+
+
+def _as_rows(emit, lse: Node, query) -> Node:
+    """The log-sum-exp as [B, heads, T, 1]: ops return it with a last dimension of one, or padded, or without either."""
+    if value(lse).dim() == 4:
+        return lse
+    tokens = value(query).shape[2]
+    if isinstance(tokens, int) and value(lse).shape[2] != tokens:
+        lse = emit(aten.slice.Tensor, lse, 2, 0, tokens)
+    elif not isinstance(tokens, int):
+        lse = emit(aten.slice.Tensor, lse, 2, 0, emit(aten.sym_size.int, query, 2))
+    return emit(aten.unsqueeze.default, lse, -1)

@@ -1,0 +1,285 @@
+"""graph -> [Match | Refusal]: every all-reduce, as a site that can be fused or with the reason why not. Changes nothing.
+
+A site, in post-grad ATen, where every way of writing a tensor-parallel model looks alike::
+
+    all_reduce(x, "sum", group) -> wait_tensor -> [reshape] -> [+ bias] -> [* scale] -> [+ residual] -> RMSNorm
+
+The residual comes in either order, or not at all (the norm after a vocabulary-parallel embedding). RMSNorm is any of
+
+    (r32 * rsqrt(mean(r32²) + eps)).to(dtype) * weight            Hugging Face
+    (r32 * rsqrt(mean(r32²) + eps) * weight).to(dtype)            torch.nn.RMSNorm
+    (r32 * rsqrt(mean(r32²) + eps) * (1 + weight)).to(dtype)      Gemma
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.fx import Graph, Node
+
+from ..report import Refusal
+from .graph_utils import (
+    VIEWS,
+    aten,
+    calls,
+    is_tensor,
+    keeps_rows,
+    other_operand,
+    prims,
+    same_shape,
+    same_size,
+    source_of,
+    subgraphs,
+    value,
+)
+
+c10d = torch.ops._c10d_functional
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """The arguments of an all-reduce: the node of the partial sum, the reduce op, the name of the process group."""
+
+    x: Node
+    reduce_op: str
+    group: str
+
+
+def _functional(node: Node) -> AllReduce:
+    return AllReduce(*node.args[:3])
+
+
+# How to read each op that is an all-reduce. The in-place form of the op appears where Inductor's own passes made it.
+_ALL_REDUCES: dict[object, Callable[[Node], AllReduce]] = {
+    c10d.all_reduce.default: _functional,
+    c10d.all_reduce_.default: _functional,
+}
+# All-reduces of a form that no site can have, with the reason.
+_REFUSED = {c10d.all_reduce_coalesced.default: "all_reduce_coalesced reduces several tensors at once"}
+
+
+def register_all_reduce(op, read: Callable[[Node], AllReduce]) -> None:
+    """Name a custom op as an all-reduce, so that its sites are found.
+
+    op:   an OpOverload that returns the sum over the ranks of a group, and takes the partial sum unchanged
+    read: a call's node -> AllReduce(x, reduce_op, group); the group's name as ``ProcessGroup.group_name`` gives it
+    """
+    _ALL_REDUCES[op] = read
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm: its result, and ``(r * rsqrt(mean(r²) + eps)) * (weight + offset)``."""
+
+    output: Node
+    weight: Node | None
+    eps: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class Match:
+    """An all-reduce -> residual add -> RMSNorm that one op can replace.
+
+    x, group:   what is reduced, over which process group
+    total:      the value that the norm reads and that the next residual is: ``scale * (sum + bias) + residual``
+    residual:   None where nothing is added
+    views:      the reshapes between the all-reduce and the residual add, in order
+    """
+
+    all_reduce: Node
+    x: Node
+    group: str
+    views: tuple[Node, ...]
+    bias: Node | None
+    scale: float
+    residual: Node | None
+    total: Node
+    norm: Norm
+
+    @property
+    def source(self) -> str:
+        return source_of(self.total if self.residual is not None else self.all_reduce)
+
+
+class _Refused(Exception):
+    pass
+
+
+def find(graph: Graph) -> list[Match | Refusal]:
+    """Every all-reduce of a post-grad graph, in the order of the graph, as a match or a refusal."""
+    found, owner = [], {}
+    for node in graph.nodes:
+        if calls(node, *_ALL_REDUCES, *_REFUSED):
+            match = _match(node)
+            if isinstance(match, Match) and (first := owner.setdefault(match.total, node)) is not node:
+                match = Refusal(str(node), source_of(node), f"its residual add and norm are fused with {first} already")
+            found.append(match)
+    for name, inner in subgraphs(graph):
+        for node in inner.nodes:
+            if calls(node, *_ALL_REDUCES, *_REFUSED):
+                found.append(Refusal(str(node), source_of(node), f"inside {name}, the graph of a higher-order op"))
+    return found
+
+
+def _match(node: Node) -> Match | Refusal:
+    try:
+        return _site(node)
+    except _Refused as refused:
+        return Refusal(str(node), source_of(node), str(refused))
+
+
+def _site(node: Node) -> Match:
+    if node.target in _REFUSED:
+        raise _Refused(_REFUSED[node.target])
+    call = _ALL_REDUCES[node.target](node)
+    if call.reduce_op != "sum":
+        raise _Refused(f"reduce op {call.reduce_op!r}, not 'sum'")
+    if _resolve_process_group(call.group).size() == 1:
+        raise _Refused(f"group {call.group} has one rank: there is nothing to reduce")
+    if value(node).dtype not in DTYPES:
+        raise _Refused(f"{value(node).dtype} is reduced; bfloat16, float16 and float32 can be fused")
+
+    total = _sole_user(node, "all-reduce") if node.target in (c10d.all_reduce.default, c10d.all_reduce_.default) else node
+    views, bias, scale, residual = [], None, 1.0, None
+    while True:
+        norm = match_norm(total)
+        if isinstance(norm, Norm):
+            return Match(node, call.x, call.group, tuple(views), bias, scale, residual, total, norm)
+        if residual is not None:
+            raise _Refused(norm)
+        user = _sole_user(total, "reduced value")
+        if calls(user, *VIEWS) and keeps_rows(user) and bias is None and scale == 1.0:
+            views.append(user)
+        elif calls(user, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) and _number(user.args[1]):
+            factor = float(user.args[1])
+            scale *= factor if calls(user, aten.mul.Tensor, aten.mul.Scalar) else 1.0 / factor
+        elif calls(user, aten.add.Tensor) and user.kwargs.get("alpha", 1) == 1 and is_tensor(other_operand(user, total)):
+            other = other_operand(user, total)
+            if other is total:
+                raise _Refused("the reduced value is added to itself")
+            is_vector = value(other).dim() == 1 < value(total).dim()
+            if is_vector and bias is None and scale == 1.0 and _rows_of(other, total):
+                bias = other
+            else:
+                residual = _checked_residual(other, total)
+        elif calls(user, prims.convert_element_type.default):
+            raise _Refused(f"a cast to {user.args[1]} stands between the all-reduce and the residual add")
+        else:
+            raise _Refused(f"{norm}; the reduced value goes to {user.target}")
+        total = user
+
+
+def _sole_user(node: Node, what: str) -> Node:
+    users = list(node.users)
+    if len(users) != 1:
+        raise _Refused(f"the {what} has {len(users)} users ({', '.join(str(u.target) for u in users) or 'none'})")
+    if users[0].op == "output":
+        raise _Refused(f"the {what} leaves the graph without a norm")
+    return users[0]
+
+
+def _number(argument) -> bool:
+    return isinstance(argument, (int, float)) and not isinstance(argument, bool)
+
+
+def _rows_of(vector: Node, total: Node) -> bool:
+    return same_size(value(vector).shape[0], value(total).shape[-1])
+
+
+def _checked_residual(residual: Node, total: Node) -> Node:
+    theirs, ours = value(residual), value(total)
+    if theirs.dtype != ours.dtype:
+        raise _Refused(f"the residual is {theirs.dtype}, the reduced value {ours.dtype}")
+    if not same_shape(theirs.shape, ours.shape):
+        raise _Refused(f"the residual has shape {list(theirs.shape)}, the reduced value {list(ours.shape)}")
+    return residual
+
+
+def match_norm(total: Node) -> Norm | str:
+    """The RMSNorm over the last dimension that reads ``total``, perhaps through a reshape; or the reason why none was found."""
+    reason = "no RMSNorm follows"
+    for start in (total, *(u for u in total.users if calls(u, *VIEWS) and keeps_rows(u))):
+        for r in (start, *_casts(start, torch.float32)):
+            if value(r).dtype != torch.float32:
+                continue
+            for norm in filter(None, (_norm_of(r, square, total) for square in r.users)):
+                if isinstance(norm, Norm):
+                    return norm
+                reason = norm
+    return reason
+
+
+def _casts(node: Node, dtype) -> list[Node]:
+    return [u for u in node.users if calls(u, prims.convert_element_type.default) and u.args[1] == dtype]
+
+
+def _norm_of(r: Node, square: Node, total: Node) -> Norm | str | None:
+    """The norm that starts with ``square`` = r²; a reason where it is a norm that cannot be fused, None where it is none."""
+    is_square = (calls(square, aten.pow.Tensor_Scalar) and square.args[1] == 2) or (
+        calls(square, aten.mul.Tensor) and square.args[0] is r and square.args[1] is r
+    )
+    mean = is_square and _one(square, aten.mean.dim)
+    if not mean:
+        return None
+    dims, keepdim = mean.args[1], len(mean.args) > 2 and mean.args[2]
+    if [d % value(r).dim() for d in dims] != [value(r).dim() - 1] or not keepdim:
+        return f"the mean of squares is over dimensions {dims}, not the last one"
+    shifted = _one(mean, aten.add.Tensor, aten.add.Scalar)
+    if not shifted or not _number(shifted.args[1]):
+        return "the mean of squares is not followed by + eps"
+    inverse = _inverse_square_root(shifted)
+    scaled = inverse and next((u for u in inverse.users if calls(u, aten.mul.Tensor) and r in u.args), None)
+    if not scaled:
+        return "x * rsqrt(mean(x²) + eps) is not complete"
+    return _weighted(scaled, float(shifted.args[1]), total)
+
+
+def _one(node: Node, *targets) -> Node | None:
+    return next((u for u in node.users if calls(u, *targets)), None)
+
+
+def _inverse_square_root(node: Node) -> Node | None:
+    if found := _one(node, aten.rsqrt.default):
+        return found
+    power = _one(node, aten.pow.Tensor_Scalar)
+    return power if power and power.args[1] == -0.5 else None
+
+
+def _weighted(scaled: Node, eps: float, total: Node) -> Norm | str:
+    """The tail of the norm: a weight and a cast back, in either order, each of them optional."""
+    dtype, output, weight, offset = value(total).dtype, scaled, None, 0.0
+    for _ in range(2):
+        if len(output.users) != 1:
+            break
+        user = next(iter(output.users))
+        if calls(user, prims.convert_element_type.default) and user.args[1] == dtype and value(output).dtype != dtype:
+            output = user
+        elif calls(user, aten.mul.Tensor) and weight is None and (found := _weight(other_operand(user, output), total)):
+            output, (weight, offset) = user, found
+        else:
+            break
+    if value(output).dtype != dtype:
+        return f"the norm of a {dtype} value leaves as {value(output).dtype}" + (
+            f" (its weight is {value(weight).dtype})" if weight is not None else ""
+        )
+    if weight is not None and value(weight).dtype not in (dtype, torch.float32):
+        return f"the norm's weight is {value(weight).dtype}, its input {dtype}"
+    return Norm(output, weight, eps, offset)
+
+
+def _weight(operand, total: Node) -> tuple[Node, float] | None:
+    """A [H] vector as (weight, offset), where the factor is weight + offset."""
+    if not is_tensor(operand) or value(operand).dim() != 1 or not _rows_of(operand, total):
+        return None
+    weight, offset = operand, 0.0
+    if calls(weight, aten.add.Tensor, aten.add.Scalar) and weight.args[1] in (1, 1.0) and is_tensor(weight.args[0]):
+        weight, offset = weight.args[0], 1.0
+    # The kernel widens the weight itself: the cast of a parameter for each call is not needed.
+    if calls(weight, prims.convert_element_type.default) and weight.args[1] == torch.float32:
+        if value(weight.args[0]).dtype == value(total).dtype:
+            weight = weight.args[0]
+    return weight, offset

@@ -1,0 +1,53 @@
+"""[Match] -> graph: each site becomes one ``tokenweave.fused`` call, on the compute stream and not split."""
+
+import operator
+
+from torch.fx import Graph, Node
+
+from .. import ops
+from .find import Match
+from .graph_utils import VIEWS, aten, calls, same_shape, sort_and_clean, value
+
+
+def fuse(graph: Graph, matches: list[Match], transport: str, ctas: int) -> list[Node]:
+    """Replace each match by a ``fused`` call; returns the calls, in the order of the matches.
+
+    ctas: CTAs of the kernel, 0 for its own choice.
+    """
+    # From the last to the first, so that the residual of a site is still the node its match names.
+    calls_of = {m: _replace(graph, m, i, transport, ctas) for i, m in reversed(list(enumerate(matches)))}
+    sort_and_clean(graph)
+    return [calls_of[m] for m in matches]
+
+
+def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) -> Node:
+    def emit(target, *args, meta):
+        node = graph.call_function(target, args)
+        node.meta = {**meta.meta, "val": value(meta)}
+        return node
+
+    norm, total = match.norm, match.total
+    with graph.inserting_before(total):
+        x = match.x
+        for view in match.views:
+            x = emit(aten.reshape.default, x, view.args[1], meta=view)
+        numerics = norm.eps, match.scale, norm.offset
+        where = match.group, transport, ctas, ops.SLOT_WHOLE, index, False, False
+        call = emit(
+            ops.fused, x, match.residual, norm.weight, match.bias, *numerics, *where, meta=total
+        )
+        call.meta["val"] = (value(total), value(total))
+        normed = emit(operator.getitem, call, 0, meta=total)
+        residual = emit(operator.getitem, call, 1, meta=total)
+        if not same_shape(value(norm.output).shape, value(total).shape):
+            view = _view_before(norm.output, total)
+            normed = emit(aten.reshape.default, normed, view.args[1], meta=norm.output)
+    norm.output.replace_all_uses_with(normed)
+    total.replace_all_uses_with(residual, delete_user_cb=lambda user: user is not call)
+    return call
+
+
+def _view_before(output: Node, total: Node) -> Node:
+    """The reshape of ``total`` that the norm reads."""
+    shape = value(output).shape
+    return next(u for u in total.users if calls(u, *VIEWS) and same_shape(value(u).shape, shape))

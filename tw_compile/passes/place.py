@@ -1,0 +1,108 @@
+"""Where the values around a site live: what may be written to, and read from, the workspace that the ranks share.
+
+Over symmetric memory a site reads its input, and writes its norm, in the workspace of its slot. Without this pass the input
+is copied in and the norm copied out. The pass proves, from the graph alone, where neither is needed:
+
+linear   the row-parallel GEMM writes into the workspace: nobody else reads its result, and it can only run when the slot's
+         site before it is done with;
+borrow   the norm stays in the workspace: only GEMMs read it, and all of them run before the next write to the slot;
+shard    the residual stays in the workspace, each rank having its own rows: only the slot's next site reads it.
+
+"Before" means by data flow in every case, so it holds for any order that Inductor may choose.
+"""
+
+import operator
+
+from torch.fx import Graph, Node
+
+from .. import ops
+from .graph_utils import VIEWS, Ancestors, aten, calls, keeps_rows, same_shape, value
+
+_VIEWS = (*VIEWS, aten.slice.Tensor, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
+_GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear)
+
+
+def place(graph: Graph) -> None:
+    """Rewrite the GEMMs in front of sites to ``linear``, and set the borrow and shard flags, where they are safe."""
+    sites = [_Site(n) for n in graph.nodes if calls(n, ops.fused, ops.start)]
+    slots: dict[tuple, list[_Site]] = {}
+    for site in sites:
+        slots.setdefault((site.group, site.slot), []).append(site)
+    before = Ancestors(graph)
+    for chain in slots.values():
+        for previous, site in zip([None, *chain], chain):
+            _absorb(graph, previous, site, before)
+        for site, following in zip(chain, [*chain[1:], None]):
+            site.set_flags(borrow=_can_borrow(site, following, before), shard=_can_shard(site, following))
+    graph.lint()
+
+
+class _Site:
+    """A ``fused`` call, or a ``start`` with its ``wait``."""
+
+    def __init__(self, node: Node):
+        self.node = node
+        self.done = node if calls(node, ops.fused) else next(u for u in node.users if calls(u, ops.wait) and u.args[0] is node)
+        where = node.args[7:]
+        self.group, self.transport, self.slot = where[0], where[1], where[3]
+        self.writer = node  # what writes the slot first: the site, which copies its input in, or its linear
+
+    def result(self, index: int) -> Node | None:
+        return next((u for u in self.done.users if calls(u, operator.getitem) and u.args[1] == index), None)
+
+    @property
+    def shape(self):
+        return value(self.node.args[0]).shape
+
+    def set_flags(self, borrow: bool, shard: bool) -> None:
+        if self.done is not self.node:
+            self.node.args = (*self.node.args[:-1], shard)
+        self.done.args = (*self.done.args[:-2], shard, borrow)
+
+
+def _absorb(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors) -> None:
+    """Let the GEMM that feeds a site write into the slot's workspace."""
+    gemm = site.node.args[0]
+    if not _only_read_by(gemm, site):
+        return
+    while calls(gemm, *VIEWS) and keeps_rows(gemm) and len(gemm.args[0].users) == 1:
+        gemm = gemm.args[0]
+    if not calls(gemm, aten.mm.default, aten.addmm.default) or gemm.kwargs:
+        return
+    *bias, a, b = gemm.args
+    if bias and value(bias[0]).dim() != 1:
+        return
+    if previous is not None and not before(previous.done, gemm):
+        return
+    with graph.inserting_before(gemm):
+        linear = graph.call_function(ops.linear, (a, b, *(bias or [None]), site.group, site.transport, site.slot))
+    linear.meta = dict(gemm.meta)
+    before.replace(gemm, linear)
+    gemm.replace_all_uses_with(linear)
+    graph.erase_node(gemm)
+    site.writer = linear
+
+
+def _only_read_by(node: Node, site: _Site) -> bool:
+    return all(user in (site.node, site.done) for user in node.users)
+
+
+def _can_borrow(site: _Site, following: _Site | None, before: Ancestors) -> bool:
+    norm = site.result(0)
+    readers = list(norm.users) if norm is not None else []
+    while readers:
+        reader = readers.pop()
+        if calls(reader, *_VIEWS):
+            readers.extend(reader.users)
+        elif not calls(reader, *_GEMMS) or not (following is None or before(reader, following.writer)):
+            return False
+    return True
+
+
+def _can_shard(site: _Site, following: _Site | None) -> bool:
+    residual = site.result(1)
+    if residual is None or not residual.users:
+        return True
+    if following is None or not same_shape(site.shape, following.shape):
+        return False
+    return _only_read_by(residual, following) and following.node.args[1] is residual and following.node.args[0] is not residual

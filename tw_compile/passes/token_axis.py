@@ -1,0 +1,301 @@
+"""Which axis of a value is tokens, and what an op does to it: one rule per op family. Pure: makes no nodes.
+
+A rule answers, for a call whose marked inputs are cut along their token axes: may the call be made once for each half,
+and where are the tokens of its result? It says None where a half of the result needs more than that half of the inputs.
+The call is then made on the whole, and the report names it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .graph_utils import VIEWS, aten, is_one, is_tensor, prims, value
+
+c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """The tokens of a value lie along dimension ``dim``, ``unit`` entries for each step of the axis that is cut.
+
+    A batch of B sequences of T tokens, cut between sequences: [B, T, H] has TokenAxis(0, 1), and [B·T, H] TokenAxis(0, T).
+    """
+
+    dim: int
+    unit: object = 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a call is made once for each half.
+
+    axis:    of the result, or a tuple with one for each of several results
+    whole:   cut inputs that both halves need whole, as attention's keys and values
+    slices:  inputs that are not cut and have a token axis too: each half takes its part
+    args:    the arguments, where they are not the same as before (a reshape's sizes)
+    """
+
+    axis: TokenAxis | tuple
+    whole: frozenset = frozenset()
+    slices: Mapping[Node, TokenAxis] = field(default_factory=dict)
+    args: tuple | None = None
+
+
+Rule = Callable[[Node, Mapping[Node, TokenAxis]], Split | None]
+_RULES: dict[object, Rule] = {}
+
+
+def register_token_rule(*targets) -> Callable[[Rule], Rule]:
+    """Register the rule of an op, as a decorator: ``rule(node, axes) -> Split | None``.
+
+    node: the call; ``node.meta["val"]`` and those of its inputs hold the shapes of the whole, unsplit values
+    axes: the TokenAxis of each input that is cut
+    A rule given here replaces the one that was there.
+    """
+
+    def register(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(targets, rule))
+        return rule
+
+    return register
+
+
+def split_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
+    """How ``node`` is split, or why it cannot be. axes: the TokenAxis of each of its inputs that is cut."""
+    rule = _RULES.get(node.target)
+    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        rule = _pointwise
+    if rule is None:
+        return "no token-axis rule for this op"
+    return rule(node, axes) or "its token-axis rule does not cover this use"
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def expr(size):
+    """A size as a sympy expression; equal expressions are equal sizes."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def product(sizes):
+    return sympy.prod([expr(s) for s in sizes])
+
+
+def _same_axis(a: TokenAxis, b: TokenAxis) -> bool:
+    return a.dim == b.dim and sympy.simplify(expr_of(a.unit) - expr_of(b.unit)) == 0
+
+
+def expr_of(unit):
+    return unit if isinstance(unit, sympy.Basic) else expr(unit)
+
+
+def _dim(node: Node, position: int, default: int, rank: int) -> int:
+    return (node.args[position] if len(node.args) > position else default) % rank
+
+
+# --- op families -----------------------------------------------------------------------------------------------------
+
+
+@register_token_rule(
+    prims.convert_element_type.default, aten.clone.default, aten.alias.default, aten.where.self, aten.detach.default,
+    c10d.all_reduce.default, c10d.wait_tensor.default,
+)  # fmt: skip
+def _pointwise(node, axes):
+    """Every input broadcast against the result from the right. An all-reduce of each half is that of the whole."""
+    rank = value(node).dim()
+    found = [TokenAxis(rank - value(a).dim() + axis.dim, axis.unit) for a, axis in axes.items()]
+    if not all(_same_axis(found[0], other) for other in found):
+        return None
+    axis, slices = found[0], {}
+    for a in node.all_input_nodes:
+        if a in axes or not is_tensor(a):
+            continue
+        dim = axis.dim - (rank - value(a).dim())
+        if dim >= 0 and not is_one(value(a).shape[dim]):
+            slices[a] = TokenAxis(dim, axis.unit)
+    return Split(axis, slices=slices)
+
+
+@register_token_rule(aten.mm.default)
+def _mm(node, axes):
+    a, b = node.args[:2]
+    if a in axes and b not in axes:
+        return Split(axes[a]) if axes[a].dim == 0 else None
+    if b in axes and a not in axes:
+        return Split(axes[b]) if axes[b].dim == 1 else None
+    return None
+
+
+@register_token_rule(aten.addmm.default)
+def _addmm(node, axes):
+    bias, a, b = node.args[:3]
+    if b in axes or bias in axes or a not in axes or axes[a].dim != 0:
+        return None
+    if value(bias).dim() == 2 and not is_one(value(bias).shape[0]):
+        return Split(axes[a], slices={bias: axes[a]})
+    return Split(axes[a])
+
+
+@register_token_rule(aten.bmm.default)
+def _bmm(node, axes):
+    """Tokens in the batch, in the rows of a, or in the columns of b.
+
+    With tokens in the rows of a and anywhere in b these are attention's scores or its weighted sum: every query row
+    needs all keys, so b is taken whole.
+    """
+    a, b = node.args[:2]
+    if a in axes and b in axes:
+        if axes[a].dim == axes[b].dim == 0:
+            return Split(axes[a])
+        return Split(axes[a], whole=frozenset([b])) if axes[a].dim == 1 and axes[b].dim != 0 else None
+    if a in axes:
+        batch = axes[a].dim == 0
+        return Split(axes[a], slices={b: axes[a]} if batch else {}) if axes[a].dim in (0, 1) else None
+    batch = axes[b].dim == 0
+    return Split(axes[b], slices={a: axes[b]} if batch else {}) if axes[b].dim in (0, 2) else None
+
+
+@register_token_rule(*VIEWS)
+def _reshape(node, axes):
+    """The token dimension of the result is the one with the same number of entries before it, if its steps stay whole."""
+    source, sizes = node.args[0], list(node.args[1])
+    axis, before, after = axes[source], value(source).shape, value(node).shape
+    outer = product(before[: axis.dim])
+    inner = expr_of(axis.unit) * product(before[axis.dim + 1 :])
+    for dim, size in enumerate(after):
+        if is_one(size) or sympy.simplify(product(after[:dim]) - outer) != 0:
+            continue
+        unit = sympy.simplify(inner / product(after[dim + 1 :]))
+        if unit.is_integer is False or unit.as_numer_denom()[1] != 1:
+            return None
+        # The halves have their own length there; everything else keeps its size.
+        sizes = [after[i] if isinstance(s, int) and s == -1 else s for i, s in enumerate(sizes)]
+        sizes[dim] = -1
+        return Split(TokenAxis(dim, unit), args=(source, sizes))
+    return None
+
+
+@register_token_rule(aten.permute.default)
+def _permute(node, axes):
+    source, order = node.args
+    axis, rank = axes[source], value(node).dim()
+    return Split(TokenAxis([d % rank for d in order].index(axis.dim), axis.unit))
+
+
+@register_token_rule(aten.transpose.int)
+def _transpose(node, axes):
+    source, a, b = node.args
+    axis, rank = axes[source], value(node).dim()
+    swap = {a % rank: b % rank, b % rank: a % rank}
+    return Split(TokenAxis(swap.get(axis.dim, axis.dim), axis.unit))
+
+
+@register_token_rule(aten.unsqueeze.default)
+def _unsqueeze(node, axes):
+    source, at = node.args
+    axis = axes[source]
+    return Split(TokenAxis(axis.dim + (at % value(node).dim() <= axis.dim), axis.unit))
+
+
+@register_token_rule(aten.squeeze.dim, aten.squeeze.dims)
+def _squeeze(node, axes):
+    source, dims = node.args
+    axis, shape = axes[source], value(source).shape
+    dims = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims) if is_one(shape[d])}
+    return Split(TokenAxis(axis.dim - sum(d < axis.dim for d in dims), axis.unit))
+
+
+@register_token_rule(aten.expand.default)
+def _expand(node, axes):
+    source, sizes = node.args[0], list(node.args[1])
+    axis = axes[source]
+    dim = axis.dim + value(node).dim() - value(source).dim()
+    sizes[dim] = -1
+    return Split(TokenAxis(dim, axis.unit), args=(source, sizes))
+
+
+@register_token_rule(aten.slice.Tensor, aten._softmax.default, aten.cumsum.default, aten.flip.default, aten.topk.default,
+                     aten.sort.default, aten.split.Tensor, aten.split_with_sizes.default, aten.glu.default)  # fmt: skip
+def _along_another_dim(node, axes):
+    """Ops that work along a dimension, which must not be the token one; each result keeps the axis."""
+    source, rank = node.args[0], value(node.args[0]).dim()
+    position, default = {
+        aten.slice.Tensor: (1, 0), aten.split.Tensor: (2, 0), aten.split_with_sizes.default: (2, 0),
+        aten.topk.default: (2, -1), aten.glu.default: (1, -1), aten.sort.default: (1, -1),
+    }.get(node.target, (1, 0))  # fmt: skip
+    dims = node.args[position] if len(node.args) > position else default
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    axis = axes.get(source)
+    if axis is None or any(d % rank == axis.dim for d in dims):
+        return None
+    outputs = value(node)
+    return Split(axis if isinstance(outputs, torch.Tensor) else (axis,) * len(outputs))
+
+
+@register_token_rule(aten.select.int)
+def _select(node, axes):
+    source, dim, _ = node.args
+    axis, dim = axes[source], dim % value(source).dim()
+    return None if dim == axis.dim else Split(TokenAxis(axis.dim - (dim < axis.dim), axis.unit))
+
+
+@register_token_rule(aten.cat.default)
+def _cat(node, axes):
+    inputs, dim = node.args[0], _dim(node, 1, 0, value(node).dim())
+    axis = next(iter(axes.values()))
+    if dim == axis.dim or not all(_same_axis(axis, other) for other in axes.values()):
+        return None
+    return Split(axis, slices={a: axis for a in inputs if a not in axes})
+
+
+@register_token_rule(
+    aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.prod.dim_int, aten.any.dim,
+    aten.any.dims, aten.argmax.default, aten.var.correction, aten.var_mean.correction,
+)  # fmt: skip
+def _reduction(node, axes):
+    source, rank = node.args[0], value(node.args[0]).dim()
+    dims = node.args[1] if len(node.args) > 1 else None
+    if dims is None:
+        return None
+    dims = {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    axis = axes[source]
+    if not dims or axis.dim in dims:
+        return None
+    outputs = value(node) if isinstance(value(node), (list, tuple)) else (value(node),)
+    gone = 0 if outputs[0].dim() == rank else sum(d < axis.dim for d in dims)
+    axis = TokenAxis(axis.dim - gone, axis.unit)
+    return Split(axis if isinstance(value(node), torch.Tensor) else (axis,) * len(outputs))
+
+
+@register_token_rule(aten.embedding.default)
+def _embedding(node, axes):
+    table, ids = node.args[:2]
+    return Split(axes[ids]) if ids in axes and table not in axes else None
+
+
+@register_token_rule(aten.gather.default)
+def _gather(node, axes):
+    source, dim, index = node.args[:3]
+    found = list(axes.values())
+    if dim % value(node).dim() == found[0].dim or not all(_same_axis(found[0], other) for other in found):
+        return None
+    return Split(found[0], slices={a: found[0] for a in (source, index) if a not in axes})
+
+
+@register_token_rule(aten.constant_pad_nd.default)
+def _pad(node, axes):
+    source, pads = node.args[:2]
+    axis, rank = axes[source], value(node).dim()
+    own = pads[2 * (rank - 1 - axis.dim) :][:2]
+    return Split(axis) if all(isinstance(p, int) and p == 0 for p in own) else None
+
+
+@register_token_rule(c10d.all_gather_into_tensor.default)
+def _all_gather(node, axes):
+    """Gathers along dimension 0, so the tokens must lie elsewhere."""
+    axis = axes[node.args[0]]
+    return Split(axis) if axis.dim != 0 else None

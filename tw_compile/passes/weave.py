@@ -1,0 +1,90 @@
+"""Split graph -> woven graph: each site of a half becomes a start and a wait, with the other half's work in between.
+
+The order, for sites i = 0, 1, …, where S and W are start and wait of one half, and C the work that leads to its next site::
+
+    C₀ S₀  C₁ S₁  |  W₀ C₀ S₀  W₁ C₁ S₁  |  …  |  W₀ W₁
+
+Nothing is scheduled by hand: the starts are called in the order S₀ S₁ S₀ S₁ …, each with just what it still needs. Each
+wait also takes the newest tensor of the other half, which in this order is that half's start: the order of the graph is its
+data flow, and stays so whatever Inductor does. It also keeps Inductor from fusing the two halves' kernels.
+"""
+
+import operator
+
+from torch.fx import Graph, Node
+
+from .. import ops
+from .graph_utils import calls, is_tensor, value
+
+
+def weave(graph: Graph) -> Graph:
+    """graph: as ``split`` leaves it, with two calls of ``fused`` for each site, marked by half."""
+    return _Weaver(graph).run()
+
+
+class _Weaver:
+    def __init__(self, graph: Graph):
+        self.old, self.new = graph, Graph(graph.owning_module)
+        self.env: dict[Node, Node] = {}
+        self.newest = [None, None]  # the tensor that each half made last
+        self.starts: dict[Node, Node] = {}
+
+    def run(self) -> Graph:
+        for node in self.old.nodes:
+            if node.op == "placeholder":
+                self._put(node, self.new.node_copy(node))
+        sites = [n for n in self.old.nodes if calls(n, ops.fused) and n.meta.get("half") is not None]
+        for site in sites:
+            self._demand(site, start_only=True)
+        for node in self.old.nodes:
+            self._demand(node)
+        self.new.lint()
+        return self.new
+
+    def _demand(self, node: Node, start_only: bool = False) -> None:
+        """Put a node and everything it still needs, inputs first."""
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            done = top in self.env or (start_only and top is node and top in self.starts)
+            missing = [] if done else [a for a in top.all_input_nodes if a not in self.env]
+            if missing:
+                # Reversed, so that inputs come in their order.
+                stack.extend(reversed(missing))
+                continue
+            stack.pop()
+            if not done:
+                self._emit(top, start_only and top is node)
+
+    def _emit(self, node: Node, start_only: bool) -> None:
+        if not (calls(node, ops.fused) and node.meta.get("half") is not None):
+            self._put(node, self.new.node_copy(node, self.env.__getitem__))
+            return
+        if node not in self.starts:
+            self.starts[node] = self._start(node)
+        if not start_only:
+            self._put(node, self._wait(node))
+
+    def _start(self, node: Node) -> Node:
+        inputs = [None if a is None else self.env[a] for a in node.args[:4]]
+        start = self.new.call_function(ops.start, (*inputs, *node.args[4:-1]))
+        start.meta = {**node.meta, "val": value(node)[0].new_empty(0)}
+        self._newest(start)
+        return start
+
+    def _wait(self, node: Node) -> Node:
+        start, half = self.starts[node], node.meta["half"]
+        group, transport, _, slot, _, shard, borrow = node.args[-7:]
+        where = group, transport, slot, shard, borrow
+        wait = self.new.call_function(ops.wait, (start, *start.args[:4], self.newest[1 - half], *where))
+        wait.meta = dict(node.meta)
+        return wait
+
+    def _put(self, old: Node, new: Node) -> None:
+        self.env[old] = new
+        self._newest(new)
+
+    def _newest(self, node: Node) -> None:
+        half = node.meta.get("half")
+        if half is not None and is_tensor(node):
+            self.newest[half] = node

@@ -1,0 +1,34 @@
+"""Where to cut and from how many tokens on: pure functions of shapes and options."""
+
+from .options import Options
+
+# GEMM tiles are 128 tokens high on the GPUs this is for: a cut on a multiple of it adds no wave to either half beyond
+# what rounding costs anyway.
+TILE = 128
+
+# From here on both halves still fill the GPU (TokenWeave, arXiv 2505.11329, weaves dense models from 1024 tokens on).
+WEAVE_MIN_TOKENS = 1024
+
+
+def min_tokens(options: Options) -> int:
+    """The number of tokens from which a graph is woven."""
+    if options.min_tokens != "auto":
+        return max(options.min_tokens, 2)
+    return 2 if options.mode == "weave" else WEAVE_MIN_TOKENS
+
+
+def first_half(length, tokens_per_step, options: Options):
+    """Steps of the cut axis that go to the first half.
+
+    length:           length of the axis that is cut (tokens of one sequence, or sequences of a batch); int or SymInt
+    tokens_per_step:  tokens in one step of it (1, or the length of a sequence); int or SymInt
+    Returns an int or SymInt, or a str that says why the requested cut is not possible.
+    """
+    if options.split != "auto":
+        if not options.split % tokens_per_step == 0:
+            return f"split={options.split} is not a multiple of the {tokens_per_step} tokens of a sequence"
+        steps = options.split // tokens_per_step
+        return steps if steps < length else f"split={options.split} leaves nothing for the second half"
+    # One rule for all sizes above the threshold: a branch on a symbolic length would cost a graph.
+    cut_on_tiles = tokens_per_step == 1 and min_tokens(options) >= 2 * TILE
+    return length // (2 * TILE) * TILE if cut_on_tiles else length // 2

@@ -1,0 +1,127 @@
+"""What was found in each compiled graph, what was done with it, and why not more."""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class Site:
+    """An all-reduce -> residual add -> RMSNorm that one op carries.
+
+    all_reduce: name of the all-reduce in the post-grad graph
+    source:     ``file:line, in function: code`` of the model, '' where torch did not keep it
+    shape:      of the reduced value; symbolic sizes as text
+    woven:      whether it is cut in two halves
+    """
+
+    all_reduce: str
+    source: str
+    group: str
+    device: str
+    shape: tuple
+    dtype: str
+    residual: bool
+    woven: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An all-reduce that is left as it is, and why."""
+
+    all_reduce: str
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Join:
+    """An op between the first and the last site that runs whole: its halves are joined before it."""
+
+    op: str
+    source: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """One compiled graph.
+
+    mode:       what is in force: ``weave``, ``fuse`` or ``off``
+    requested:  the options as the user gave them
+    transport:  what carries the sites: ``multimem``, ``peer`` or ``process_group``; '' where there is none
+    split:      (first half, second half) along the cut axis, as numbers or symbolic text; None where not woven
+    reasons:    why mode or transport are not what could have been hoped for
+    """
+
+    requested: dict
+    mode: str = "off"
+    transport: str = ""
+    split: tuple | None = None
+    sites: list[Site] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    joins: list[Join] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """The report as plain data: what ``json.dumps`` takes and ``from_dict`` gives back."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Report":
+        rows = {"sites": Site, "refusals": Refusal, "joins": Join}
+        data = {k: [rows[k](**row) for row in v] if k in rows else v for k, v in data.items()}
+        for site in data["sites"]:
+            object.__setattr__(site, "shape", tuple(site.shape))
+        if data["split"] is not None:
+            data["split"] = tuple(data["split"])
+        return cls(**data)
+
+    def __str__(self) -> str:
+        asked = ", ".join(f"{name}={value}" for name, value in self.requested.items() if value != "auto") or "auto"
+        head = f"tokenweave: {self.mode} (requested: {asked})"
+        if self.transport:
+            head += f", transport {self.transport}"
+        if self.split:
+            head += f", split {self.split[0]} | {self.split[1]}"
+        lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} joins"]
+        lines += [f"  because {reason}" for reason in self.reasons]
+        rows = [
+            ("woven" if s.woven else "fused", f"{'×'.join(map(str, s.shape))} {s.dtype}", s.source, _form(s))
+            for s in self.sites
+        ]
+        rows += [("refused", r.all_reduce, r.source, r.reason) for r in self.refusals]
+        rows += [("joined", j.op, j.source, j.reason) for j in self.joins]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+        for row in rows:
+            lines.append("  " + "  ".join([cell.ljust(width) for cell, width in zip(row, widths)] + [row[3]]).rstrip())
+        return "\n".join(lines)
+
+
+def _form(site: Site) -> str:
+    return "all-reduce + add + norm" if site.residual else "all-reduce + norm"
+
+
+_reports: list[Report] = []
+
+
+def record(report: Report) -> None:
+    _reports.append(report)
+
+
+def reports() -> list[Report]:
+    """One Report for each graph compiled in this process, newest last; a compilation served from a cache counts."""
+    return list(_reports)
+
+
+def explain(model, *args, **kwargs) -> list[Report]:
+    """Compile ``model`` for the backend, run it once on the arguments, and return the reports of its graphs.
+
+    Every rank of the model's process groups must call it, as it runs the model. No gradients.
+    """
+    import torch
+
+    before = len(_reports)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="tokenweave")(*args, **kwargs)
+    return _reports[before:]
