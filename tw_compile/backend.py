@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from . import ops, passes
 from .ops import transport
@@ -37,6 +38,7 @@ def tokenweave(gm, inputs, *, mode=None, options=None):
         return compile_fx(gm, inputs, config_patches=config)
 
     ops.keep_out_of_reuse()
+    _fix_module_floats(gm)
     theirs = config.get("post_grad_custom_pre_pass") or torch._inductor.config.post_grad_custom_pre_pass or ()
     theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
     before = counters["inductor"].copy()
@@ -59,6 +61,21 @@ tokenweave.reset = _reset
 
 def _needs_grad(inputs) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+
+
+def _fix_module_floats(gm: torch.fx.GraphModule) -> None:
+    """Make constants of the float attributes of modules: a norm's eps, a residual multiplier.
+
+    With ``dynamic=True`` Dynamo traces them as inputs of the graph. Fixing one adds the guard that it stays what it is.
+    """
+    for node in gm.graph.find_nodes(op="call_method", target="item"):
+        number, graph_argument = node.meta.get("example_value"), node.args[0].meta.get("grapharg")
+        if isinstance(number, torch.SymFloat) and graph_argument is not None:
+            source = graph_argument.source
+            if source.guard_source.is_unspecialized_nn_module() or source.guard_source.is_unspecialized_builtin_nn_module():
+                node.replace_all_uses_with(guard_scalar(number))
+                gm.graph.erase_node(node)
+    gm.recompile()
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """Token-axis rules of scaled-dot-product attention, and how the second half of a causal one is computed.
 
 Cut between sequences, each half is the same call on fewer sequences. Cut within a sequence, the first half's queries of a
-causal attention see only the first half's keys: the same call again. The second half's see all keys, aligned to the
-bottom right. Where an op cannot say that, the result is merged exactly from two that it can: over the first half's keys,
-without a mask, and over its own, causal,
+causal attention see only the first half's keys: the same call again. The second half's see all keys. With a materialised
+mask each half takes its rows of it. With ``is_causal`` the second half needs it aligned to the bottom right; where an op
+cannot say that, the result is merged exactly from two that it can: over the first half's keys, without a mask, and over its
+own, causal,
 
     out = (out_a · exp(lse_a) + out_b · exp(lse_b)) / (exp(lse_a) + exp(lse_b))
 
@@ -17,6 +18,7 @@ import torch
 from torch.fx import Node
 
 from .graph_utils import aten, is_one, prims, value
+from .mask import hides_later_keys
 from .token_axis import Split, TokenAxis, register_token_rule
 
 _FLASH = aten._scaled_dot_product_flash_attention.default
@@ -87,32 +89,56 @@ def _attention(node, axes):
     return Split(outputs, whole=frozenset(kv), slices=slices)
 
 
-def needs_both_halves(node: Node, axes) -> bool:
-    """Whether the halves of this attention are not the same call: causal, cut within the sequence."""
-    return node.target in SIGNATURES and is_causal(node) and axes[node.args[0]].dim == 2
+def is_cut_causally(node: Node, axes) -> bool:
+    """Whether the first half's queries see the first half's keys alone, so that the two halves are different calls."""
+    if node.target not in SIGNATURES or axes[node.args[0]].dim != 2:
+        return False
+    mask = attention_mask(node)
+    own_keys = all(a in axes and axes[a].dim == 2 for a in node.args[1:3])
+    return is_causal(node) or (own_keys and mask is not None and mask not in axes and hides_later_keys(mask))
 
 
-def second_half(emit, node: Node, query, keys, values) -> Node:
-    """The result (not the op's tuple) of the second half's queries over the keys and values of both halves.
+def causal_halves(emit, node: Node, queries, keys, values, mask_rows) -> tuple[Node, Node]:
+    """Both halves of a causal attention's result (not the op's tuple).
 
-    emit:          emit(target, *args, **kwargs) -> Node
-    query:         [B, heads, T1, D];  keys, values: the two halves, each [B, kv heads, T, D]
+    emit:      emit(half) -> a function (target, *args, **kwargs) -> Node
+    queries, keys, values: the two halves of each, [B, heads, T, D]
+    mask_rows: the rows of the mask of each half, or None for ``is_causal``
     """
-    signature = SIGNATURES[node.target]
+    first, second = emit(0), emit(1)
+    tokens = _tokens(first, keys[0])
+    if mask_rows is None:
+        whole = _attend(first, node, queries[0], keys[0], values[0], True)
+        return first(operator.getitem, whole, 0), _bottom_right(second, node, queries[1], keys, values)
+    own = first(aten.slice.Tensor, mask_rows[0], value(mask_rows[0]).dim() - 1, 0, tokens)
+    past = _attend(first, node, queries[0], keys[0], values[0], False, own)
+    every = [second(aten.cat.default, list(pair), 2) for pair in (keys, values)]
+    rest = _attend(second, node, queries[1], *every, False, mask_rows[1])
+    return first(operator.getitem, past, 0), second(operator.getitem, rest, 0)
 
-    def attend(key, val, causal):
-        args = [query, key, val, *node.args[3:]]
-        for position, flag in ((signature.lse, True), (signature.is_causal, causal)):
-            if position is not None:
-                args += [_DEFAULTS[node.target][i] for i in range(len(args), position + 1)]
-                args[position] = flag
-        return emit(node.target, *args, **node.kwargs)
 
-    if signature.bottom_right:
-        whole = attend(emit(aten.cat.default, list(keys), 2), emit(aten.cat.default, list(values), 2), True)
-        return emit(operator.getitem, whole, 0)
+def _attend(emit, node: Node, query, key, val, causal: bool, mask=None, lse: bool = False) -> Node:
+    """The call of ``node`` on other tensors."""
+    signature, kwargs = SIGNATURES[node.target], dict(node.kwargs)
+    args = [query, key, val, *node.args[3:]]
+    changes = [(signature.is_causal, causal), (signature.mask, mask)] + ([(signature.lse, True)] if lse else [])
+    for position, new in changes:
+        if isinstance(position, str):
+            kwargs[position] = new
+        elif position is not None:
+            args += [_DEFAULTS[node.target][i] for i in range(len(args), position + 1)]
+            args[position] = new
+    return emit(node.target, *args, **kwargs)
 
-    past, own = attend(keys[0], values[0], False), attend(keys[1], values[1], True)
+
+def _bottom_right(emit, node: Node, query, keys, values) -> Node:
+    """The second half's queries over the keys of both halves, causal and aligned to the bottom right."""
+    if SIGNATURES[node.target].bottom_right:
+        every = [emit(aten.cat.default, list(pair), 2) for pair in (keys, values)]
+        return emit(operator.getitem, _attend(emit, node, query, *every, True), 0)
+
+    past = _attend(emit, node, query, keys[0], values[0], False, lse=True)
+    own = _attend(emit, node, query, keys[1], values[1], True, lse=True)
     out = [emit(operator.getitem, part, 0) for part in (past, own)]
     lse = [_as_rows(emit, emit(operator.getitem, part, 1), query) for part in (past, own)]
     # out_a + (out_b - out_a) · sigmoid(lse_b - lse_a) is the merge above, without overflow.
@@ -121,6 +147,11 @@ def second_half(emit, node: Node, query, keys, values) -> Node:
     step = emit(aten.mul.Tensor, emit(aten.sub.Tensor, wide[1], wide[0]), share)
     merged = emit(aten.add.Tensor, wide[0], step)
     return emit(prims.convert_element_type.default, merged, value(out[0]).dtype)
+
+
+def _tokens(emit, node: Node):
+    size = value(node).shape[2]
+    return size if isinstance(size, int) else emit(aten.sym_size.int, node, 2)
 
 
 # Arguments that a graph may leave out, by position.
@@ -133,12 +164,8 @@ _DEFAULTS = {
 
 
 def _as_rows(emit, lse: Node, query) -> Node:
-    """The log-sum-exp as [B, heads, T, 1]: ops return it with a last dimension of one, or padded, or without either."""
+    """The log-sum-exp as [B, heads, T, 1]: ops return it so, or without the last dimension, or padded along T."""
     if value(lse).dim() == 4:
         return lse
-    tokens = value(query).shape[2]
-    if isinstance(tokens, int) and value(lse).shape[2] != tokens:
-        lse = emit(aten.slice.Tensor, lse, 2, 0, tokens)
-    elif not isinstance(tokens, int):
-        lse = emit(aten.slice.Tensor, lse, 2, 0, emit(aten.sym_size.int, query, 2))
-    return emit(aten.unsqueeze.default, lse, -1)
+    rows = emit(aten.slice.Tensor, lse, 2, 0, _tokens(emit, query))
+    return emit(aten.unsqueeze.default, rows, -1)

@@ -4,6 +4,8 @@ A site, in post-grad ATen, where every way of writing a tensor-parallel model lo
 
     all_reduce(x, "sum", group) -> wait_tensor -> [reshape] -> [+ bias] -> [* scale] -> [+ residual] -> RMSNorm
 
+A reshape, or a factor that is a tensor of one number, may as well be applied to each rank's part of the sum: it is moved there.
+
 The residual comes in either order, or not at all (the norm after a vocabulary-parallel embedding). RMSNorm is any of
 
     (r32 * rsqrt(mean(r32²) + eps)).to(dtype) * weight            Hugging Face
@@ -35,6 +37,7 @@ from .graph_utils import (
 )
 
 c10d = torch.ops._c10d_functional
+WAIT = c10d.wait_tensor.default
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -87,13 +90,14 @@ class Match:
     x, group:   what is reduced, over which process group
     total:      the value that the norm reads and that the next residual is: ``scale * (sum + bias) + residual``
     residual:   None where nothing is added
-    views:      the reshapes between the all-reduce and the residual add, in order
+    linear:     what is done to the sum first and will be done to its parts instead, in order: reshapes, and products with
+                a tensor of one number
     """
 
     all_reduce: Node
     x: Node
     group: str
-    views: tuple[Node, ...]
+    linear: tuple[Node, ...]
     bias: Node | None
     scale: float
     residual: Node | None
@@ -102,7 +106,12 @@ class Match:
 
     @property
     def source(self) -> str:
-        return source_of(self.total if self.residual is not None else self.all_reduce)
+        """The residual add, or the call of the norm where nothing is added."""
+        if self.residual is not None:
+            return source_of(self.total)
+        modules = list((self.norm.output.meta.get("nn_module_stack") or {}).values())
+        norm_is_torchs = modules and "torch.nn.modules" in str(modules[-1][1])
+        return source_of(self.norm.output, callers=0 if norm_is_torchs else 1)
 
 
 class _Refused(Exception):
@@ -143,17 +152,17 @@ def _site(node: Node) -> Match:
     if value(node).dtype not in DTYPES:
         raise _Refused(f"{value(node).dtype} is reduced; bfloat16, float16 and float32 can be fused")
 
-    total = _sole_user(node, "all-reduce") if node.target in (c10d.all_reduce.default, c10d.all_reduce_.default) else node
-    views, bias, scale, residual = [], None, 1.0, None
+    total = _sole_user(node, "all-reduce") if any(calls(user, WAIT) for user in node.users) else node
+    linear, bias, scale, residual = [], None, 1.0, None
     while True:
         norm = match_norm(total)
         if isinstance(norm, Norm):
-            return Match(node, call.x, call.group, tuple(views), bias, scale, residual, total, norm)
+            return Match(node, call.x, call.group, tuple(linear), bias, scale, residual, total, norm)
         if residual is not None:
             raise _Refused(norm)
         user = _sole_user(total, "reduced value")
-        if calls(user, *VIEWS) and keeps_rows(user) and bias is None and scale == 1.0:
-            views.append(user)
+        if (calls(user, *VIEWS) and keeps_rows(user) or _factor(user, total)) and bias is None and scale == 1.0:
+            linear.append(user)
         elif calls(user, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) and _number(user.args[1]):
             factor = float(user.args[1])
             scale *= factor if calls(user, aten.mul.Tensor, aten.mul.Scalar) else 1.0 / factor
@@ -180,6 +189,12 @@ def _sole_user(node: Node, what: str) -> Node:
     if users[0].op == "output":
         raise _Refused(f"the {what} leaves the graph without a norm")
     return users[0]
+
+
+def _factor(node: Node, total: Node) -> Node | None:
+    """The tensor of one number that ``total`` is multiplied with, if that is what ``node`` does."""
+    other = other_operand(node, total) if calls(node, aten.mul.Tensor) else None
+    return other if is_tensor(other) and value(other).dim() == 0 and value(node).dtype == value(total).dtype else None
 
 
 def _number(argument) -> bool:

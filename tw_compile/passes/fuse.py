@@ -5,7 +5,7 @@ import operator
 from torch.fx import Graph, Node
 
 from .. import ops
-from .find import Match
+from .find import WAIT, Match
 from .graph_utils import VIEWS, aten, calls, same_shape, sort_and_clean, value
 
 
@@ -28,9 +28,9 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
 
     norm, total = match.norm, match.total
     with graph.inserting_before(total):
-        x = match.x
-        for view in match.views:
-            x = emit(aten.reshape.default, x, view.args[1], meta=view)
+        x, done = match.x, _sum(match.all_reduce)
+        for step in match.linear:
+            x, done = emit(step.target, *[x if a is done else a for a in step.args], meta=step), step
         numerics = norm.eps, match.scale, norm.offset
         where = match.group, transport, ctas, ops.SLOT_WHOLE, index, False, False
         call = emit(
@@ -45,6 +45,12 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
     norm.output.replace_all_uses_with(normed)
     total.replace_all_uses_with(residual, delete_user_cb=lambda user: user is not call)
     return call
+
+
+def _sum(all_reduce: Node) -> Node:
+    """The node that holds the sum: an asynchronous all-reduce's wait, or the all-reduce itself."""
+    waits = [user for user in all_reduce.users if calls(user, WAIT)]
+    return waits[0] if waits else all_reduce
 
 
 def _view_before(output: Node, total: Node) -> Node:

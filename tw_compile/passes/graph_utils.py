@@ -1,10 +1,14 @@
 """Small questions that every pass asks of a post-grad graph."""
 
+from pathlib import Path
+
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+
+_TORCH = str(Path(torch.__file__).parent)
 
 VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
@@ -67,17 +71,20 @@ class Ancestors:
         self.bit[new], self.of[new] = self.bit[old], self.of[old]
 
 
-def source_of(node: Node) -> str:
-    """``file:line, in function: code`` of the model's source that a node comes from, or ''."""
-    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-    for i in range(len(trace) - 1, -1, -1):
-        line = trace[i].strip()
-        if line.startswith("File "):
-            path, number, *function = line.removeprefix("File ").split(", ")
-            code = trace[i + 1].strip() if i + 1 < len(trace) else ""
-            place = f"{path.strip(chr(34))}:{number.removeprefix('line ')}"
-            return f"{place}, {function[0] if function else ''}: {code}"
-    return ""
+def source_of(node: Node, callers: int = 0) -> str:
+    """``file:line, in function: code`` of the model's source that a node comes from, or ''.
+
+    The innermost frame outside of torch; ``callers`` asks for the one that many calls further out, where there is one.
+    """
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ") and _TORCH not in line]
+    if not frames:
+        return ""
+    at = frames[max(len(frames) - 1 - callers, 0)]
+    path, number, *function = lines[at].removeprefix("File ").split(", ")
+    code = lines[at + 1] if at + 1 < len(lines) else ""
+    place = f"{path.strip(chr(34))}:{number.removeprefix('line ')}"
+    return f"{place}, {function[0] if function else ''}: {code}"
 
 
 def subgraphs(graph: Graph) -> list[tuple[str, Graph]]:

@@ -6,6 +6,7 @@ an op without a token-axis rule needs them whole, or after the last site.
 
 import operator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch._dynamo.utils import detect_fake_mode
@@ -20,7 +21,7 @@ from ..report import Join
 from . import attention
 from .emit import Emitter
 from .graph_utils import Ancestors, aten, calls, is_one, same_shape, source_of, value
-from .token_axis import TokenAxis, expr, expr_of, split_rule
+from .token_axis import Split, TokenAxis, expr, expr_of, split_rule
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ class _Splitter:
             self.joins.append(Join(str(node.target), source_of(node), rule))
             self._whole(node)
             return
-        if attention.needs_both_halves(node, axes):
-            self._causal_attention(node)
+        if attention.is_cut_causally(node, axes):
+            self._causal_attention(node, rule)
             return
         args = node.args if rule.args is None else rule.args
         parts = []
@@ -173,16 +174,14 @@ class _Splitter:
         for index, user in results.items():
             self.env[user] = Halves(tuple(made[index]), axis)
 
-    def _causal_attention(self, node: Node) -> None:
+    def _causal_attention(self, node: Node, rule: Split) -> None:
         query, keys, values = (self.env[a].nodes for a in node.args[:3])
-        kwargs = map_arg(node.kwargs, self._join)
-        first = self._in_half(0, node.target, query[0], keys[0], values[0], *node.args[3:], **kwargs)
-        axis = self.env[node.args[0]].axis
-        self.emit.half = 1
-        second = attention.second_half(self.emit, node, query[1], keys, values)
-        self.emit.half = None
+        mask = attention.attention_mask(node)
+        rows = None if mask is None else [self._half(mask, half, rule.slices.get(mask)) for half in (0, 1)]
+        emit = lambda half: partial(self._in_half, half)
+        results = attention.causal_halves(emit, node, query, keys, values, rows)
         for user in node.users:  # only the result itself, by the rule
-            self.env[user] = Halves((self._in_half(0, operator.getitem, first, 0), second), axis)
+            self.env[user] = Halves(results, self.env[node.args[0]].axis)
 
     # --- halves and wholes -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,144 @@
+"""Which entries of an attention mask are known to be False, from the graph that computes it.
+
+Models are often traced with a materialised mask that contains the causal one, ``key position <= query position``. Where that
+can be shown, the first half's queries do not need the second half's keys. An integer tensor is followed as a formula of its
+own index: ``arange(n)`` is i₀, a slice from s is i₀ + s, and so on.
+"""
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .graph_utils import aten, calls, is_one, is_tensor, prims, value
+from .token_axis import expr
+
+_INDEX = sympy.symbols("i0:8", integer=True, nonnegative=True)
+
+_AND = (aten.bitwise_and.Tensor, aten.logical_and.default)
+_SHAPED = (aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor, aten.clone.default, aten.alias.default)
+_COMPARISONS = {
+    aten.le.Tensor: lambda a, b: b - a,
+    aten.lt.Tensor: lambda a, b: b - a - 1,
+    aten.ge.Tensor: lambda a, b: a - b,
+    aten.gt.Tensor: lambda a, b: a - b - 1,
+}
+
+
+def hides_later_keys(mask: Node) -> bool:
+    """Whether a mask [..., queries, keys], True or 0 where attention is allowed, hides every key from all earlier queries.
+
+    Earlier by index: a key j > i is hidden from query i.
+    """
+    if calls(mask, *_SHAPED):
+        # Trailing dimensions only: a slice or an expansion of the first ones keeps what holds for the last two.
+        shape, before = value(mask).shape, value(mask.args[0]).shape
+        same = len(before) >= 2 and all(not is_one(b) or is_one(a) for a, b in zip(shape[-2:], before[-2:]))
+        sliced = calls(mask, aten.slice.Tensor) and mask.args[1] % len(before) >= len(before) - 2 and mask.args[2] != 0
+        return same and not sliced and hides_later_keys(mask.args[0])
+    if calls(mask, *_AND):
+        return any(is_tensor(a) and value(a).dim() >= 2 and hides_later_keys(a) for a in mask.args)
+    if calls(mask, aten.where.self):
+        allowed, shown, hidden = mask.args
+        return _constant(shown) == 0 and _constant(hidden) is not None and _hidden(value(mask), hidden) and hides_later_keys(allowed)
+    if mask.target in _COMPARISONS and value(mask).dim() >= 2:
+        a, b = (_formula(operand, value(mask).dim()) for operand in mask.args)
+        if a is None or b is None:
+            return False
+        # allowed <=> slack >= 0; with key = query + d for d >= 1 it must be negative
+        query, key = _INDEX[value(mask).dim() - 2], _INDEX[value(mask).dim() - 1]
+        d = sympy.Symbol("d", integer=True, positive=True)
+        slack = sympy.expand(_COMPARISONS[mask.target](a, b).subs(key, query + d))
+        return bool(slack.is_negative)
+    return False
+
+
+def _constant(node: Node):
+    return node.args[1] if calls(node, aten.full.default) else None
+
+
+def _hidden(mask: torch.Tensor, hidden: Node) -> bool:
+    return _constant(hidden) <= torch.finfo(mask.dtype).min
+
+
+def _formula(node, rank: int):
+    """An integer tensor, broadcast to ``rank`` dimensions, as a formula of the index; None where it is none."""
+    own = _own_formula(node)
+    if own is None or not isinstance(node, Node):
+        return own
+    shift = rank - value(node).dim()
+    return own.subs({_INDEX[d]: _INDEX[d + shift] for d in range(value(node).dim())}, simultaneous=True)
+
+
+def _own_formula(node):
+    if isinstance(node, int):
+        return sympy.Integer(node)
+    if not is_tensor(node):
+        return expr(value(node)) if isinstance(node, Node) and isinstance(value(node), torch.SymInt) else None
+    if calls(node, prims.iota.default):
+        return node.kwargs["start"] + node.kwargs["step"] * _INDEX[0]
+    if calls(node, aten.full.default) and isinstance(node.args[1], int):
+        return sympy.Integer(node.args[1])
+    if calls(node, aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
+        a, b = (_formula(operand, value(node).dim()) for operand in node.args)
+        if a is None or b is None:
+            return None
+        return a + b if calls(node, aten.add.Tensor) else a - b
+    if calls(node, prims.convert_element_type.default, aten.clone.default, aten.alias.default):
+        return _own_formula(node.args[0]) if not value(node).dtype.is_floating_point else None
+    if calls(node, aten.unsqueeze.default):
+        at = node.args[1] % value(node).dim()
+        return _moved(node.args[0], lambda d: _INDEX[d + (d >= at)])
+    if calls(node, aten.expand.default):
+        shift = value(node).dim() - value(node.args[0]).dim()
+        return _moved(node.args[0], lambda d: _INDEX[d + shift])
+    if calls(node, aten.view.default, aten.reshape.default):
+        return _reshaped(node)
+    if calls(node, aten.slice.Tensor):
+        dim, start = node.args[1] % value(node).dim(), node.args[2] if len(node.args) > 2 else 0
+        start = expr(value(start)) if isinstance(start, Node) else start
+        if len(node.args) > 4 or (isinstance(start, int) and start < 0):
+            return None
+        return _moved(node.args[0], lambda d: _INDEX[d] + (start if d == dim else 0))
+    if calls(node, aten.index.Tensor):
+        return _indexed(node)
+    return None
+
+
+def _moved(source: Node, index):
+    """The formula of ``source`` with its index in dimension d replaced; along a dimension of size one it does not vary."""
+    formula = _own_formula(source)
+    if formula is None:
+        return None
+    shape = value(source).shape
+    new = {_INDEX[d]: 0 if is_one(shape[d]) else index(d) for d in range(len(shape))}
+    return sympy.sympify(formula).subs(new, simultaneous=True)
+
+
+def _reshaped(node: Node):
+    """A reshape that only adds or removes dimensions of size one."""
+    before, after = value(node.args[0]).shape, value(node).shape
+    old = [d for d, size in enumerate(before) if not is_one(size)]
+    new = [d for d, size in enumerate(after) if not is_one(size)]
+    if [expr(before[d]) for d in old] != [expr(after[d]) for d in new]:
+        return None
+    place = dict(zip(old, new))
+    return _moved(node.args[0], lambda d: _INDEX[place[d]])
+
+
+def _indexed(node: Node):
+    """``source[index, …]`` with an index tensor for each dimension."""
+    source, indices = node.args
+    if len(indices) != value(source).dim() or any(index is None for index in indices):
+        return None
+    formula, rank = _own_formula(source), value(node).dim()
+    if formula is None:
+        return None
+    new = {}
+    for d, index in enumerate(indices):
+        if not sympy.sympify(formula).has(_INDEX[d]):
+            continue
+        at = _formula(index, rank)
+        if at is None or not sympy.sympify(at).is_nonnegative:  # a negative index counts from the end
+            return None
+        new[_INDEX[d]] = at
+    return sympy.sympify(formula).subs(new, simultaneous=True)
