@@ -172,6 +172,8 @@ def _site(node: Node) -> Match:
                 raise _Refused("the reduced value is added to itself")
             is_vector = value(other).dim() == 1 < value(total).dim()
             if is_vector and bias is None and scale == 1.0 and _rows_of(other, total):
+                if value(other).dtype != value(total).dtype:
+                    raise _Refused(f"the bias is {value(other).dtype}, the reduced value {value(total).dtype}")
                 bias = other
             else:
                 residual = _checked_residual(other, total)
@@ -244,7 +246,7 @@ def _norm_of(r: Node, square: Node, total: Node) -> Norm | str | None:
     if [d % value(r).dim() for d in dims] != [value(r).dim() - 1] or not keepdim:
         return f"the mean of squares is over dimensions {dims}, not the last one"
     shifted = _one(mean, aten.add.Tensor, aten.add.Scalar)
-    if not shifted or not _number(shifted.args[1]):
+    if not shifted or not _number(shifted.args[1]) or shifted.kwargs:
         return "the mean of squares is not followed by + eps"
     inverse = _inverse_square_root(shifted)
     scaled = inverse and next((u for u in inverse.users if calls(u, aten.mul.Tensor) and r in u.args), None)
@@ -291,7 +293,7 @@ def _weight(operand, total: Node) -> tuple[Node, float] | None:
     if not is_tensor(operand) or value(operand).dim() != 1 or not _rows_of(operand, total):
         return None
     weight, offset = operand, 0.0
-    if calls(weight, aten.add.Tensor, aten.add.Scalar) and weight.args[1] in (1, 1.0) and is_tensor(weight.args[0]):
+    if calls(weight, aten.add.Tensor, aten.add.Scalar) and weight.args[1] in (1, 1.0) and not weight.kwargs:
         weight, offset = weight.args[0], 1.0
     # The kernel widens the weight itself: the cast of a parameter for each call is not needed.
     if calls(weight, prims.convert_element_type.default) and weight.args[1] == torch.float32:
