@@ -1,0 +1,161 @@
+"""What each rank of test_multi_gpu.py runs: a Llama of 70B shapes with four layers, on real GPUs.
+
+    torchrun --nproc-per-node 2 tests/multi_gpu.py [names of checks]
+"""
+
+import gc
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import tw_compile
+from tw_compile.ops.symmetric import Symmetric
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import llama  # noqa: E402
+
+LAYERS, SIZES = 4, (512, 1000, 2048, 4096, 8192)
+EVENTS = []
+
+
+def log_events():
+    """Keep what is executed, in order: S and W with the half."""
+    for name, slot in (("start", 8), ("wait", 0)):
+        original = getattr(Symmetric, name)
+
+        def logged(self, *args, original=original, letter=name[0].upper(), slot=slot):
+            EVENTS.append(f"{letter}{args[slot]}")
+            return original(self, *args)
+
+        setattr(Symmetric, name, logged)
+
+
+def build(device, dtype=torch.bfloat16):
+    config = replace(llama.SIZES["70B"], layers=LAYERS)
+    with torch.device("meta"):
+        model = llama.Llama(config, dist.group.WORLD).eval()
+    llama.fill(model, config, device, None)
+    return model.to(dtype), config
+
+
+def compiled(model, backend="tokenweave", **options):
+    return torch.compile(model, backend=backend, options=options, dynamic=True)
+
+
+def inputs(config, device, tokens, batch=1, seed=0):
+    generator = torch.Generator().manual_seed(1000 * tokens + seed)
+    return torch.randint(config.vocab, (batch, tokens), generator=generator).to(device)
+
+
+def error(result, right):
+    return ((result.double() - right).norm() / right.norm()).item()
+
+
+def check_agreement(device):
+    """Sites, order and error for each size, against float64 and Inductor; and the same bits on every rank."""
+    model, config = build(device)
+    exact, _ = build(device, torch.float64)
+    for mine, theirs in zip(exact.parameters(), model.parameters()):
+        mine.copy_(theirs)  # the rounded weights, so that only the arithmetic differs
+    runs = {"inductor": compiled(model, "inductor"), "weave": compiled(model, **{"tokenweave.min_tokens": 512})}
+    for batch, tokens in [(1, t) for t in SIZES] + [(4, 512)]:
+        ids = inputs(config, device, tokens, batch)
+        right = exact(ids)[0]
+        errors = {}
+        for name, run in runs.items():
+            EVENTS.clear()
+            hidden = run(ids)[0]
+            errors[name] = error(hidden, right)
+        sites = 2 * LAYERS + 1
+        expected = "S0 S1 " + "W0 S0 W1 S1 " * (sites - 1) + "W0 W1"
+        assert " ".join(EVENTS) == expected, EVENTS
+        report = tw_compile.reports()[-1]
+        assert (report.mode, report.transport, len(report.sites), report.refusals, report.joins) == ("weave", "peer", sites, [], []), report
+        llama.say(f"agreement {batch}×{tokens}: " + ", ".join(f"{n} {e:.3e}" for n, e in errors.items()))
+        assert errors["weave"] <= 1.1 * errors["inductor"], errors
+        copies = [torch.empty_like(hidden) for _ in range(dist.get_world_size())]
+        dist.all_gather(copies, hidden)
+        assert all(torch.equal(copies[0], other) for other in copies), "the ranks have different bits"
+        del right, hidden, copies
+        gc.collect(), torch.cuda.empty_cache()
+
+
+def check_repeats(device, passes=1000):
+    """Changing token counts, pass after pass: the bits of the first pass with that input, and no memory growth."""
+    model, config = build(device)
+    run = compiled(model)
+    counts = (1, 3, 16, 31, 33, 129, 500, 1024, 1025, 1500, 2048, 4100)
+    batches = [inputs(config, device, tokens) for tokens in counts]
+    first = [run(ids)[0].clone() for ids in batches]
+    order = torch.randint(len(counts), (passes,), generator=torch.Generator().manual_seed(7)).tolist()
+    wrong = torch.zeros((), device=device)
+    for step, i in enumerate(order):
+        wrong += (run(batches[i])[0] != first[i]).any()
+        if step == passes // 10:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[0]
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[0]
+    assert wrong.item() == 0, f"{int(wrong.item())} of {passes} passes differ from the first bits"
+    assert after[0] <= before[0] and after[1] <= before[1] and after[2] >= before[2] - (8 << 20), (before, after)
+    llama.say(f"repeats: {passes} passes over {len(counts)} sizes, same bits; memory {before} -> {after}")
+
+
+def check_graphs(device):
+    """CUDA graphs replay with new inputs: mode="reduce-overhead", and a capture of the user's own."""
+    model, config = build(device)
+    plain = compiled(model)
+    graphed = compiled(model, **{"triton.cudagraphs": True})
+    for tokens in (64, 2048):
+        for seed in range(6):
+            ids = inputs(config, device, tokens, seed=seed)
+            assert torch.equal(graphed(ids)[0], plain(ids)[0]), (tokens, seed)
+        static = inputs(config, device, tokens)
+        plain(static)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = plain(static)[0]
+        for seed in range(3):
+            static.copy_(inputs(config, device, tokens, seed=seed))
+            graph.replay()
+            assert torch.equal(captured, plain(static)[0]), (tokens, seed)
+    llama.say("graphs: reduce-overhead and a capture of one's own replay with new inputs")
+
+
+def check_transports(device):
+    """The process group gives the same model, and multimem is refused with its reason where there is no multicast."""
+    model, config = build(device)
+    ids = inputs(config, device, 2048)
+    peer, group = compiled(model), compiled(model, **{"tokenweave.transport": "process_group"})
+    a, b = peer(ids)[0], group(ids)[0]
+    assert tw_compile.reports()[-1].transport == "process_group"
+    assert error(b, a.double()) < 2e-2, error(b, a.double())
+    if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") == "1":
+        try:
+            compiled(model, **{"tokenweave.transport": "multimem"})(ids)
+        except Exception as refused:
+            assert "multimem" in str(refused), refused
+            llama.say("transports: multimem refused:", str(refused).splitlines()[0][:300])
+        else:
+            raise AssertionError("multimem was not refused")
+
+
+def main():
+    names = sys.argv[1:] or [name.removeprefix("check_") for name in globals() if name.startswith("check_")]
+    device, _ = llama.start()
+    log_events()
+    with torch.no_grad():
+        for name in names:
+            torch._dynamo.reset()
+            globals()[f"check_{name}"](device)
+            gc.collect(), torch.cuda.empty_cache()
+            llama.say(f"passed {name}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

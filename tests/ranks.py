@@ -1,0 +1,64 @@
+"""Functions run on real ranks: processes that stay, so that the start-up is paid once."""
+
+import os
+import tempfile
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class Ranks:
+    """``ranks(function, *args)`` runs a module-level function in each process, and returns its results in rank order.
+
+    An exception is raised here with the traceback of the rank. Ranks that do not answer in time are killed: a hang is a
+    failed test, not a hanging one.
+    """
+
+    def __init__(self, world: int, timeout: float = 120):
+        self.world, self.timeout, self.processes = world, timeout, []
+
+    def __call__(self, function, *args):
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(self.timeout):
+                self.stop()
+                raise TimeoutError(f"rank {rank} did not finish {function.__name__}{args} in {self.timeout} s")
+            answers.append(pipe.recv())
+        for rank, (_, error) in enumerate(answers):
+            if error:
+                raise RuntimeError(f"rank {rank}:\n{error}")
+        return [result for result, _ in answers]
+
+    def _start(self):
+        context = mp.get_context("spawn")
+        store = tempfile.mktemp(prefix="ranks")
+        self.pipes = []
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            self.processes.append(context.Process(target=_serve, args=(rank, self.world, store, theirs), daemon=True))
+            self.pipes.append(ours)
+            self.processes[-1].start()
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
+
+
+def _serve(rank, world, store, pipe):
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    while True:
+        function, args = pipe.recv()
+        try:
+            pipe.send((function(*args), None))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))

@@ -1,0 +1,419 @@
+"""find: every all-reduce of a graph is a match or a refusal, with the exact reason."""
+
+import importlib
+
+import expecttest
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from graphs import all_reduces, capture, text
+from sites import H, NORMS, all_reduce, hf_norm, in_place, torch_norm, values
+
+from tw_compile.passes import find
+from tw_compile.passes.find import AllReduce, Match, register_all_reduce
+from tw_compile.report import Refusal
+
+module = importlib.import_module("tw_compile.passes.find")  # ``passes.find`` is the function
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+def found_in(function, *inputs, dynamic=False):
+    """What ``find`` says of each all-reduce; that it names each once, in order, is part of every test."""
+    graph = capture(function, *inputs, dynamic=dynamic)
+    before = text(graph, " ".join(f"i{i}" for i in range(99)))
+    found = find(graph)
+    names = [str(f.all_reduce) for f in found]
+    assert names == [str(node) for node in all_reduces(graph)]
+    assert text(graph, " ".join(f"i{i}" for i in range(99))) == before, "find changes nothing"
+    return found
+
+
+def match_in(function, *inputs, **kwargs) -> Match:
+    (match,) = found_in(function, *inputs, **kwargs)
+    assert isinstance(match, Match), match
+    return match
+
+
+def reason_in(function, *inputs) -> str:
+    (refusal,) = found_in(function, *inputs)
+    assert isinstance(refusal, Refusal)
+    return refusal.reason
+
+
+def inputs(dtype=torch.bfloat16, shape=(8, H)):
+    return values(*shape, dtype=dtype), values(*shape, dtype=dtype), values(H, dtype=dtype)
+
+
+# --- what is a site --------------------------------------------------------------------------------------------------
+
+
+class Snapshot(expecttest.TestCase):
+    def test_one_site_in_post_grad_aten(self):
+        def block(x, residual, weight):
+            residual = residual + all_reduce(x)
+            return hf_norm(residual, weight), residual
+
+        graph = capture(block, *inputs())
+        self.assertExpectedInline(text(graph, "x residual weight"), """\
+%0 = _c10d_functional.all_reduce(x, sum, 0) : bf16[8, 16]
+%1 = _c10d_functional.wait_tensor(%0) : bf16[8, 16]
+%2 = aten.add.Tensor(residual, %1) : bf16[8, 16]
+%3 = prims.convert_element_type(%2, torch.float32) : f32[8, 16]
+%4 = aten.pow.Tensor_Scalar(%3, 2) : f32[8, 16]
+%5 = aten.mean.dim(%4, [-1], True) : f32[8, 1]
+%6 = aten.add.Tensor(%5, 1e-05) : f32[8, 1]
+%7 = aten.rsqrt(%6) : f32[8, 1]
+%8 = aten.mul.Tensor(%3, %7) : f32[8, 16]
+%9 = prims.convert_element_type(%8, torch.bfloat16) : bf16[8, 16]
+%10 = aten.mul.Tensor(weight, %9) : bf16[8, 16]
+return %10, %2
+""")
+        (match,) = find(graph)
+        self.assertExpectedInline(
+            "\n".join(f"{name}: {getattr(match, name)}" for name in ("all_reduce", "x", "group", "bias", "scale", "residual", "total")),
+            """\
+all_reduce: all_reduce
+x: arg0_1
+group: 0
+bias: None
+scale: 1.0
+residual: arg1_1
+total: add""",
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("shape", [(8, H), (1, 8, H), (4, 8, H)], ids=["tokens", "batch 1", "batch 4"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_site_is_found_in_every_form_of_norm(norm, shape, dynamic):
+    match = match_in(lambda x, r, w: NORMS[norm](r + all_reduce(x), w), *inputs(shape=shape), dynamic=dynamic)
+    assert match.norm.eps == pytest.approx(1e-5)
+    assert match.norm.offset == (1.0 if norm == "gemma" else 0.0)
+    assert (match.norm.weight is None) == (norm == "without a weight")
+    assert match.residual is not None and match.bias is None and match.scale == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_site_is_found_in_every_dtype(norm, dtype):
+    assert match_in(lambda x, r, w: NORMS[norm](r + all_reduce(x), w), *inputs(dtype)).total.meta["val"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        lambda x, r: r + all_reduce(x),
+        lambda x, r: all_reduce(x) + r,
+        lambda x, r: in_place(x) + r,
+        lambda x, r: torch.add(r, all_reduce(x), alpha=1),
+    ],
+    ids=["residual first", "residual last", "in place", "explicit alpha"],
+)
+def test_the_residual_comes_in_either_order(site):
+    match = match_in(lambda x, r, w: hf_norm(site(x, r), w), *inputs())
+    assert str(match.residual).startswith("arg") and match.residual is not match.x
+
+
+def test_without_a_residual_as_after_an_embedding():
+    match = match_in(lambda x, w: hf_norm(all_reduce(x), w), values(8, H), values(H))
+    assert match.residual is None
+
+
+def test_eps_is_read_from_the_graph():
+    match = match_in(lambda x, r, w: F.rms_norm(r + all_reduce(x), (H,), w, 0.125), *inputs())
+    assert match.norm.eps == 0.125
+
+
+def test_reshapes_before_and_after_the_add():
+    def block(x, r, w):
+        total = r + all_reduce(x).view(2, 4, H)
+        return hf_norm(total.view(8, H), w), total
+
+    match = match_in(block, values(8, H), values(2, 4, H), values(H))
+    assert list(match.residual.meta["val"].shape) == [2, 4, H]
+
+
+def test_a_bias_and_a_factor_before_the_residual():
+    match = match_in(lambda x, b, r, w: hf_norm(r + (all_reduce(x) + b) * 0.5, w), values(8, H), values(H), values(8, H), values(H))
+    assert match.bias is not None and match.scale == 0.5 and match.residual is not None
+
+
+def test_a_divisor_is_a_factor():
+    assert match_in(lambda x, r, w: hf_norm(r + all_reduce(x) / 4, w), *inputs(torch.float32)).scale == 0.25
+
+
+def test_the_residual_and_the_norm_may_be_used_again():
+    def block(x, r, w):
+        total = r + all_reduce(x)
+        normed = torch_norm(total, w)
+        return normed, normed.sin(), total.cos(), total
+
+    assert match_in(block, *inputs()).residual is not None
+
+
+def test_a_weight_in_float32_of_the_torch_form():
+    weight = values(H)
+    x, r, _ = inputs()
+
+    def block(x, r, w):
+        wide = (r + all_reduce(x)).float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * w).to(x.dtype)
+
+    assert match_in(block, x, r, weight).norm.weight is not None
+
+
+def test_a_square_written_as_a_product_and_a_root_as_a_power():
+    def block(x, r, w):
+        wide = (r + all_reduce(x)).float()
+        return (wide * ((wide * wide).mean(-1, keepdim=True) + 1e-5) ** -0.5 * w.float()).to(x.dtype)
+
+    assert match_in(block, *inputs()).norm.eps == pytest.approx(1e-5)
+
+
+def test_sites_that_follow_each_other_share_the_residual():
+    def block(x, y, r, w):
+        first = r + all_reduce(x)
+        second = first + all_reduce(y + hf_norm(first, w))
+        return hf_norm(second, w)
+
+    first, second = found_in(block, values(8, H), values(8, H), values(8, H), values(H))
+    assert second.residual is first.total
+
+
+def test_a_registered_all_reduce_is_found(monkeypatch):
+    monkeypatch.setattr(module, "_ALL_REDUCES", dict(module._ALL_REDUCES))
+    with torch.library._scoped_library("tests", "FRAGMENT") as library:
+        library.define("my_all_reduce(Tensor x, str group) -> Tensor")
+        library.impl("my_all_reduce", lambda x, group: x.clone(), "CompositeExplicitAutograd")
+        op = torch.ops.tests.my_all_reduce.default
+        register_all_reduce(op, lambda node: AllReduce(node.args[0], "sum", node.args[1]))
+        name = dist.group.WORLD.group_name
+        (match,) = find(capture(lambda x, r, w: hf_norm(r + torch.ops.tests.my_all_reduce(x, name), w), *inputs()))
+        assert isinstance(match, Match) and match.group == name
+
+
+# --- what is not -----------------------------------------------------------------------------------------------------
+
+
+def refused(reason, function, *inputs):
+    assert reason_in(function, *inputs) == reason
+
+
+@pytest.mark.parametrize("op", ["avg", "max"])
+def test_refused_other_reduce_op(op):
+    refused(f"reduce op {op!r}, not 'sum'", lambda x, r, w: hf_norm(r + all_reduce(x, op), w), *inputs())
+
+
+def test_refused_group_of_one_rank():
+    alone = dist.new_group([0])
+    name = alone.group_name
+    refused(
+        f"group {name} has one rank: there is nothing to reduce",
+        lambda x, r, w: hf_norm(r + all_reduce(x, group=alone), w),
+        *inputs(),
+    )
+
+
+def test_refused_dtype_of_the_reduced_value():
+    refused(
+        "torch.float64 is reduced; bfloat16, float16 and float32 can be fused",
+        lambda x, r, w: hf_norm(r + all_reduce(x), w),
+        *inputs(torch.float64),
+    )
+
+
+def test_refused_residual_in_float32():
+    x, r, w = inputs()
+    refused(
+        "the residual is torch.float32, the reduced value torch.bfloat16",
+        lambda x, r, w: hf_norm(all_reduce(x).to(torch.bfloat16) + r, w),
+        x, r.float(), w,
+    )  # fmt: skip
+
+
+def test_refused_weight_that_changes_the_dtype():
+    x, r, w = inputs()
+    refused(
+        "the norm of a torch.bfloat16 value leaves as torch.float32 (its weight is torch.float32)",
+        lambda x, r, w: hf_norm(r + all_reduce(x), w),
+        x, r, w.float(),
+    )  # fmt: skip
+
+
+def test_refused_weight_of_another_half_precision():
+    x, r, w = inputs()
+
+    def block(x, r, w):
+        wide = (r + all_reduce(x)).float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * w).to(x.dtype)
+
+    refused("the norm's weight is torch.float16, its input torch.bfloat16", block, x, r, w.half())
+
+
+def test_refused_cast_before_the_add():
+    x, r, w = inputs()
+    refused(
+        "a cast to torch.float32 stands between the all-reduce and the residual add",
+        lambda x, r, w: torch_norm(r + all_reduce(x).float(), w),
+        x, r.float(), w.float(),
+    )  # fmt: skip
+
+
+def test_refused_bias_that_changes_the_dtype():
+    x, r, w = inputs()
+    refused(
+        "the bias is torch.float32, the reduced value torch.bfloat16",
+        lambda x, b, r, w: torch_norm(r + (all_reduce(x) + b), w),
+        x, values(H), r.float(), w.float(),
+    )  # fmt: skip
+
+
+def test_refused_two_users_of_the_reduced_value():
+    refused(
+        "the reduced value has 2 users (aten.add.Tensor, aten.sin.default)",
+        lambda x, r, w: (hf_norm(r + (y := all_reduce(x)), w), y.sin()),
+        *inputs(),
+    )
+
+
+def test_refused_reduced_value_leaves_the_graph():
+    refused("the reduced value leaves the graph without a norm", lambda x: all_reduce(x), values(8, H))
+
+
+def test_refused_reduced_value_leaves_beside_the_norm():
+    refused(
+        "the reduced value has 2 users (aten.add.Tensor, output)",
+        lambda x, r, w: (hf_norm(r + (y := all_reduce(x)), w), y),
+        *inputs(),
+    )
+
+
+def test_refused_residual_that_is_broadcast():
+    x, r, w = inputs(torch.float32)
+    refused(
+        "the residual has shape [1, 16], the reduced value [8, 16]",
+        lambda x, r, w: hf_norm(r + all_reduce(x), w),
+        x, r[:1].clone(), w,
+    )  # fmt: skip
+
+
+def test_refused_reduced_value_that_is_broadcast():
+    x, r, w = inputs(torch.float32)
+    refused(
+        "the residual has shape [8, 16], the reduced value [1, 16]",
+        lambda x, r, w: hf_norm(r + all_reduce(x), w),
+        x[:1].clone(), r, w,
+    )  # fmt: skip
+
+
+def test_refused_a_residual_that_is_scaled_by_the_add():
+    refused(
+        "no RMSNorm follows; the reduced value goes to aten.add.Tensor",
+        lambda x, r, w: hf_norm(torch.add(r, all_reduce(x), alpha=2), w),
+        *inputs(torch.float32),
+    )
+
+
+def test_refused_no_norm():
+    refused("no RMSNorm follows", lambda x, r: r + all_reduce(x), values(8, H), values(8, H))
+
+
+def test_refused_no_norm_and_no_residual():
+    refused(
+        "no RMSNorm follows; the reduced value goes to aten.relu.default", lambda x: all_reduce(x).relu(), values(8, H)
+    )
+
+
+def test_refused_layer_norm():
+    refused("no RMSNorm follows", lambda x, r, w: F.layer_norm(r + all_reduce(x), (H,), w), *inputs(torch.float32))
+
+
+def test_refused_mean_over_another_dimension():
+    def block(x, r, w):
+        total = r + all_reduce(x)
+        return total * torch.rsqrt(total.pow(2).mean(0, keepdim=True) + 1e-5) * w
+
+    refused("the mean of squares is over dimensions [0], not the last one", block, *inputs(torch.float32))
+
+
+def test_refused_norm_over_part_of_the_row():
+    def block(x, r, w):
+        heads = (r + all_reduce(x)).view(8, 2, H // 2)
+        return hf_norm(heads, w)
+
+    x, r, w = inputs(torch.float32)
+    refused("no RMSNorm follows", block, x, r, w[: H // 2].clone())
+
+
+def test_refused_norm_without_eps():
+    def block(x, r, w):
+        total = r + all_reduce(x)
+        return total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True)) * w
+
+    refused("the mean of squares is not followed by + eps", block, *inputs(torch.float32))
+
+
+def test_refused_norm_with_eps_from_a_tensor():
+    def block(x, r, w):
+        total = r + all_reduce(x)
+        return total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + w[:1]) * w
+
+    refused("the mean of squares is not followed by + eps", block, *inputs(torch.float32))
+
+
+def test_refused_norm_of_something_else_by_this_root():
+    def block(x, r, w):
+        total = r + all_reduce(x)
+        return r * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5) * w
+
+    refused("x * rsqrt(mean(x²) + eps) is not complete", block, *inputs(torch.float32))
+
+
+def test_refused_reduced_value_added_to_itself():
+    refused("the reduced value is added to itself", lambda x, w: hf_norm((y := all_reduce(x)) + y, w), values(8, H), values(H))
+
+
+def test_refused_second_all_reduce_of_one_norm():
+    def block(x, y, w):
+        return hf_norm(all_reduce(x) + all_reduce(y), w)
+
+    first, second = found_in(block, values(8, H), values(8, H), values(H))
+    assert isinstance(first, Match)
+    assert second.reason == f"its residual add and norm are fused with {first.all_reduce} already"
+
+
+def test_refused_coalesced():
+    def block(x, y, w):
+        out = torch.ops._c10d_functional.all_reduce_coalesced([x, y], "sum", dist.group.WORLD.group_name)
+        x, y = map(torch.ops._c10d_functional.wait_tensor, out)
+        return hf_norm(x + y, w)
+
+    refused("all_reduce_coalesced reduces several tensors at once", block, values(8, H), values(8, H), values(H))
+
+
+def test_refused_inside_a_branch():
+    def block(x, r, w):
+        def fused(x, r):
+            return hf_norm(r + all_reduce(x), w)
+
+        return torch.cond(x.sum() > 0, fused, lambda x, r: r.sin(), (x, r))
+
+    reason = reason_in(block, *inputs(torch.float32))
+    assert reason.startswith("inside ") and reason.endswith(", the graph of a higher-order op")
+
+
+def test_a_site_between_refusals_keeps_its_place():
+    def block(x, r, w):
+        one = all_reduce(x, "max").sin()
+        two = hf_norm(r + all_reduce(x), w)
+        return one + two, all_reduce(two)
+
+    kinds = [type(f).__name__ for f in found_in(block, *inputs(torch.float32))]
+    assert kinds == ["Refusal", "Match", "Refusal"]
+
+
+def test_a_refusal_says_where_in_the_model_it_stands():
+    (refusal,) = found_in(lambda x: all_reduce(x).sin(), values(8, H))
+    assert "test_find.py:" in refusal.source or "sites.py:" in refusal.source
