@@ -7,12 +7,12 @@ setup(
     packages=find_packages(include=["tw_compile", "tw_compile.*"]),
     package_data={"tw_compile": ["csrc/*.cu", "csrc/*.cuh"]},
     python_requires=">=3.10",
-    # cuda-python compiles and launches the kernels at run time (NVRTC), so that no CUDA toolkit is needed; CUDA builds
+    # cuda-bindings compiles and launches the kernels at run time (NVRTC), so that no CUDA toolkit is needed; CUDA builds
     # of torch bring NVRTC itself. It installs and imports without a GPU.
-    install_requires=["torch>=2.11", "cuda-python>=13.0"],
+    install_requires=["torch>=2.11", "cuda-bindings>=13.0"],
     extras_require={
         "test": ["pytest", "pytest-timeout", "expecttest", "numpy", "nvidia-cuda-nvrtc==13.0.*"],
-        "examples": ["numpy"],
+        "examples": ["numpy", "safetensors"],
     },
     entry_points={"torch_dynamo_backends": ["tokenweave = tw_compile.backend:tokenweave"]},
 )

@@ -1,0 +1,66 @@
+# make demo    install into .venv and run the example: on this machine's GPUs, else on two CPU ranks
+# make test    install into .venv and run the tests
+# make clean   remove what these made
+#
+# Variables:  PYTHON=python3.12   which Python; a torch >= 2.11 that it has is used as it is
+#             TP=4                ranks of the demo
+#             ARGS="--size 8B"    arguments of the demo, see examples/llama.py --help
+#             TESTS=tests/x.py    what to test, or any other arguments of pytest
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+SOURCES := setup.py $(shell find tw_compile -name '*.py' -o -name '*.cu' -o -name '*.cuh')
+
+TORCH := torch>=2.11
+CPU_TORCH := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test clean
+
+# As many ranks as GPUs, rounded down to a power of two, which Llama's heads divide by.
+demo: $(VENV)/package
+	@gpus=$$($(PY) -c "import torch; n = torch.cuda.device_count(); print(max(r for r in (0, 2, 4, 8) if r <= n))"); \
+	if [ $$gpus = 0 ]; then ranks=2; args=; else ranks=$$gpus; args="--size 70B --layers 4 --tokens 4096"; fi; \
+	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; set -x; \
+	$(PY) -m torch.distributed.run --nproc-per-node $(or $(TP),$$ranks) examples/llama.py $(or $(ARGS),$$args)
+
+test: $(VENV)/package $(VENV)/test-extras
+	$(PY) -m pytest $(TESTS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# A torch that PYTHON has is seen from the environment, by a .pth file: --system-site-packages would not do where PYTHON is
+# itself in an environment. Else a machine without an NVIDIA GPU gets the small CPU build, from PyTorch's own index where it
+# can be reached, and one with a GPU gets the default build.
+$(VENV)/torch:
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(VENV)
+	@if outer=$$($(PYTHON) -c "import sys, torch; assert torch.__version__ >= torch.torch_version.TorchVersion('2.11'); \
+	        print('\n'.join(p for p in sys.path if p.endswith('-packages')))" 2>/dev/null); then \
+	    echo "using the torch of $(PYTHON)"; \
+	    echo "$$outer" > $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth; \
+	elif command -v nvidia-smi >/dev/null; then \
+	    echo "installing torch"; $(PIP) install "$(TORCH)"; \
+	else \
+	    echo "installing torch for CPUs"; \
+	    $(PIP) install --retries 1 --timeout 15 --no-deps --index-url $(CPU_INDEX) $(CPU_TORCH) 2>/dev/null \
+	        || $(PIP) install $(CPU_TORCH); \
+	fi
+	@$(PY) -m pip --version >/dev/null || { echo "$(PYTHON) has no pip for environments: apt install python3-venv"; exit 1; }
+	@touch $@
+
+# First with what is there already, so that a machine without a network will do if it has all that is needed.
+$(VENV)/package: $(VENV)/torch $(SOURCES)
+	@echo "installing tw_compile"
+	@rm -rf build
+	@$(PIP) install --no-index --no-build-isolation ".[examples]" 2>/dev/null || $(PIP) install ".[examples]"
+	@touch $@
+
+$(VENV)/test-extras: setup.py | $(VENV)/package
+	@echo "installing what the tests need"
+	@rm -rf build
+	@$(PIP) install --no-index --no-build-isolation ".[test]" 2>/dev/null || $(PIP) install ".[test]"
+	@touch $@
