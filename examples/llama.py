@@ -325,7 +325,7 @@ def arguments():
     parser = argparse.ArgumentParser(description='A tensor-parallel Llama, backend="tokenweave" against "inductor".')
     parser.add_argument("--size", choices=SIZES, default="tiny", help="shapes of the random weights (default: tiny)")
     parser.add_argument("--weights", type=Path, help="folder with config.json and *.safetensors, instead of random ones")
-    parser.add_argument("--layers", type=int, help="only so many layers (default: all)")
+    parser.add_argument("--layers", type=int, help="so many layers (default: all of the model)")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of each sequence (default: 2048)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default: 1)")
     parser.add_argument(
@@ -357,7 +357,7 @@ def compare(build, args):
     device, ranks = start()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = read_config(args.weights) if args.weights else SIZES[args.size]
-    config = replace(config, layers=min(args.layers or config.layers, config.layers))
+    config = replace(config, layers=args.layers or config.layers)
     check(config, ranks, args)
     say(
         f"Llama {args.weights or args.size}, {config.layers} layers, {args.batch} × {args.tokens} tokens, "
