@@ -30,6 +30,8 @@ def place(graph: Graph) -> None:
         slots.setdefault((site.group, site.slot), []).append(site)
     before = Ancestors(graph)
     for chain in slots.values():
+        if not all(before(site.done, following.node) for site, following in zip(chain, chain[1:])):
+            continue  # sites that may run in either order would find each other's values in the slot
         for previous, site in zip([None, *chain], chain):
             _absorb(graph, previous, site, before)
         for site, following in zip(chain, [*chain[1:], None]):
@@ -63,7 +65,7 @@ class _Site:
 def _absorb(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors) -> None:
     """Let the GEMM that feeds a site write into the slot's workspace."""
     gemm = site.node.args[0]
-    if not _only_read_by(gemm, site):
+    if not _only_read_by(gemm, site) or gemm is site.node.args[1]:
         return
     while calls(gemm, *VIEWS) and keeps_rows(gemm) and len(gemm.args[0].users) == 1:
         gemm = gemm.args[0]
