@@ -1,0 +1,80 @@
+"""The ops over a workspace as symmetric memory has one, as unforgiving as its contract allows.
+
+Each slot of a group has one buffer for what goes in and the norm that comes out, and one for its residual. Whatever the
+contract leaves undefined is NaN here: what stood in a slot before it was written again, and of a sharded residual the rows
+of the other ranks.
+"""
+
+import math
+
+import torch
+from graphs import RANKS
+
+from tw_compile.ops.reference import add_norm
+
+ENTRIES = 1 << 16
+NAN = float("nan")
+
+
+class Workspace:
+    def __init__(self):
+        self.slots = {}
+        self.lent = {"linear": 0, "borrow": 0, "shard": 0}
+
+    def _slot(self, group, slot):
+        return self.slots.setdefault((group, slot), _Slot())
+
+    def linear(self, a, b, bias, group, transport, slot):
+        self.lent["linear"] += 1
+        return self._slot(group, slot).write(a @ b if bias is None else a @ b + bias)
+
+    def start(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, shard):
+        self._slot(group, slot).start(x, residual, (weight, bias, eps, scale, offset))
+        return x.new_empty(0)
+
+    def wait(self, token, x, residual, weight, bias, after, group, transport, slot, shard, borrow):
+        self.lent["borrow"] += borrow
+        self.lent["shard"] += shard
+        return self._slot(group, slot).finish(shard, borrow)
+
+    def fused(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, shard, borrow):
+        self.start(x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, shard)
+        return self.wait(None, x, residual, weight, bias, None, group, transport, slot, shard, borrow)
+
+
+class _Slot:
+    def __init__(self):
+        self.buffer, self.own_rows = torch.full((ENTRIES,), NAN), torch.full((ENTRIES,), NAN)
+        self.every_row, self.pending = None, None  # every_row: of the sharded residual, as all ranks together have it
+
+    def write(self, value):
+        """Into the buffer: what was there is gone."""
+        value = value.clone()
+        self.buffer.fill_(NAN)
+        return self.buffer[: value.numel()].view(value.shape).copy_(value)
+
+    def start(self, x, residual, site):
+        assert self.pending is None, "two sites of a slot under way"
+        x = x.clone()
+        self.buffer.fill_(NAN)  # the kernel may write from here on
+        self.pending = x, residual, site
+
+    def finish(self, shard, borrow):
+        x, residual, site = self.pending  # the residual is read as late as possible: it must still be there
+        if residual is not None and residual.data_ptr() == self.own_rows.data_ptr():
+            residual = self.every_row
+        norm, total = add_norm(x * RANKS, residual, *site)
+        self.pending = None
+        norm = self.write(norm) if borrow else norm
+        if shard:
+            self.every_row = total
+            total = self._poisoned(total)
+        return norm, total
+
+    def _poisoned(self, total):
+        """The residual with this rank's rows alone."""
+        rows = math.prod(total.shape[:-1])
+        self.own_rows.fill_(NAN)
+        view = self.own_rows[: total.numel()].view(rows, -1)
+        view[: rows // RANKS] = total.reshape(rows, -1)[: rows // RANKS]
+        return view.view(total.shape)
