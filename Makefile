@@ -42,6 +42,9 @@ $(VENV)/torch:
 	        print('\n'.join(p for p in sys.path if p.endswith('-packages')))" 2>/dev/null); then \
 	    echo "using the torch of $(PYTHON)"; \
 	    echo "$$outer" > $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth; \
+	fi
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "$(PYTHON) has no pip for environments; apt install python3-venv?"; exit 1; }
+	@if $(PY) -c 'import torch' 2>/dev/null; then :; \
 	elif command -v nvidia-smi >/dev/null; then \
 	    echo "installing torch"; $(PIP) install "$(TORCH)"; \
 	else \
@@ -49,7 +52,6 @@ $(VENV)/torch:
 	    $(PIP) install --retries 1 --timeout 15 --no-deps --index-url $(CPU_INDEX) $(CPU_TORCH) 2>/dev/null \
 	        || $(PIP) install $(CPU_TORCH); \
 	fi
-	@$(PY) -m pip --version >/dev/null || { echo "$(PYTHON) has no pip for environments: apt install python3-venv"; exit 1; }
 	@touch $@
 
 # First with what is there already, so that a machine without a network will do if it has all that is needed.
