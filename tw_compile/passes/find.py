@@ -39,6 +39,8 @@ from .graph_utils import (
 c10d = torch.ops._c10d_functional
 WAIT = c10d.wait_tensor.default
 
+# What the kernels take.
+MAX_HIDDEN = 32768
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -151,6 +153,9 @@ def _site(node: Node) -> Match:
         raise _Refused(f"group {call.group} has one rank: there is nothing to reduce")
     if value(node).dtype not in DTYPES:
         raise _Refused(f"{value(node).dtype} is reduced; bfloat16, float16 and float32 can be fused")
+    hidden = value(node).shape[-1] if value(node).dim() > 1 else None
+    if not isinstance(hidden, int) or hidden % 8 or hidden > MAX_HIDDEN:
+        raise _Refused(f"shape {list(value(node).shape)}: the last dimension must be a multiple of 8 up to {MAX_HIDDEN}")
 
     total = _sole_user(node, "all-reduce") if any(calls(user, WAIT) for user in node.users) else node
     linear, bias, scale, residual = [], None, 1.0, None
