@@ -1,0 +1,56 @@
+// One-shot: every rank finishes all rows for itself. For few tokens: one barrier, and no second trip over the wire.
+//
+//   for each row of the CTA:
+//   1. copy the row of this rank's partial sums to the staging place of this CTA
+//   2. barrier: all ranks have
+//   3. fetch the row from all ranks, add the residual, norm, and store both here
+//
+// Nothing waits for the peers to have finished reading. Instead a CTA has two staging places and changes over at every
+// barrier: it writes one in round e that was last read in some round before e - 1, and it has seen all peers arrive at
+// round e - 1, which they do after their reads of all rounds before. `x` and the outputs are private to the rank. The
+// outputs may lie where x does, since the thread that writes a vector has copied it before.
+#pragma once
+#include "row.cuh"
+#include "sync.cuh"
+
+namespace tw {
+
+template <template <class, int> class TransportOf, class Layout, int kWorld>
+__device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
+  using Transport = TransportOf<typename Layout::Element, kWorld>;
+  const Transport transport{site};
+  Barrier<kWorld> barrier(site);
+  Rows<Layout, Transport, kWorld> rows(site);
+
+  for (u32 row = blockIdx.x; row < site.rows; row += gridDim.x) {
+    const u64 at = row * Layout::kRowBytes;
+    const u64 staging_at = site.staging_at + (blockIdx.x * 2 + barrier.epoch() % 2) * Layout::kRowBytes;
+    const char* residual = site.residual == nullptr ? nullptr : site.residual + at;
+    Chunk<Layout, Transport> chunk;
+
+    chunk.load_residual(residual, 0);  // arrive during the barrier
+    rows.load_weight();
+    for (int c = 0; c < Layout::kChunks; ++c) {
+#pragma unroll
+      for (int u = 0; u < Layout::kUnroll; ++u) {
+        const int v = Layout::vector(c, u);
+        if (!Layout::holds(v)) continue;
+        ptx::store_sys(site.workspace[0] + staging_at + v * 16ull, ptx::load(site.x + at + v * 16ull));
+      }
+    }
+    if constexpr (Transport::kAliases) ptx::fence_alias();
+    barrier.arrive_and_wait(0);
+    if constexpr (Transport::kAliases) ptx::fence_alias();
+
+#pragma unroll 1
+    for (int c = 0; c < Layout::kChunks; ++c) {
+      chunk.load_parts(transport, staging_at, c);
+      if (c > 0) chunk.load_residual(residual, c);
+      rows.add(chunk, c, [&](u64 offset, uint4 r) { ptx::store(site.residual_out + at + offset, r); });
+    }
+    rows.normalise([&](u64 offset, uint4 norm) { ptx::store(site.norm_out + at + offset, norm); });
+  }
+  barrier.close();
+}
+
+}  // namespace tw

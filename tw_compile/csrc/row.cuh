@@ -1,0 +1,266 @@
+// One CTA's work on one row: sum over the ranks, bias, scale, residual, norm. Shared by all kernels, with one layout of a
+// row over threads for a given hidden size, so that the bits of a row depend on nothing but its data: not on the kernel,
+// the rank, the batch or the number of CTAs.
+//
+// Products and sums are spelled as intrinsics where a compiler could otherwise contract them differently here and there.
+#pragma once
+#include "transport.cuh"
+
+namespace tw {
+
+// A row is kChunks chunks; in a chunk each thread has kUnroll vectors, neighbouring threads having neighbouring vectors.
+template <class Element_, int kHidden_, int kThreads_, int kUnroll_, int kChunks_>
+struct Layout {
+  using Element = Element_;
+  static constexpr int kHidden = kHidden_, kThreads = kThreads_, kUnroll = kUnroll_, kChunks = kChunks_;
+  static constexpr int kVector = Element::kVector;
+  static constexpr int kVectors = kHidden / kVector;  // in a row
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr u64 kRowBytes = static_cast<u64>(kHidden) * Element::kBytes;
+  static constexpr bool kExact = kVectors == kThreads * kUnroll * kChunks;
+
+  static_assert(kHidden % kVector == 0, "a row is a whole number of vectors");
+  static_assert(kThreads % 32 == 0 && kThreads <= 1024, "a CTA is a whole number of warps");
+  static_assert(kVectors <= kThreads * kUnroll * kChunks, "the threads cover the row");
+
+  static __device__ __forceinline__ int vector(int chunk, int u) {
+    return (chunk * kUnroll + u) * kThreads + static_cast<int>(threadIdx.x);
+  }
+  static __device__ __forceinline__ bool holds(int vector) { return kExact || vector < kVectors; }
+};
+
+// What a thread has in flight of a chunk.
+template <class Layout, class Transport>
+struct Chunk {
+  uint4 parts[Layout::kUnroll][Transport::kParts];
+  uint4 residual[Layout::kUnroll];
+
+  // row_at: offset in the workspace of the row of partial sums; residual_row: the residual's row, or null
+  __device__ __forceinline__ void load(const Transport& transport, u64 row_at, const char* residual_row, int chunk) {
+    load_parts(transport, row_at, chunk);
+    load_residual(residual_row, chunk);
+  }
+
+  __device__ __forceinline__ void load_parts(const Transport& transport, u64 row_at, int chunk) {
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      const int v = Layout::vector(chunk, u);
+      if (Layout::holds(v)) {
+        transport.load_reduce(parts[u], row_at + v * 16ull);
+      } else {
+#pragma unroll
+        for (int i = 0; i < Transport::kParts; ++i) parts[u][i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_residual(const char* residual_row, int chunk) {
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      const int v = Layout::vector(chunk, u);
+      residual[u] = make_uint4(0, 0, 0, 0);
+      if (residual_row != nullptr && Layout::holds(v)) residual[u] = ptx::load(residual_row + v * 16ull);
+    }
+  }
+};
+
+// The sum over the ranks, in rank order. The parts start with this rank's; the part of rank 0 is number `first`, known
+// only at run time, and registers cannot be indexed: hence one copy of the sum for each place where it can be.
+template <class Element, int kParts, int kUnroll, int kFirst = 0>
+__device__ __forceinline__ void add_in_rank_order(const uint4 (&parts)[kUnroll][kParts], int first,
+                                                  float (&sum)[kUnroll][Element::kVector]) {
+  if constexpr (kFirst + 1 < kParts) {
+    if (first != kFirst) return add_in_rank_order<Element, kParts, kUnroll, kFirst + 1>(parts, first, sum);
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    Element::unpack(parts[u][kFirst], sum[u]);
+#pragma unroll
+    for (int rank = 1; rank < kParts; ++rank) {
+      float part[Element::kVector];
+      Element::unpack(parts[u][(kFirst + rank) % kParts], part);
+#pragma unroll
+      for (int i = 0; i < Element::kVector; ++i) sum[u][i] = __fadd_rn(sum[u][i], part[i]);
+    }
+  }
+}
+
+// The thread's part of the row in float32, between the sum and the norm: in registers if the row is one chunk, otherwise in
+// shared memory, where each thread reads only what it wrote.
+template <class Layout, bool kInRegisters = Layout::kChunks == 1>
+struct Kept;
+
+template <class Layout>
+struct Kept<Layout, true> {
+  float values[Layout::kUnroll][Layout::kVector];
+
+  __device__ __forceinline__ explicit Kept(float*) {}
+  __device__ __forceinline__ void put(int, int u, const float (&r)[Layout::kVector]) {
+#pragma unroll
+    for (int i = 0; i < Layout::kVector; ++i) values[u][i] = r[i];
+  }
+  __device__ __forceinline__ void get(int, int u, float (&r)[Layout::kVector]) const {
+#pragma unroll
+    for (int i = 0; i < Layout::kVector; ++i) r[i] = values[u][i];
+  }
+};
+
+template <class Layout>
+struct Kept<Layout, false> {
+  static constexpr int kQuads = Layout::kVector / 4;
+  float4* memory;
+
+  __device__ __forceinline__ explicit Kept(float* shared) : memory(reinterpret_cast<float4*>(shared)) {}
+  static __device__ __forceinline__ int index(int chunk, int u, int quad) {
+    return ((chunk * Layout::kUnroll + u) * kQuads + quad) * Layout::kThreads + static_cast<int>(threadIdx.x);
+  }
+  __device__ __forceinline__ void put(int chunk, int u, const float (&r)[Layout::kVector]) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q)
+      memory[index(chunk, u, q)] = make_float4(r[4 * q], r[4 * q + 1], r[4 * q + 2], r[4 * q + 3]);
+  }
+  __device__ __forceinline__ void get(int chunk, int u, float (&r)[Layout::kVector]) const {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const float4 v = memory[index(chunk, u, q)];
+      r[4 * q] = v.x, r[4 * q + 1] = v.y, r[4 * q + 2] = v.z, r[4 * q + 3] = v.w;
+    }
+  }
+};
+
+// The thread's part of the weight, or of the bias, in one chunk; a float32 one beside 16-bit elements is twice as long.
+template <class Layout>
+struct Vectors {
+  static constexpr int kWords = Layout::kVector / 4;  // 16-byte words of a float32 vector
+  uint4 raw[Layout::kUnroll][kWords];
+
+  __device__ __forceinline__ void load(const char* from, bool is_float, int chunk) {
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      const int v = Layout::vector(chunk, u);
+      if (from == nullptr || !Layout::holds(v)) continue;
+      if (kWords == 1 || !is_float) {
+        raw[u][0] = ptx::load_constant(from + v * 16ull);
+      } else {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) raw[u][w] = ptx::load_constant(from + (v * kWords + w) * 16ull);
+      }
+    }
+  }
+  // with(i, element i of vector u); in float32 one word at a time, to be easy on registers.
+  template <class With>
+  __device__ __forceinline__ void each(int u, bool is_float, With with) const {
+    if (kWords == 1 || !is_float) {
+      float f[Layout::kVector];
+      Layout::Element::unpack(raw[u][0], f);
+#pragma unroll
+      for (int i = 0; i < Layout::kVector; ++i) with(i, f[i]);
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        float f[4];
+        fp32::unpack(raw[u][w], f);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) with(4 * w + i, f[i]);
+      }
+    }
+  }
+};
+
+// Rows, one after the other: for each, add() its chunks in order, then normalise().
+template <class Layout, class Transport, int kWorld>
+class Rows {
+ public:
+  using Element = typename Layout::Element;
+
+  // Floats of shared memory in front of what Kept has.
+  static constexpr int kScratch = 2 * 32;
+
+  __device__ __forceinline__ explicit Rows(const Site<kWorld>& site)
+      : site_(site),
+        first_(Transport::kParts == 1 ? 0 : (kWorld - static_cast<int>(site.rank)) % kWorld),
+        kept_(ptx::shared_memory() + kScratch) {}
+
+  // r = scale * (sum + bias) + residual of one chunk. store(byte offset in the row, rounded vector) takes the new residual.
+  template <class Store>
+  __device__ __forceinline__ void add(const Chunk<Layout, Transport>& in, int chunk, Store store) {
+    if (chunk == 0) squares_ = 0.0f;
+    float r[Layout::kUnroll][Layout::kVector];
+    add_in_rank_order<Element>(in.parts, first_, r);
+    Vectors<Layout> bias;  // seldom there: not worth registers during the sum
+    bias.load(site_.bias, false, chunk);
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      const int v = Layout::vector(chunk, u);
+      if (!Layout::holds(v)) continue;
+      if (site_.bias != nullptr) {
+        bias.each(u, false, [&](int i, float b) { r[u][i] = __fadd_rn(r[u][i], b); });
+      }
+#pragma unroll
+      for (int i = 0; i < Layout::kVector; ++i) r[u][i] = __fmul_rn(r[u][i], site_.scale);
+      if (site_.residual != nullptr) {
+        float before[Layout::kVector];
+        Element::unpack(in.residual[u], before);
+#pragma unroll
+        for (int i = 0; i < Layout::kVector; ++i) r[u][i] = __fadd_rn(r[u][i], before[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < Layout::kVector; ++i) squares_ = __fmaf_rn(r[u][i], r[u][i], squares_);
+      kept_.put(chunk, u, r[u]);
+      store(v * 16ull, Element::pack(r[u]));
+    }
+  }
+
+  // Fetch the weight for the first chunk of a row. Once for each normalise(), as early as registers allow.
+  __device__ __forceinline__ void load_weight() { weight_.load(site_.weight, site_.weight_is_float != 0, 0); }
+
+  // store(byte offset in the row, vector) takes norm = r / sqrt(mean(r²) + eps) * (weight + offset).
+  template <class Store>
+  __device__ __forceinline__ void normalise(Store store) {
+    const bool is_float = site_.weight_is_float != 0;
+    const float mean = __fmul_rn(row_sum(squares_), 1.0f / Layout::kHidden);
+    const float factor = ptx::rsqrt(__fadd_rn(mean, site_.eps));
+#pragma unroll 1
+    for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+      if (chunk > 0) weight_.load(site_.weight, is_float, chunk);
+#pragma unroll
+      for (int u = 0; u < Layout::kUnroll; ++u) {
+        const int v = Layout::vector(chunk, u);
+        if (!Layout::holds(v)) continue;
+        float r[Layout::kVector];
+        kept_.get(chunk, u, r);
+#pragma unroll
+        for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(r[i], factor);
+        if (site_.weight != nullptr) {
+          weight_.each(u, is_float, [&](int i, float w) { r[i] = __fmul_rn(r[i], __fadd_rn(w, site_.offset)); });
+        }
+        store(v * 16ull, Element::pack(r));
+      }
+    }
+  }
+
+ private:
+  // The sum of one value of every thread, in an order that is always the same. One __syncthreads: a warp that runs ahead
+  // writes its next value into the other half, and cannot come round to this one before all have read it.
+  __device__ __forceinline__ float row_sum(float value) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) value = __fadd_rn(value, __shfl_xor_sync(0xffffffffu, value, lane));
+    float* of_warp = ptx::shared_memory() + half_ * 32;
+    half_ ^= 1;
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    float sum = of_warp[0];
+#pragma unroll
+    for (int warp = 1; warp < Layout::kWarps; ++warp) sum = __fadd_rn(sum, of_warp[warp]);
+    return sum;
+  }
+
+  const Site<kWorld>& site_;
+  const int first_;
+  Kept<Layout> kept_;
+  Vectors<Layout> weight_;
+  float squares_ = 0.0f;
+  u32 half_ = 0;
+};
+
+}  // namespace tw

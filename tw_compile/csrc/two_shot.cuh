@@ -1,0 +1,82 @@
+// Two-shot: every rank finishes a part of the rows and gives them to all. For many tokens: each row crosses the wire once
+// in each direction.
+//
+//   1. entry barrier: the partial sums of all ranks are written
+//   2. for each own row: fetch it from all ranks, add the residual, norm, store the norm to all ranks, in place
+//   3. exit barrier: the rows of all ranks have arrived, and nobody reads ours any more
+//
+// In place is safe because only its owner reads a row, and of that only the thread which later overwrites it, after the
+// data has come.
+#pragma once
+#include "row.cuh"
+#include "sync.cuh"
+
+namespace tw {
+
+// Walks over the chunks of a CTA's rows.
+template <class Layout>
+struct Cursor {
+  u32 row;
+  int chunk = 0;
+
+  __device__ __forceinline__ bool last_chunk() const { return chunk == Layout::kChunks - 1; }
+  __device__ __forceinline__ void advance() {
+    if (last_chunk()) {
+      chunk = 0;
+      row += gridDim.x;
+    } else {
+      ++chunk;
+    }
+  }
+};
+
+// kDepth: chunks that a thread has in flight. A chunk's registers are loaded anew as soon as it is summed, so that the wire
+// stays busy through the norm and the stores.
+template <template <class, int> class TransportOf, class Layout, int kWorld, int kDepth>
+__device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
+  using Transport = TransportOf<typename Layout::Element, kWorld>;
+  const Transport transport{site};
+  Barrier<kWorld> barrier(site);
+  Rows<Layout, Transport, kWorld> rows(site);
+
+  const u32 per_rank = (site.rows + kWorld - 1) / kWorld;  // the last ranks may have fewer rows, or none
+  const u32 begin = site.rank * per_rank;
+  const u32 end = min(begin + per_rank, site.rows);
+
+  Chunk<Layout, Transport> chunks[kDepth];
+  Cursor<Layout> next{begin + blockIdx.x}, now = next;
+  const auto fetch = [&](Chunk<Layout, Transport>& chunk) {
+    if (next.row >= end) return;
+    const u64 at = next.row * Layout::kRowBytes;
+    chunk.load(transport, at, site.residual == nullptr ? nullptr : site.residual + at, next.chunk);
+    next.advance();
+  };
+
+  barrier.arrive_and_wait(0);
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) fetch(chunks[i]);
+  while (now.row < end) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      if (now.row >= end) continue;
+      const u64 at = now.row * Layout::kRowBytes;
+      rows.add(chunks[i], now.chunk, [&](u64 offset, uint4 residual) {
+        if (site.whole_residual) {
+          transport.store(site.residual_at + at + offset, residual);
+        } else {
+          ptx::store(site.residual_out + at + offset, residual);
+        }
+      });
+      fetch(chunks[i]);
+      if (now.last_chunk()) {
+        rows.load_weight();
+        rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
+      }
+      now.advance();
+    }
+  }
+  barrier.arrive_and_wait(1);
+  barrier.close();
+}
+
+}  // namespace tw
