@@ -1,0 +1,642 @@
+"""The kernels without a GPU: what NVRTC makes of them, and what they compute when their threads run on a CPU.
+
+The second half compiles the kernel templates with g++ against a stand-in for csrc/ptx.cuh, in which every thread of every
+CTA of every rank is a coroutine, scheduled in random order. That executes the real source, barriers, addressing and
+arithmetic included; what it cannot show is what a weaker memory than the CPU's would do.
+"""
+
+import ctypes
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tw_compile.ops import nvrtc
+from tw_compile.ops.reference import all_reduce_add_norm
+from tw_compile.ops.symmetric import TWO_SHOT_ROWS, Arguments, Layout, macros, own_rows
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HIDDEN = (8, 64, 4096, 5120, 8192, 16384, 32768)
+
+needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"no NVRTC: {nvrtc.missing()}")
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+# ---- What the compilers make of them
+
+
+def disassemble(cubin: bytes, directory: Path) -> str:
+    """SASS, by the cuobjdump of the toolkit or of triton."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="neither a CUDA toolkit nor triton: no cuobjdump")
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        if not tool.exists():
+            pytest.skip("this triton has no cuobjdump")
+    path = directory / "kernel.cubin"
+    path.write_bytes(cubin)
+    return subprocess.run([tool, "-sass", path], check=True, capture_output=True, text=True).stdout
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("transport", ("peer", "multimem"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", ("two_shot", "one_shot"))
+@pytest.mark.parametrize("arch", ("sm_90a", "sm_100a"))
+def test_sass(arch, kernel, dtype, transport, tmp_path):
+    command = nvrtc.options(arch, macros(dtype, 8192, 8, transport))
+    cubin, messages = nvrtc.compile_kernel(kernel, [*command, "--ptxas-options=-v"])
+    assert set(re.findall(r"(\d+) bytes spill", messages)) == {"0"}, messages
+    sass = disassemble(cubin, tmp_path)
+    assert "LDL" not in sass  # the only local memory is the argument list of printf, which only the printf reads
+
+    loads = re.findall(r"(LDG\S*STRONG\.SYS)", sass)
+    multicast_loads = re.findall(r"(LDGMC\S*)", sass)
+    stores = [store for store in re.findall(r"(STG\S*STRONG\.SYS)", sass) if "128" in store]
+    assert stores
+    # All wide accesses are 16 bytes wide, and what is not wide is a flag, an epoch or an error word.
+    assert set(re.findall(r"(?:LDG|STG)\.E\.(\d+|[A-Z])", sass)) <= {"128", "S"}
+    if transport == "peer":
+        assert not multicast_loads
+        wide = [load for load in loads if "128" in load]
+        # Each thread has a vector of each of the 8 ranks in flight, for each vector of its own part of the row.
+        assert len(wide) >= 8 * Layout.of(8192, dtype.itemsize, 8).unroll
+    else:
+        assert not [load for load in loads if "128" in load]
+        expected = {torch.bfloat16: r"(F32|HP)ADD\.BF16x8", torch.float16: r"(F32|HP)ADD\.F16x8", torch.float32: r"ADD.*F32"}[dtype]
+        assert multicast_loads and all(re.search(expected, load) and "SYS" in load for load in multicast_loads)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("world, dtype", [(2, torch.bfloat16), (5, torch.float32), (8, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_no_spills_at_any_size(hidden, world, dtype):
+    for kernel in ("two_shot", "one_shot"):
+        command = nvrtc.options("sm_90a", macros(dtype, hidden, world, "peer"))
+        _, messages = nvrtc.compile_kernel(kernel, [*command, "--ptxas-options=-v"])
+        assert set(re.findall(r"(\d+) bytes spill", messages)) == {"0"}, messages
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("kernel", ("two_shot", "one_shot"))
+def test_nvcc_compiles_too(kernel, tmp_path):
+    defines = [f"-D{name}={value}" for name, value in macros(torch.bfloat16, 4096, 4, "multimem").items()]
+    source = nvrtc.SOURCES / f"{kernel}.cu"
+    command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", "-o", tmp_path / "k.cubin", *defines, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_nvrtc
+def test_cubins_are_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("TW_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    wanted = macros(torch.bfloat16, 64, 2, "peer")
+    first = nvrtc.cubin("one_shot", "sm_90a", wanted)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: pytest.fail("compiled again"))
+    assert nvrtc.cubin("one_shot", "sm_90a", wanted) == first
+    with pytest.raises(pytest.fail.Exception):
+        nvrtc.cubin("one_shot", "sm_90a", {**wanted, "TW_HIDDEN": 128})
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TW_COMPILE_CACHE_DIR", str(tmp_path / "file"))
+    assert nvrtc.cubin("one_shot", "sm_90a", macros(torch.bfloat16, 64, 2, "peer"))
+
+
+@needs_nvrtc
+def test_a_compile_error_shows_the_compilers_message():
+    with pytest.raises(RuntimeError, match="whole number of vectors"):
+        nvrtc.compile_kernel("one_shot", nvrtc.options("sm_90a", {**macros(torch.bfloat16, 64, 2, "peer"), "TW_HIDDEN": 12}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layout_covers_every_row_with_few_registers(dtype):
+    for hidden, world in itertools.product(range(8, 32768 + 1, 8), (2, 8)):
+        layout = Layout.of(hidden, dtype.itemsize, world)
+        vectors = hidden * dtype.itemsize // 16
+        places = layout.threads * layout.unroll * layout.chunks
+        assert vectors <= places
+        assert layout.threads % 32 == 0 and layout.threads <= Layout.MAX_THREADS
+        assert layout.shared_bytes(dtype.itemsize) <= 160 * 1024
+
+
+# ---- What they compute, on a CPU
+
+STAND_IN = r"""
+#pragma once
+#include <ucontext.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using std::min;
+#define __device__
+#define __forceinline__ inline
+#define __noinline__
+
+struct uint4 { u32 x, y, z, w; };
+struct float4 { float x, y, z, w; };
+struct uint3 { u32 x, y, z; };
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
+inline u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
+inline float __fadd_rn(float a, float b) { volatile float r = a + b; return r; }
+inline float __fmul_rn(float a, float b) { volatile float r = a * b; return r; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+
+namespace cpu {
+struct Barrier {
+  u32 arrived = 0, generation = 0;
+};
+struct Cta {
+  uint3 index, grid;
+  u32 threads;
+  Barrier all;
+  std::vector<Barrier> warps;
+  std::vector<float> exchange;
+  std::vector<float4> shared;
+};
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  Cta* cta;
+  uint3 thread;
+  const void* site;
+  void (*kernel)(const void*);
+  u32 stalled = 0;
+  bool done;
+};
+inline Fiber* self;
+inline ucontext_t scheduler;
+inline bool trapped;
+inline std::mt19937 chance;
+inline void yield() { swapcontext(&self->context, &scheduler); }
+inline void pause() { if (chance() % 8 == 0) yield(); }
+inline void meet(Barrier& barrier, u32 count) {
+  const u32 generation = barrier.generation;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else {
+    while (barrier.generation == generation) yield();
+  }
+}
+// The memory behind the multicast address, by rank.
+inline std::vector<char*> workspaces;
+inline char* const kMulticast = reinterpret_cast<char*>(1ull << 60);
+}  // namespace cpu
+
+#define threadIdx (cpu::self->thread)
+#define blockIdx (cpu::self->cta->index)
+#define gridDim (cpu::self->cta->grid)
+inline void __syncthreads() { cpu::meet(cpu::self->cta->all, cpu::self->cta->threads); }
+inline void __trap() {
+  cpu::trapped = true;
+  for (;;) cpu::yield();
+}
+inline float __shfl_xor_sync(u32, float value, int mask) {
+  cpu::Cta& cta = *cpu::self->cta;
+  const u32 me = threadIdx.x;
+  cta.exchange[me] = value;
+  cpu::meet(cta.warps[me / 32], 32);
+  const float other = cta.exchange[me ^ mask];
+  cpu::meet(cta.warps[me / 32], 32);
+  return other;
+}
+
+namespace ptx {
+inline uint4 load(const void* p) { uint4 v; memcpy(&v, p, 16); return v; }
+inline void store(void* p, uint4 v) { memcpy(p, &v, 16); }
+inline uint4 load_sys(const void* p) { cpu::pause(); return load(p); }
+inline void store_sys(void* p, uint4 v) { cpu::pause(); store(p, v); }
+inline uint4 load_constant(const void* p) { return load(p); }
+inline void fence_alias() {}
+inline u32 load_acquire_sys(const u32* p) { cpu::yield(); return *(const volatile u32*)p; }
+inline void store_release_sys(u32* p, u32 v) { cpu::yield(); *(volatile u32*)p = v; }
+inline u32 load_word(const u32* p) { return *p; }
+inline void store_word(u32* p, u32 v) { *p = v; }
+inline u64 global_timer() { static u64 t = 0; return t += 1000; }
+inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
+inline float* shared_memory() { return reinterpret_cast<float*>(cpu::self->cta->shared.data()); }
+
+inline u32 bf16_of(float f) {
+  const u32 v = __float_as_uint(f);
+  return std::isnan(f) ? 0x7fc0u : (v + 0x7fffu + (v >> 16 & 1)) >> 16;
+}
+inline u32 fp16_of(float f) { _Float16 h = f; uint16_t v; memcpy(&v, &h, 2); return v; }
+inline float of_fp16(u32 v) { uint16_t w = v; _Float16 h; memcpy(&h, &w, 2); return h; }
+inline u32 pack_bf16(float low, float high) { return bf16_of(low) | bf16_of(high) << 16; }
+inline u32 pack_fp16(float low, float high) { return fp16_of(low) | fp16_of(high) << 16; }
+inline float unpack_fp16_low(u32 v) { return of_fp16(v & 0xffffu); }
+inline float unpack_fp16_high(u32 v) { return of_fp16(v >> 16); }
+
+template <class Unpack, class Pack>
+uint4 add_all(const void* p, int count, Unpack unpack, Pack pack) {
+  float sum[8] = {};
+  for (char* workspace : cpu::workspaces) {
+    const uint4 v = load(workspace + ((const char*)p - cpu::kMulticast));
+    for (int i = 0; i < count; ++i) sum[i] += unpack(v, i);
+  }
+  return pack(sum);
+}
+inline u32 word(const uint4& v, int i) { u32 w[4]; memcpy(w, &v, 16); return w[i]; }
+inline uint4 multimem_load_add_bf16(const void* p) {
+  return add_all(p, 8, [](uint4 v, int i) { return __uint_as_float(word(v, i / 2) >> (i % 2 * 16) << 16); },
+                 [](float* s) { return make_uint4(pack_bf16(s[0], s[1]), pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]),
+                                                  pack_bf16(s[6], s[7])); });
+}
+inline uint4 multimem_load_add_fp16(const void* p) {
+  return add_all(p, 8, [](uint4 v, int i) { return of_fp16(word(v, i / 2) >> (i % 2 * 16) & 0xffffu); },
+                 [](float* s) { return make_uint4(pack_fp16(s[0], s[1]), pack_fp16(s[2], s[3]), pack_fp16(s[4], s[5]),
+                                                  pack_fp16(s[6], s[7])); });
+}
+inline uint4 multimem_load_add_fp32(const void* p) {
+  return add_all(p, 4, [](uint4 v, int i) { return __uint_as_float(word(v, i)); },
+                 [](float* s) { uint4 v; memcpy(&v, s, 16); return v; });
+}
+inline void multimem_store(void* p, uint4 v) {
+  for (char* workspace : cpu::workspaces) store(workspace + ((char*)p - cpu::kMulticast), v);
+}
+}  // namespace ptx
+"""
+
+DRIVER = r"""
+#include "one_shot.cuh"
+#include "two_shot.cuh"
+
+constexpr int kWorld = TW_WORLD;
+using Site = tw::Site<kWorld>;
+using Layout = tw::Layout<tw::TW_ELEMENT, TW_HIDDEN, TW_THREADS, TW_UNROLL, TW_CHUNKS>;
+static_assert(sizeof(Site) == TW_SITE_BYTES, "the host packs the argument differently");
+
+// A transport that also writes down what it was asked for.
+struct Access { u32 rank, is_store; u64 at; };
+static std::vector<Access> accesses;
+template <class Element, int kWorld>
+struct Recorder : tw::TW_TRANSPORT<Element, kWorld> {
+  using Base = tw::TW_TRANSPORT<Element, kWorld>;
+  void load_reduce(uint4 (&parts)[Base::kParts], u64 at) const {
+    accesses.push_back({Base::site.rank, 0, at});
+    Base::load_reduce(parts, at);
+  }
+  void store(u64 at, uint4 vector) const {
+    accesses.push_back({Base::site.rank, 1, at});
+    Base::store(at, vector);
+  }
+};
+
+static void two_shot(const void* site) { tw::two_shot<Recorder, Layout, kWorld, TW_DEPTH>(*(const Site*)site); }
+static void one_shot(const void* site) { tw::one_shot<Recorder, Layout, kWorld>(*(const Site*)site); }
+
+// One call of one rank: what a stream does before, the launch, what it does after.
+struct Copy { char *to; const char *from; u64 bytes; };
+struct Step { const void* site; u64 is_one_shot, grid; Copy before, after[2]; };
+
+static void body() {
+  cpu::self->kernel(cpu::self->site);
+  cpu::self->done = true;
+  for (;;) cpu::yield();
+}
+
+struct Stream {
+  const Step* steps;
+  u64 next = 0;
+  u32 stalled = 0;
+  std::vector<cpu::Cta> ctas;
+  std::vector<cpu::Fiber> fibers;
+  std::vector<u32> live;
+
+  void begin() {
+    const Step& step = steps[next];
+    if (step.before.bytes) memcpy(step.before.to, step.before.from, step.before.bytes);
+    ctas.assign(step.grid, {});
+    fibers.resize(step.grid * TW_THREADS);
+    for (u32 b = 0; b < step.grid; ++b) {
+      cpu::Cta& cta = ctas[b];
+      cta.index = {b, 0, 0}, cta.grid = {u32(step.grid), 1, 1}, cta.threads = TW_THREADS;
+      cta.warps.resize(TW_THREADS / 32), cta.exchange.resize(TW_THREADS), cta.shared.resize(TW_SHARED / 16);
+      for (u32 t = 0; t < TW_THREADS; ++t) {
+        cpu::Fiber& fiber = fibers[b * TW_THREADS + t];
+        fiber.stack.resize(48 * 1024);
+        fiber.cta = &cta, fiber.thread = {t, 0, 0}, fiber.site = step.site, fiber.done = false;
+        fiber.kernel = step.is_one_shot ? one_shot : two_shot;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, body, 0);
+        live.push_back(b * TW_THREADS + t);
+      }
+    }
+  }
+  void end() {
+    for (const Copy& copy : steps[next].after)
+      if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
+    ++next;
+  }
+};
+
+// 0: all calls ended; 1: a kernel trapped; 2: no end in sight
+extern "C" int run(const Step* steps, u64 count, char** workspaces, u32 seed) {
+  std::mt19937& random = cpu::chance;
+  random.seed(seed);
+  accesses.clear();
+  cpu::trapped = false;
+  cpu::workspaces.assign(workspaces, workspaces + kWorld);
+  std::vector<Stream> streams(kWorld);
+  for (int r = 0; r < kWorld; ++r) streams[r].steps = steps + r * count;
+  for (u64 pass = 0; pass < 10000 * count + 100000; ++pass) {
+    bool busy = false;
+    for (Stream& stream : streams) {
+      if (stream.next == count) continue;
+      busy = true;
+      if (stream.stalled == 0 && random() % 32 == 0) stream.stalled = random() % 64;  // ranks fall behind each other
+      if (stream.stalled != 0 && stream.stalled-- != 0) continue;
+      if (stream.live.empty()) stream.begin();
+      std::shuffle(stream.live.begin(), stream.live.end(), random);
+      for (u32 f : stream.live) {
+        u32& stalled = stream.fibers[f].stalled;
+        if (stalled == 0 && random() % 256 == 0) stalled = random() % 32;  // and so do threads
+        if (stalled != 0 && stalled-- != 0) continue;
+        cpu::self = &stream.fibers[f];
+        swapcontext(&cpu::scheduler, &cpu::self->context);
+        if (cpu::trapped) return 1;
+      }
+      std::erase_if(stream.live, [&](u32 f) { return stream.fibers[f].done; });
+      if (stream.live.empty()) stream.end();
+    }
+    if (!busy) return 0;
+  }
+  return 2;
+}
+
+extern "C" u64 access_count() { return accesses.size(); }
+extern "C" const Access* access_list() { return accesses.data(); }
+"""
+
+
+class Copy(ctypes.Structure):
+    _fields_ = [("to", ctypes.c_void_p), ("from_", ctypes.c_void_p), ("bytes", ctypes.c_uint64)]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        ("site", ctypes.c_void_p),
+        ("is_one_shot", ctypes.c_uint64),
+        ("grid", ctypes.c_uint64),
+        ("before", Copy),
+        ("after", Copy * 2),
+    ]
+
+
+class Access(ctypes.Structure):
+    _fields_ = [("rank", ctypes.c_uint32), ("is_store", ctypes.c_uint32), ("at", ctypes.c_uint64)]
+
+
+class Machine:
+    """W ranks with a workspace each, whose kernels run on the CPU."""
+
+    ROWS = 64  # of a workspace
+    CTAS = 32
+    MULTICAST = 1 << 60
+
+    def __init__(self, directory: Path, dtype, hidden, world, transport):
+        self.dtype, self.hidden, self.world, self.transport = dtype, hidden, world, transport
+        shared = Layout.of(hidden, dtype.itemsize, world).shared_bytes(dtype.itemsize)
+        # a name of its own, as the loader takes one file for another of the same name
+        self.library = directory / f"{dtype}-{hidden}-{world}-{transport}".replace("torch.", "")
+        if not self.library.exists():
+            for path in nvrtc.SOURCES.glob("*.cuh"):
+                shutil.copy(path, directory)
+            (directory / "ptx.cuh").write_text(STAND_IN)
+            (directory / "driver.cpp").write_text(DRIVER)
+            defines = [f"-D{k}={v}" for k, v in {**macros(dtype, hidden, world, transport), "TW_SHARED": shared}.items()]
+            command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *defines, "driver.cpp", "-o", self.library]
+            subprocess.run(command, check=True, cwd=directory)
+        self.run_steps = ctypes.CDLL(str(self.library))
+        self.run_steps.access_list.restype = ctypes.POINTER(Access)
+        self.run_steps.access_count.restype = ctypes.c_uint64
+
+        row = hidden * dtype.itemsize
+        self.staging_at = 2 * self.ROWS * row
+        self.workspaces = [torch.zeros(self.staging_at + 2 * self.CTAS * row, dtype=torch.uint8) for _ in range(world)]
+        self.pads = [torch.zeros(self.CTAS * world, dtype=torch.int32) for _ in range(world)]
+        self.epochs = [torch.full((self.CTAS,), -3, dtype=torch.int32) for _ in range(world)]  # soon wraps through 0
+        for pad in self.pads:
+            pad.fill_(-3)
+        self.error = torch.zeros(6, dtype=torch.int32)
+
+    def arguments(self, rank, timeout_s=1e3) -> Arguments:
+        return Arguments(
+            rank,
+            [w.data_ptr() for w in self.workspaces],
+            [p.data_ptr() for p in self.pads],
+            self.MULTICAST if self.transport == "multimem" else 0,
+            self.epochs[rank].data_ptr(),
+            self.error.data_ptr(),
+            timeout_s,
+            self.ROWS * self.hidden * self.dtype.itemsize,
+            self.staging_at,
+        )
+
+    def region(self, rank, which, rows):
+        row = self.hidden * self.dtype.itemsize
+        begin = which * self.ROWS * row
+        return self.workspaces[rank][begin : begin + rows * row].view(self.dtype).view(rows, self.hidden)
+
+    def run(self, calls, seed=0, one_shot=None, ctas=3, whole=True, timeout_s=1e3, lost=()):
+        """Run calls back to back on all ranks, without any meeting between them other than the kernels' own.
+
+        calls: dicts of partials [W][T, H], residual, weight, bias, eps, scale, offset
+        lost:  ranks that never come
+        Returns [calls][ranks] of (norm, residual); of a sharded residual, rows of others are left as they were.
+        """
+        steps = (Step * (self.world * len(calls)))()
+        results, alive = [], []
+        for number, call in enumerate(calls):
+            results.append([])
+            rows = call["partials"][0].shape[0]
+            small = rows < TWO_SHOT_ROWS if one_shot is None else one_shot
+            for rank in range(self.world):
+                x, residual = self.region(rank, 0, rows), self.region(rank, 1, rows)
+                norm_out, residual_out = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+                arguments = self.arguments(rank, timeout_s)
+                mine = [call[name] for name in ("residual", "bias", "weight")]
+                if mine[0] is not None and not small:  # of others' rows nothing may be read
+                    begin, end = own_rows(rank, self.world, rows)
+                    mine[0] = torch.full_like(mine[0], torch.nan)
+                    mine[0][begin:end] = call["residual"][begin:end]
+                alive += [arguments, *mine]
+                pointers = [0 if t is None else t.data_ptr() for t in mine]
+                weight = call["weight"]
+                arguments.set(
+                    rows, x.data_ptr(), *pointers, x.data_ptr(), residual.data_ptr(), 7,
+                    weight is not None and weight.dtype == torch.float32, whole, call["eps"], call["scale"], call["offset"],
+                )  # fmt: skip
+                step = steps[rank * len(calls) + number]
+                step.site = ctypes.addressof(arguments._buffer)
+                step.is_one_shot = small
+                step.grid = 0 if rank in lost else min(ctas, rows if small else -(-rows // self.world))
+                partial, size = call["partials"][rank], x.numel() * x.itemsize
+                step.before = Copy(x.data_ptr(), partial.data_ptr(), size)
+                step.after[0] = Copy(norm_out.data_ptr(), x.data_ptr(), size)
+                step.after[1] = Copy(residual_out.data_ptr(), residual.data_ptr(), size)
+                results[-1].append((norm_out, residual_out))
+        pointers = (ctypes.c_void_p * self.world)(*(w.data_ptr() for w in self.workspaces))
+        self.status = self.run_steps.run(steps, ctypes.c_uint64(len(calls)), pointers, ctypes.c_uint32(seed))
+        return results
+
+    def accesses(self):
+        found = self.run_steps.access_list()
+        return [(found[i].rank, found[i].is_store, found[i].at) for i in range(self.run_steps.access_count())]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("kernels")
+    return lambda *args: Machine(directory, *args)
+
+
+def example(dtype, hidden, world, rows, seed=0, residual=True, bias=False, weight="same", scale=1.0, offset=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return {
+        "partials": [draw(rows, hidden).to(dtype) for _ in range(world)],
+        "residual": draw(rows, hidden).to(dtype) if residual else None,
+        "bias": draw(hidden).to(dtype) if bias else None,
+        "weight": {"same": draw(hidden).to(dtype), "float": draw(hidden), None: None}[weight],
+        "eps": 1e-5,
+        "scale": scale,
+        "offset": offset,
+    }
+
+
+def assert_right(results, call, world, whole=True, one_shot=False):
+    rows = call["partials"][0].shape[0]
+    norm, residual = all_reduce_add_norm(**call)
+    norms = torch.stack([of_rank[0] for of_rank in results])
+    assert (norms.view(torch.uint8) == norms[:1].view(torch.uint8)).all(), "ranks differ"
+    tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6}[norm.dtype]
+    torch.testing.assert_close(norms[0].float(), norm.float(), rtol=2 * tolerance, atol=tolerance / 16)
+    for rank, (_, mine) in enumerate(results):
+        begin, end = (0, rows) if whole or one_shot else own_rows(rank, world, rows)
+        assert torch.equal(mine[begin:end], residual[begin:end])  # no reduction over the row: every bit
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("world", (2, 3, 5, 8))
+def test_numbers(machine, dtype, world):
+    kernels = machine(dtype, 64, world, "peer")
+    for seed, rows in enumerate((1, 2, 7, 31, 32, 33, 64)):
+        variant = dict(
+            residual=seed % 2 == 0,
+            bias=seed % 3 == 0,
+            weight=("same", "float", None)[seed % 3],
+            scale=(1.0, 0.5)[seed % 2],
+            offset=(0.0, 1.0)[seed // 2 % 2],
+        )
+        call = example(dtype, 64, world, rows, seed, **variant)
+        for whole in (True, False):
+            (result,) = kernels.run([call], seed, whole=whole)
+            assert kernels.status == 0
+            assert_right(result, call, world, whole, rows < TWO_SHOT_ROWS)
+
+
+@needs_gxx
+@pytest.mark.parametrize("hidden, dtype", [(8, torch.float16), (72, torch.bfloat16), (520, torch.float32), (5120, torch.bfloat16), (9216, torch.bfloat16), (4104, torch.float32)], ids=str)
+def test_layouts(machine, hidden, dtype):
+    """Rows that do not fill the last vectors, one chunk or several."""
+    kernels = machine(dtype, hidden, 2, "peer")
+    for rows, one_shot in ((3, True), (7, False)):
+        call = example(dtype, hidden, 2, rows, bias=True, weight="float", offset=1.0)
+        (result,) = kernels.run([call], one_shot=one_shot, ctas=2)
+        assert kernels.status == 0
+        assert_right(result, call, 2)
+
+
+@needs_gxx
+@pytest.mark.parametrize("world", (2, 3, 4))
+def test_back_to_back_calls(machine, world):
+    """Many calls on one workspace with changing sizes and data, no rank waiting for another outside the kernels."""
+    kernels = machine(torch.bfloat16, 64, world, "peer")
+    sizes = (1, 33, 32, 5, 5, 64, 31, 2, 40, 1, 1, 1)
+    for seed in range(8):
+        calls = [example(torch.bfloat16, 64, world, rows, seed * 100 + i) for i, rows in enumerate(sizes)]
+        for result, call in zip(kernels.run(calls, seed, ctas=4), calls):
+            assert_right(result, call, world)
+        assert kernels.status == 0
+
+
+@needs_gxx
+def test_bits_of_a_row_depend_on_its_data_alone(machine):
+    world, rows = 3, 50
+    kernels = machine(torch.bfloat16, 520, world, "peer")
+    call = example(torch.bfloat16, 520, world, rows)
+    (((norm, residual), *_),) = kernels.run([call])
+    for part in (slice(0, 1), slice(17, 20), slice(3, 50)):
+        of_part = {**call, "partials": [p[part].contiguous() for p in call["partials"]]}
+        of_part["residual"] = call["residual"][part].contiguous()
+        for one_shot, ctas in itertools.product((True, False), (1, 3)):
+            (results,) = kernels.run([of_part], one_shot=one_shot, ctas=ctas)
+            for rank in range(world):
+                assert torch.equal(results[rank][0], norm[part]) and torch.equal(results[rank][1], residual[part])
+
+
+@needs_gxx
+@pytest.mark.parametrize("one_shot", (True, False))
+def test_both_transports_touch_every_vector_once_at_the_same_addresses(machine, one_shot):
+    world, rows, hidden, dtype = 3, 31, 72, torch.float16
+    row = hidden * dtype.itemsize
+    call = example(dtype, hidden, world, rows)
+    seen = {}
+    for transport in ("peer", "multimem"):
+        kernels = machine(dtype, hidden, world, transport)
+        (results,) = kernels.run([call], one_shot=one_shot)
+        assert kernels.status == 0
+        norm, _ = all_reduce_add_norm(**call)
+        for rank in range(world):
+            torch.testing.assert_close(results[rank][0].float(), norm.float(), rtol=1e-2, atol=1e-2)
+        seen[transport] = kernels.accesses()
+    assert sorted(seen["peer"]) == sorted(seen["multimem"])
+
+    loads = [(rank, at) for rank, is_store, at in seen["peer"] if not is_store]
+    stores = [at for _, is_store, at in seen["peer"] if is_store]
+    vectors = [at for at in range(0, rows * row, 16)]
+    if one_shot:
+        assert not stores
+        for rank in range(world):  # its staging places may be used again, by another row
+            assert len([at for r, at in loads if r == rank]) == len(vectors)
+            assert all(at >= kernels.staging_at for _, at in loads)
+    else:
+        residual_at = kernels.ROWS * row
+        assert sorted(at for _, at in loads) == vectors
+        assert sorted(stores) == vectors + [residual_at + at for at in vectors]
+        for rank, at in loads:
+            begin, end = own_rows(rank, world, rows)
+            assert begin * row <= at < end * row
+
+
+@needs_gxx
+def test_a_rank_that_never_comes_is_named(machine):
+    world = 3
+    kernels = machine(torch.bfloat16, 64, world, "peer")
+    kernels.run([example(torch.bfloat16, 64, world, 40)], timeout_s=1e-6, lost=(1,))
+    assert kernels.status == 1
+    magic, rank, site, peer, phase, _ = kernels.error.tolist()
+    assert magic & 0xFFFFFFFF == 0x7457F417
+    assert rank in (0, 2) and site == 7 and peer == 1 and phase == 0

@@ -1,0 +1,392 @@
+"""The kernels, and Symmetric around them, on one GPU.
+
+One process plays all ranks: W Symmetric objects, each with a stream and a side stream of its own, over plain CUDA memory in
+place of symmetric memory. The kernels see what they would see on W GPUs, but for the distances. All CTAs of all ranks
+must be resident at the same time, hence few CTAs; nothing may wait for the GPU between the launches of one call.
+"""
+
+import os
+
+# Before CUDA starts: fewer hardware queues than streams would let one rank's kernel wait behind another's.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+import concurrent.futures
+import contextlib
+import itertools
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import torch.distributed._symmetric_memory as symm_mem
+
+from tw_compile.ops import nvrtc, symmetric
+from tw_compile.ops.symmetric import Symmetric, own_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(nvrtc.missing() is not None, reason=f"no NVRTC: {nvrtc.missing()}"),
+]
+
+TOKENS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 64, 100, 257, 1024)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SIZES = [  # dtype, hidden, ranks: each is two kernels to compile
+    *((BF16, 8192, world) for world in (2, 3, 4, 5, 8)),
+    *((BF16, hidden, 8) for hidden in (8, 64, 4096, 5120, 16384, 32768)),
+    *((FP16, 8, 2), (FP16, 5120, 3), (FP16, 4096, 4), (FP16, 32768, 2)),
+    *((FP32, 64, 5), (FP32, 4096, 4), (FP32, 8192, 8), (FP32, 32768, 2)),
+]
+CTAS = 4
+
+
+class Ranks:
+    """W ranks in one process."""
+
+    def __init__(self, world: int, timeout_s: float = 20.0):
+        self.world, self.timeout_s = world, timeout_s
+        self.here = 0  # the rank whose code runs
+        self.banks = []  # of each symmetric allocation: (memories, pads) of all ranks
+        self.allocated = [0] * world
+        with self.stand_ins():
+            self.ranks = [
+                Symmetric(str(rank), torch.device("cuda", torch.cuda.current_device()), False, timeout_s)
+                for rank in range(world)
+            ]
+        self.streams = [torch.cuda.Stream() for _ in range(world)]
+
+    @contextlib.contextmanager
+    def stand_ins(self):
+        """In place of the process group and of symmetric memory."""
+
+        def group(name):
+            return types.SimpleNamespace(rank=lambda: int(name), size=lambda: self.world)
+
+        def empty(size, dtype, device):
+            number, self.allocated[self.here] = self.allocated[self.here], self.allocated[self.here] + 1
+            if number == len(self.banks):
+                memories = [torch.full((size,), 255, dtype=dtype, device=device) for _ in range(self.world)]
+                pads = [torch.zeros(symm_mem.get_signal_pad_size(), dtype=torch.uint8, device=device) for _ in memories]
+                self.banks.append((memories, pads))
+            return self.banks[number][0][self.here]
+
+        def rendezvous(memory, name):
+            memories, pads = next(bank for bank in self.banks if bank[0][int(name)] is memory)
+            return types.SimpleNamespace(
+                rank=int(name),
+                world_size=self.world,
+                multicast_ptr=0,
+                buffer_ptrs=[m.data_ptr() for m in memories],
+                signal_pad_ptrs=[p.data_ptr() for p in pads],
+            )
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(symmetric, "_resolve_process_group", group)
+            patch.setattr(symm_mem, "empty", empty)
+            patch.setattr(symm_mem, "rendezvous", rendezvous)
+            yield
+
+    def each(self, do, begin=True, end=True):
+        """do(Symmetric, rank) for every rank on its stream; the results, in order.
+
+        begin, end: the ranks' streams begin after what the caller's stream has done, and it goes on after them.
+        """
+        caller, results = torch.cuda.current_stream(), []
+        with self.stand_ins():
+            for rank, (implementation, stream) in enumerate(zip(self.ranks, self.streams)):
+                self.here = rank
+                if begin:
+                    stream.wait_stream(caller)
+                with torch.cuda.stream(stream):
+                    results.append(do(implementation, rank))
+        if end:
+            for stream in self.streams:
+                caller.wait_stream(stream)
+        return results
+
+    def workspaces(self, dtype, hidden, rows, slot=2):
+        """Make sure of the workspaces, so that nothing is allocated or loaded while a kernel waits for another."""
+        self.each(lambda s, rank: s._call(slot, dtype, torch.Size((rows, hidden))))
+
+    def poison(self):
+        """NaN over everything but the epochs."""
+        torch.cuda.synchronize()
+        for implementation in self.ranks:
+            for workspace in implementation._workspaces.values():
+                workspace.memory[: workspace.bytes - 4 * workspace.max_ctas].fill_(255)
+
+    def fused(self, x, residual, weight, bias, eps=1e-5, scale=1.0, offset=0.0, shard=False, borrow=False, ctas=CTAS, slot=2):
+        """x: [W, T, H]. Returns [(norm, residual)] of all ranks."""
+        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot)
+        return self.each(
+            lambda s, rank: s.fused(
+                x[rank], residual, weight, bias, eps, scale, offset, ctas, slot, 0, shard, borrow
+            )
+        )
+
+    def overlapped(self, x, residual, weight, bias, eps=1e-5, scale=1.0, offset=0.0, shard=False, borrow=False, ctas=CTAS, slot=0):
+        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot)
+        self.each(lambda s, rank: s.start(x[rank], residual, weight, bias, eps, scale, offset, ctas, slot, 0, shard))
+        return self.each(lambda s, rank: s.wait(slot, borrow))
+
+
+_worlds = {}
+
+
+def ranks(world) -> Ranks:
+    if world not in _worlds:
+        _worlds[world] = Ranks(world)
+    return _worlds[world]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared():
+    """Memory that needs no cudaMalloc later, which could wait for a kernel that waits; and the kernels, in parallel."""
+    del_me = torch.empty(6 << 30, dtype=torch.uint8, device="cuda")
+    del del_me
+    arch = nvrtc.architecture(torch.cuda.get_device_capability())
+    jobs = [
+        (kernel, arch, symmetric.macros(dtype, hidden, world, "peer"))
+        for (dtype, hidden, world), kernel in itertools.product(SIZES, ("two_shot", "one_shot"))
+    ]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: nvrtc.cubin(*job), jobs))
+    yield
+    _worlds.clear()
+
+
+def data(dtype, hidden, world, rows=max(TOKENS), seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device="cuda")  # noqa: E731
+    return {
+        "x": draw(world, rows, hidden).to(dtype),
+        "residual": draw(rows, hidden).to(dtype),
+        "weight": draw(hidden).to(dtype),
+        "float_weight": draw(hidden),
+        "bias": draw(hidden).to(dtype),
+    }
+
+
+def expected(x, residual, weight, bias, eps=1e-5, scale=1.0, offset=0.0):
+    """In float64, unrounded."""
+    r = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
+    for partial in x:
+        r += partial.double()
+    if bias is not None:
+        r += bias.double()
+    r *= scale
+    if residual is not None:
+        r += residual.double()
+    norm = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + eps)
+    return norm if weight is None else norm * (weight.double() + offset), r
+
+
+def assert_close(got, wanted):
+    """Correct to one rounding, and to what float32 sums of a few values lose."""
+    half_ulp = {BF16: 2.0**-9, FP16: 2.0**-12, FP32: 2.0**-20}[got.dtype]
+    error = (got.double() - wanted).abs()
+    assert bool((error <= 1.02 * half_ulp * wanted.abs() + 4e-6).all()), f"worst error {error.max().item():.3e}"
+
+
+def assert_same(a, b):
+    assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype, hidden, world", SIZES, ids=str)
+def test_numbers(dtype, hidden, world):
+    """Every token count, the options in turn, against float64; over poisoned memory."""
+    group, d = ranks(world), data(dtype, hidden, world)
+    for i, rows in enumerate(TOKENS):
+        residual = d["residual"][:rows] if i % 4 != 3 else None
+        weight = (d["weight"], d["float_weight"], None)[i % 3]
+        bias = d["bias"] if i % 5 == 2 else None
+        options = dict(scale=(1.0, 0.25)[i // 2 % 2], offset=(0.0, 1.0)[i % 2])
+        shard, borrow = i % 3 == 0, i % 2 == 0
+        x = d["x"][:, :rows]
+        norm, r = expected(x, residual, weight, bias, **options)
+        for run in (group.fused, group.overlapped):
+            group.workspaces(dtype, hidden, rows, 2 if run == group.fused else 0)
+            group.poison()
+            results = run(x, residual, weight, bias, **options, shard=shard, borrow=borrow)
+            assert_close(results[0][0], norm)
+            for rank, (norm_of_rank, residual_of_rank) in enumerate(results):
+                assert_same(norm_of_rank, results[0][0])
+                begin, end = own_rows(rank, world, rows) if shard and rows >= symmetric.TWO_SHOT_ROWS else (0, rows)
+                assert_close(residual_of_rank[begin:end], r[begin:end])
+                if not shard:
+                    assert_same(residual_of_rank, results[0][1])
+
+
+@pytest.mark.parametrize("dtype, hidden, world", [(BF16, 8192, 8), (BF16, 5120, 8), (FP16, 5120, 3), (FP32, 64, 5)], ids=str)
+def test_bits_of_a_row_depend_on_its_data_alone(dtype, hidden, world):
+    """Not on the batch, the kernel, the number of CTAs, or the run."""
+    group, d = ranks(world), data(dtype, hidden, world)
+    norm, residual = group.fused(d["x"], d["residual"], d["weight"], d["bias"])[0]
+    for begin, rows, ctas in [(0, 1, 0), (5, 31, 0), (5, 32, 1), (5, 32, 4), (40, 33, 2), (511, 257, 3), (0, 1024, 5)]:
+        end = begin + rows
+        for _ in range(3):
+            for result in group.fused(
+                d["x"][:, begin:end], d["residual"][begin:end], d["weight"], d["bias"], ctas=ctas
+            ):
+                assert_same(result[0], norm[begin:end])
+                assert_same(result[1], residual[begin:end])
+
+
+@pytest.mark.parametrize("world", (2, 3, 8))
+def test_200_calls_back_to_back(world):
+    """On the same buffers with changing data and sizes, and no host synchronisation."""
+    group, hidden, dtype = ranks(world), 8192, BF16
+    sets = [data(dtype, hidden, world, rows=64, seed=seed) for seed in range(4)]
+    sizes = [(7 * i * i + 3 * i) % 64 + 1 for i in range(200)]
+    wanted = [group.fused(d["x"], d["residual"], d["weight"], None)[0][0].clone() for d in sets]
+    for rows in (1, 64):
+        group.workspaces(dtype, hidden, rows)
+    torch.cuda.synchronize()
+    results = []
+    for i, rows in enumerate(sizes):
+        d = sets[i % len(sets)]
+        results.append(
+            group.each(
+                lambda s, rank: s.fused(
+                    d["x"][rank, :rows], d["residual"][:rows], d["weight"], None, 1e-5, 1.0, 0.0, 2, 2, i, False, False
+                )[0],
+                begin=False,
+                end=False,
+            )
+        )
+    torch.cuda.synchronize()
+    for i, rows in enumerate(sizes):
+        for norm in results[i]:
+            assert_same(norm, wanted[i % len(sets)][:rows])
+
+
+def test_sharded_residual_through_consecutive_sites():
+    """As a woven model has it: the GEMM writes the workspace, the residual stays in it, the last site makes it whole."""
+    world, hidden, rows, dtype = 4, 8192, 100, BF16
+    group, d = ranks(world), data(dtype, hidden, world, rows)
+    a = torch.randn(world, rows, 64, device="cuda").to(dtype)
+    b = (torch.randn(world, 64, hidden, device="cuda") / 8).to(dtype)
+    for slot in (0, 1):
+        group.workspaces(dtype, hidden, rows, slot)
+    residual, residuals = d["residual"], [d["residual"]] * world
+    for site, shard in enumerate((True, True, False)):
+        partials = torch.stack([torch.mm(a[rank], b[rank]) for rank in range(world)])
+        wanted = group.fused(partials, residual, d["weight"], None)
+        residual = wanted[0][1]
+        xs = group.each(lambda s, rank: s.linear(a[rank], b[rank], None, 0))
+        for rank, x in enumerate(xs):
+            assert_same(x, partials[rank])
+        group.each(lambda s, rank: s.start(xs[rank], residuals[rank], d["weight"], None, 1e-5, 1.0, 0.0, CTAS, 0, site, shard))
+        results = group.each(lambda s, rank: s.wait(0, True))
+        residuals = [result[1] for result in results]
+        for rank, (norm, mine) in enumerate(results):
+            assert_same(norm, wanted[0][0])
+            begin, end = own_rows(rank, world, rows) if shard else (0, rows)
+            assert_same(mine[begin:end], residual[begin:end])
+
+
+@pytest.mark.parametrize("rows", (5, 100))
+def test_cuda_graphs(rows):
+    """Captured once on every rank, replayed with other data."""
+    world, hidden = 2, 8192
+    group, d = ranks(world), data(BF16, hidden, world, rows)
+    x = d["x"].clone()
+    group.overlapped(x, d["residual"], d["weight"], None, slot=1)
+    graphs, outputs = [], []
+    with group.stand_ins():
+        for rank, s in enumerate(group.ranks):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=group.streams[rank]):
+                for _ in range(3):
+                    s.start(x[rank], d["residual"], d["weight"], None, 1e-5, 1.0, 0.0, CTAS, 1, 0, False)
+                    output = s.wait(1, False)
+            graphs.append(graph)
+            outputs.append(output)
+    for seed in range(3):
+        x.copy_(data(BF16, hidden, world, rows, seed)["x"])
+        wanted = group.fused(x, d["residual"], d["weight"], None)
+        group.each(lambda s, rank: graphs[rank].replay())
+        torch.cuda.synchronize()
+        for output in outputs:
+            assert_same(output[0], wanted[0][0])
+            assert_same(output[1], wanted[0][1])
+
+
+def test_any_strides_and_alignment():
+    world, hidden, rows = 2, 8192, 40
+    group, d = ranks(world), data(BF16, hidden, world, rows)
+    for rows in (3, 40):
+        x, residual = d["x"][:, :rows], d["residual"][:rows]
+        wanted = group.fused(x, residual, d["weight"], None)
+        strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+        shifted = torch.cat([d["weight"][:1], d["weight"]])[1:]
+        results = group.fused(strided, residual.t().contiguous().t(), shifted, None)
+        batched = group.fused(x.view(world, 1, rows, hidden), residual.view(1, rows, hidden), d["weight"], None)
+        for rank in range(world):
+            assert_same(results[rank][0], wanted[0][0])
+            assert_same(batched[rank][0][0], wanted[0][0])
+            assert batched[rank][0].shape == batched[rank][1].shape == (1, rows, hidden)
+
+
+def test_no_tokens():
+    group = ranks(2)
+    x = torch.empty(2, 0, 8192, dtype=BF16, device="cuda")
+    for norm, residual in (*group.fused(x, None, None, None), *group.overlapped(x, None, None, None)):
+        assert norm.shape == residual.shape == (0, 8192)
+
+
+def test_a_start_without_wait_is_forgotten():
+    world, rows = 2, 40
+    group, d = ranks(world), data(BF16, 8192, 2, rows)
+    group.workspaces(BF16, 8192, rows, 0)
+    group.each(lambda s, rank: s.start(d["x"][rank], None, None, None, 1e-5, 1.0, 0.0, CTAS, 0, 0, False))
+    results = group.overlapped(d["x"], d["residual"], d["weight"], None)
+    assert_close(results[0][0], expected(d["x"], d["residual"], d["weight"], None)[0])
+    with pytest.raises(RuntimeError, match="nothing was started"):
+        group.each(lambda s, rank: s.wait(0, False))
+
+
+def test_what_it_refuses():
+    group = ranks(2)
+    x = torch.zeros(2, 40, 8192, dtype=BF16, device="cuda")
+    group.workspaces(BF16, 8192, 40)
+    for match, change in [
+        ("residual is", dict(residual=torch.zeros(40, 8192, device="cuda"))),
+        ("weight is", dict(weight=torch.zeros(8192, dtype=FP16, device="cuda"))),
+        ("bias is", dict(bias=torch.zeros(8192, device="cuda"))),
+        ("signal pad", dict(ctas=100_000)),
+    ]:
+        with pytest.raises(RuntimeError, match=match):
+            group.fused(x, **{"residual": None, "weight": None, "bias": None, **change})
+    with pytest.raises(RuntimeError, match="multiples of 8"):
+        group.fused(x[..., :12], None, None, None)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="run once un-captured"), group.stand_ins(), torch.cuda.graph(graph):
+        group.ranks[0].fused(
+            torch.zeros(40, 8192, dtype=BF16, device="cuda"), None, None, None, 1e-5, 1.0, 0.0, 0, 7, 0, False, False
+        )
+
+
+LOST = """
+import torch
+from tests.test_kernel_gpu import Ranks, BF16
+group = Ranks(2, timeout_s=0.3)
+x = torch.zeros(40, 8192, dtype=BF16, device="cuda")
+group.workspaces(BF16, 8192, 40)
+first = lambda: group.ranks[0].fused(x, None, None, None, 1e-5, 1.0, 0.0, 0, 2, 11, False, True)
+with group.stand_ins():
+    first()
+    try:
+        torch.cuda.synchronize()
+        print("no error")
+    except RuntimeError:
+        first()
+"""
+
+
+def test_a_lost_rank_is_named():
+    """In a process of its own, as the CUDA context is lost."""
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "rank 0 waited 0.3 s for rank 1 to begin the all-reduce of site 11" in done.stderr, done.stderr[-2000:]

@@ -1,0 +1,541 @@
+"""The sites over symmetric memory: one kernel launch each, in which the ranks read and write each other's memory.
+
+A *workspace* is memory that all ranks have mapped: ``rows`` rows of activations, where partial sums come in and norms go
+out; as many of the residual; and what the kernels need themselves. There is one for each slot, dtype, hidden size and power
+of two of rows. It is made on first use, by all ranks together, and stays where it is for good: the pointers are in
+captured CUDA graphs.
+
+Two kernels (``csrc/``): from ``TWO_SHOT_ROWS`` tokens on each rank finishes a part of the rows for all; below, each finishes
+all for itself. Which rank owns which row: ``own_rows``.
+"""
+
+import concurrent.futures
+import ctypes
+import os
+import struct
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from . import nvrtc
+
+# Tokens from which each row is reduced by one rank only.
+TWO_SHOT_ROWS = 32
+
+# CTAs of a two-shot kernel if the caller leaves it open: with nothing beside it, and beside GEMMs.
+CTAS_ALONE = 16
+CTAS_BESIDE_GEMMS = 8
+
+MAX_HIDDEN = 32768
+
+_ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+# csrc/sync.cuh, kErrorMagic
+_ERROR_MAGIC = 0x7457F417
+_ERROR_WORDS = 6
+
+
+def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
+    """The rows [begin, end) that a rank owns in a two-shot call: equal parts, but for the last ranks'."""
+    part = -(-rows // world)
+    return min(rank * part, rows), min((rank + 1) * part, rows)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the threads of a CTA share a row (csrc/row.cuh): the same for all kernels, as the order of summation hangs on it.
+
+    threads: of a CTA
+    unroll:  16-byte vectors of a thread in a chunk
+    chunks:  in a row
+    depth:   chunks that a two-shot thread has in flight; has no influence on the bits
+    """
+
+    threads: int
+    unroll: int
+    chunks: int
+    depth: int
+
+    # In flight in a CTA: on an H200, four CTAs with as much take as many bytes off NVLink as any number can.
+    BYTES_IN_FLIGHT = 128 * 1024
+    MAX_THREADS = 512
+    MAX_DEPTH = 8
+
+    @classmethod
+    def of(cls, hidden: int, itemsize: int, world: int) -> "Layout":
+        vectors = hidden * itemsize // 16
+        unroll = 2 if vectors > 32 else 1
+        chunks = -(-vectors // (cls.MAX_THREADS * unroll))
+        threads = -(-vectors // (chunks * unroll * 32)) * 32
+        # A quarter of the register file for each quarter of the warps.
+        registers = min(255, 16384 // (32 * -(-threads // 128)) // 8 * 8)
+        registers_of_chunk = unroll * (world + 1) * 4
+        fitting = (registers - 64) // registers_of_chunk
+        wanted = -(-cls.BYTES_IN_FLIGHT // (threads * unroll * world * 16))
+        return cls(threads, unroll, chunks, max(1, min(fitting, wanted, cls.MAX_DEPTH)))
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Dynamic shared memory: scratch for the sums, and the row in float32 unless it fits into registers."""
+        row = self.threads * self.unroll * self.chunks * (16 // itemsize) * 4 if self.chunks > 1 else 0
+        return 2 * 32 * 4 + row
+
+
+def macros(dtype: torch.dtype, hidden: int, world: int, transport: str) -> dict[str, object]:
+    """What a kernel is compiled for. transport: "peer" or "multimem"."""
+    layout = Layout.of(hidden, dtype.itemsize, world)
+    return {
+        "TW_ELEMENT": _ELEMENTS[dtype],
+        "TW_HIDDEN": hidden,
+        "TW_WORLD": world,
+        "TW_TRANSPORT": transport.capitalize(),
+        "TW_THREADS": layout.threads,
+        "TW_UNROLL": layout.unroll,
+        "TW_CHUNKS": layout.chunks,
+        "TW_DEPTH": layout.depth,
+        "TW_SITE_BYTES": Arguments.size(world),
+    }
+
+
+class Arguments:
+    """The argument of a launch (csrc/site.cuh, Site), packed once but for what changes from call to call.
+
+    All pointers are addresses; ``workspaces`` and ``pads`` in rank order.
+    """
+
+    _CALL = struct.Struct("<I6Q3I3f")
+
+    def __init__(self, rank, workspaces, pads, multicast, epochs, error, timeout_s, residual_at, staging_at):
+        world = len(workspaces)
+        turned = [(rank + i) % world for i in range(world)]
+        fixed = struct.Struct(f"<{2 * world + 6}QI")
+        self._buffer = ctypes.create_string_buffer(self.size(world))
+        self._at = fixed.size
+        fixed.pack_into(
+            self._buffer,
+            0,
+            *(workspaces[r] for r in turned),
+            *(pads[r] for r in turned),
+            multicast,
+            epochs,
+            error,
+            int(timeout_s * 1e9),
+            residual_at,
+            staging_at,
+            rank,
+        )
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
+        self.address = ctypes.addressof(self._pointers)
+
+    @classmethod
+    def size(cls, world: int) -> int:
+        return struct.calcsize(f"<{2 * world + 6}QI") + cls._CALL.size
+
+    def set(
+        self, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, whole, eps, scale, offset
+    ) -> None:
+        self._CALL.pack_into(
+            self._buffer, self._at, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float,
+            whole, eps, scale, offset,
+        )  # fmt: skip
+
+
+class _ErrorRecord:
+    """Where a kernel that gives up waiting says so: pinned host memory, readable when the CUDA context is lost."""
+
+    def __init__(self, timeout_s: float):
+        self._memory = torch.zeros(_ERROR_WORDS, dtype=torch.int32, pin_memory=True)
+        self.address = self._memory.data_ptr()
+        self._words = (ctypes.c_uint32 * _ERROR_WORDS).from_address(self.address)
+        self._timeout_s = timeout_s
+
+    def raise_if_set(self, cause: BaseException | None = None) -> None:
+        if self._words[0] != _ERROR_MAGIC:
+            return
+        _, rank, site, peer, phase, _ = self._words
+        place = "at the end of" if phase else "to begin"
+        raise RuntimeError(
+            f"rank {rank} waited {self._timeout_s:g} s for rank {peer} {place} the all-reduce of site {site}, and gave up. "
+            f"Either rank {peer} has died or hangs: see its log; or it runs another number of tokens, or another model: "
+            "all ranks of a tensor-parallel group must run the same. The CUDA context is lost: start all ranks again."
+        ) from cause
+
+
+class _Workspace:
+    """Symmetric memory for calls of up to ``rows`` rows, and the kernels that work on it. A collective of the group.
+
+    activations, residual: [rows, hidden] tensors
+    """
+
+    def __init__(self, owner: "Symmetric", dtype: torch.dtype, hidden: int, rows: int):
+        import torch.distributed._symmetric_memory as symm_mem
+
+        rank, world = owner.rank, owner.world
+        torch.cuda.set_device(owner.device)
+        signal_words = symm_mem.get_signal_pad_size() // 4
+        self.max_ctas = signal_words // world
+        row_bytes = hidden * dtype.itemsize
+        one_shot = rows == TWO_SHOT_ROWS
+        region = rows * row_bytes
+        staging = 2 * (TWO_SHOT_ROWS - 1) * row_bytes if one_shot else 0
+        self.bytes = 2 * region + staging + 4 * self.max_ctas
+
+        memory = symm_mem.empty(self.bytes, dtype=torch.uint8, device=owner.device)
+        memory.zero_()  # the epochs
+        # No rank leaves the rendezvous before all have come here: nobody's flag can be overwritten by another's zeros.
+        torch.cuda.synchronize(owner.device)
+        handle = symm_mem.rendezvous(memory, owner.group_name)
+        if handle.rank != rank or handle.world_size != world:
+            raise RuntimeError(f"rendezvous of group {owner.group_name} gave rank {handle.rank} of {handle.world_size}")
+        if owner.name == "multimem" and handle.multicast_ptr == 0:
+            raise RuntimeError("the group's symmetric memory has no multicast address: use transport 'peer'")
+
+        here = memory.data_ptr()
+        offset = here - handle.buffer_ptrs[rank]
+        self.memory, self.handle = memory, handle
+        self.activations = memory[:region].view(dtype).view(rows, hidden)
+        self.residual = memory[region : 2 * region].view(dtype).view(rows, hidden)
+        self.arguments = Arguments(
+            rank,
+            [pointer + offset for pointer in handle.buffer_ptrs],
+            handle.signal_pad_ptrs,
+            handle.multicast_ptr if owner.name == "multimem" else 0,
+            here + 2 * region + staging,
+            owner.error.address,
+            owner.timeout_s,
+            region,
+            2 * region,
+        )
+        names = ("two_shot", "one_shot") if one_shot else ("two_shot",)
+        self.kernels = {name: owner.kernel(name, dtype, hidden) for name in names}
+
+
+class _Call:
+    """What calls on inputs of one shape, in one slot, have in common."""
+
+    def __init__(self, owner: "Symmetric", workspace: _Workspace, shape: torch.Size, rows: int):
+        self.shape, self.rows, self.workspace, self.arguments = shape, rows, workspace, workspace.arguments
+        self.activations = workspace.activations[:rows].view(shape)
+        self.residual = workspace.residual[:rows].view(shape)
+        self.activations_at, self.residual_at = self.activations.data_ptr(), self.residual.data_ptr()
+        self.one_shot = rows < TWO_SHOT_ROWS
+        self.kernel = workspace.kernels["one_shot" if self.one_shot else "two_shot"]
+        # The rows of the rank that has most: there are never more CTAs than rows for them.
+        self.most_rows = rows if self.one_shot else -(-rows // owner.world)
+
+    def grid(self, ctas: int, otherwise: int) -> int:
+        """The number of CTAs, the same on all ranks. ctas: the caller's wish, 0 for none."""
+        if ctas > self.workspace.max_ctas:
+            raise RuntimeError(
+                f"{ctas} CTAs do not fit into the signal pad of symmetric memory, which has room for "
+                f"{self.workspace.max_ctas}: ask for fewer, or call "
+                "torch.distributed._symmetric_memory.set_signal_pad_size before the first use"
+            )
+        return min(ctas or (self.most_rows if self.one_shot else otherwise), self.most_rows)
+
+
+class Symmetric:
+    """Sites over symmetric memory. One for each process group and device.
+
+    name: "peer", loads and stores through a pointer to each rank's memory; or "multimem", through NVLink multicast, where
+          the switch adds
+    All ranks must make the same calls in the same order. x is bfloat16, float16 or float32, its last dimension H a multiple
+    of 8 up to 32768; all others are tokens. Errors of a lost or late rank are RuntimeErrors that name it.
+    """
+
+    def __init__(self, group_name: str, device: torch.device, multicast: bool, timeout_s: float = 600.0):
+        """No collective. timeout_s: how long a kernel waits for another rank, which may be compiling, say."""
+        group = _resolve_process_group(group_name)
+        self.name = "multimem" if multicast else "peer"
+        self.group_name, self.timeout_s = group_name, timeout_s
+        self.rank, self.world = group.rank(), group.size()
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self.error = _ErrorRecord(timeout_s)
+        self._workspaces = {}  # (slot, dtype, hidden, rows) -> _Workspace
+        self._calls = {}  # (slot, dtype, shape) -> _Call
+        self._kernels = {}  # (name, dtype, hidden) -> Kernel
+        self._pending = {}  # slot -> what wait() needs of start()
+        self._driver, _ = nvrtc._bindings()
+        self._side = torch.cuda.Stream(self.device, priority=-1)  # ahead of the GEMMs when an SM becomes free
+        self._events = {}  # slot -> (fork, done)
+
+    @staticmethod
+    def unavailable(group_name: str, device: torch.device, multicast: bool) -> str | None:
+        """Why this rank cannot use the transport, as far as it can tell alone; None if it can."""
+        if device.type != "cuda" or torch.version.cuda is None:
+            return "it needs NVIDIA GPUs"
+        world = _resolve_process_group(group_name).size()
+        if not 2 <= world <= 8:
+            return f"it joins 2 to 8 ranks, and the group has {world}"
+        if reason := nvrtc.missing():
+            return reason
+        index = torch.cuda.current_device() if device.index is None else device.index
+        needed, capability = ((9, 0) if multicast else (8, 0)), torch.cuda.get_device_capability(index)
+        if capability < needed:
+            return f"it needs compute capability {needed[0]}.{needed[1]}, and this GPU has {capability[0]}.{capability[1]}"
+        if reason := _not_neighbours(group_name, index):
+            return reason
+        if multicast and not _has_multicast(index):
+            return "there is no NVLink multicast here, or it is switched off"
+        return None
+
+    # ---- The ops
+
+    def linear(self, a: Tensor, b: Tensor, bias: Tensor | None, slot: int) -> Tensor:
+        """a @ b (+ bias), written where start() and fused() of the slot need no copy.
+
+        a: [M, K]; b: [K, H]; bias: [H] or None. Returns [M, H] in the workspace: valid until the slot is next used.
+        """
+        try:
+            if slot in self._pending:
+                self._abandon(slot)
+            shape = torch.Size((a.shape[0], b.shape[1]))
+            if 0 in shape:
+                return a.new_empty(shape)
+            out = self._call(slot, a.dtype, shape).activations
+            return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+        except RuntimeError as error:
+            self.error.raise_if_set(error)
+            raise
+
+    def start(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        scale: float,
+        offset: float,
+        ctas: int,
+        slot: int,
+        site: int,
+        shard: bool,
+    ) -> None:
+        """Begin a site on the side stream; wait() gives its results.
+
+        x:        [..., H] this rank's partial sums
+        residual: [..., H], dtype and shape of x, or None; where there are TWO_SHOT_ROWS tokens or more, read in own_rows only
+        weight:   [H], of x's dtype or float32, or None for ones; used as ``weight + offset``
+        bias:     [H], of x's dtype, or None; added to the sum, which then is multiplied by ``scale``
+        ctas:     CTAs of the kernel; 0 leaves it open
+        site:     number for error messages
+        shard:    the new residual need only be valid in own_rows
+        """
+        try:
+            self.error.raise_if_set()
+            if slot in self._pending:
+                self._abandon(slot)
+            if x.numel() == 0:
+                self._pending[slot] = None, x, shard, None
+                return
+            call = self._call(slot, x.dtype, x.shape)
+            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+            held = self._prepare(
+                call, x, residual, weight, bias, eps, scale, offset, site, shard, call.activations_at, call.residual_at
+            )
+            driver, side = self._driver, self._side.cuda_stream
+            fork, done = self._events.get(slot) or self._make_events(slot)
+            self._check(driver.cuEventRecord(fork, stream))
+            self._check(driver.cuStreamWaitEvent(side, fork, 0))
+            call.kernel.launch(call.grid(ctas, CTAS_BESIDE_GEMMS), side, call.arguments.address)
+            self._check(driver.cuEventRecord(done, side))
+            self._pending[slot] = call, x, shard, held
+        except RuntimeError as error:
+            self.error.raise_if_set(error)
+            raise
+
+    def wait(self, slot: int, borrow: bool) -> tuple[Tensor, Tensor]:
+        """What the slot's start() began: (norm, residual), both [..., H] in x's dtype.
+
+        borrow: the norm may be memory of the workspace, valid until the slot is next used; otherwise it is a new tensor.
+        With ``shard`` the residual is memory of the workspace.
+        """
+        if slot not in self._pending:
+            raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
+        try:
+            call, x, shard, _ = self._pending.pop(slot)
+            if call is None:
+                return _like(x), _like(x)
+            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+            self._check(self._driver.cuStreamWaitEvent(stream, self._events[slot][1], 0))
+            return (
+                call.activations if borrow else call.activations.clone(),
+                call.residual if shard else call.residual.clone(),
+            )
+        except RuntimeError as error:
+            self.error.raise_if_set(error)
+            raise
+
+    def fused(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        scale: float,
+        offset: float,
+        ctas: int,
+        slot: int,
+        site: int,
+        shard: bool,
+        borrow: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """start() and wait() in one, on the current stream."""
+        try:
+            self.error.raise_if_set()
+            if slot in self._pending:
+                self._abandon(slot)
+            if x.numel() == 0:
+                return _like(x), _like(x)
+            call = self._call(slot, x.dtype, x.shape)
+            norm, new_residual = call.activations, call.residual
+            if call.one_shot:  # it writes for this rank only, and can do so anywhere
+                norm = norm if borrow else _like(x)
+                new_residual = new_residual if shard else _like(x)
+            self._prepare(
+                call, x, residual, weight, bias, eps, scale, offset, site, shard, norm.data_ptr(), new_residual.data_ptr()
+            )
+            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+            call.kernel.launch(call.grid(ctas, CTAS_ALONE), stream, call.arguments.address)
+            if call.one_shot:
+                return norm, new_residual
+            return norm if borrow else norm.clone(), new_residual if shard else new_residual.clone()
+        except RuntimeError as error:
+            self.error.raise_if_set(error)
+            raise
+
+    def workspace_bytes(self) -> int:
+        """Bytes of symmetric memory held on this rank."""
+        return sum(workspace.bytes for workspace in self._workspaces.values())
+
+    # ---- Behind them
+
+    def kernel(self, name: str, dtype: torch.dtype, hidden: int) -> nvrtc.Kernel:
+        key = name, dtype, hidden
+        if key not in self._kernels:
+            arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
+            image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.name))
+            layout = Layout.of(hidden, dtype.itemsize, self.world)
+            self._kernels[key] = nvrtc.Kernel(image, name, layout.threads, layout.shared_bytes(dtype.itemsize))
+        return self._kernels[key]
+
+    def _call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> _Call:
+        key = slot, dtype, shape
+        call = self._calls.get(key)
+        if call is None:
+            hidden = shape[-1]
+            if dtype not in _ELEMENTS:
+                raise RuntimeError(f"dtype {dtype}: the kernels are for bfloat16, float16 and float32")
+            if hidden % 8 or hidden > MAX_HIDDEN:
+                raise RuntimeError(f"hidden size {hidden}: the kernels take multiples of 8 up to {MAX_HIDDEN}")
+            rows = shape.numel() // hidden
+            call = self._calls[key] = _Call(self, self._workspace(slot, dtype, hidden, rows), shape, rows)
+        return call
+
+    def _workspace(self, slot: int, dtype: torch.dtype, hidden: int, rows: int) -> _Workspace:
+        bucket = max(TWO_SHOT_ROWS, 1 << (rows - 1).bit_length())
+        key = slot, dtype, hidden, bucket
+        if key not in self._workspaces:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"no workspace yet for {rows} tokens of {dtype} [{hidden}], and none can be made while a CUDA graph is "
+                    "captured: run once un-captured at this size first"
+                )
+            # In a thread of its own, as what is allocated there belongs to nobody else: not to the memory pool of CUDA
+            # graphs that are about to be captured, nor to an inference mode.
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                self._workspaces[key] = thread.submit(_Workspace, self, dtype, hidden, bucket).result()
+        return self._workspaces[key]
+
+    def _prepare(
+        self, call, x, residual, weight, bias, eps, scale, offset, site, shard, norm_out: int, residual_out: int
+    ) -> tuple:
+        """Bring the inputs to where the kernel reads them, on the current stream, and pack its arguments.
+
+        Returns what must stay alive until the kernel has run.
+        """
+        if residual is not None and (residual.dtype is not x.dtype or residual.shape != x.shape):
+            raise RuntimeError(f"residual is {residual.dtype} {[*residual.shape]}, but x {x.dtype} {[*x.shape]}")
+        if weight is not None and weight.dtype is not x.dtype and weight.dtype is not torch.float32:
+            raise RuntimeError(f"weight is {weight.dtype}; beside {x.dtype} it must be that, or float32")
+        if bias is not None and bias.dtype is not x.dtype:
+            raise RuntimeError(f"bias is {bias.dtype}; beside {x.dtype} it must be the same")
+        if call.one_shot:
+            x = _readable(x)
+        elif x.data_ptr() != call.activations_at or not x.is_contiguous():
+            call.activations.copy_(x)
+        residual, weight, bias = _readable(residual), _readable(weight), _readable(bias)
+        call.arguments.set(
+            call.rows,
+            x.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            norm_out,
+            residual_out,
+            site,
+            weight is not None and weight.dtype is torch.float32,
+            not shard,
+            eps,
+            scale,
+            offset,
+        )
+        return x, residual, weight, bias
+
+    def _make_events(self, slot: int) -> tuple:
+        flags = self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        self._events[slot] = tuple(nvrtc.check(self._driver.cuEventCreate(flags)) for _ in range(2))
+        return self._events[slot]
+
+    def _abandon(self, slot: int) -> None:
+        """Forget a start() without wait(): its run failed in between. Its kernel may not have ended."""
+        call, *_ = self._pending.pop(slot)
+        if call is not None and not torch.cuda.is_current_stream_capturing():
+            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+            # Fails if that run was a capture; then no kernel runs either.
+            self._driver.cuStreamWaitEvent(stream, self._events[slot][1], 0)
+
+    @staticmethod
+    def _check(answer: tuple) -> None:
+        if answer[0] != 0:
+            nvrtc.check(answer)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _readable(t: Tensor | None) -> Tensor | None:
+    """t as the kernels can read it: contiguous, and 16-byte aligned."""
+    if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _not_neighbours(group_name: str, index: int) -> str | None:
+    """Why the GPUs of the group cannot reach each other's memory, as far as this rank can know."""
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # set by torchrun
+    if on_host == 0:
+        return None
+    ranks = dist.get_process_group_ranks(_resolve_process_group(group_name))
+    if len({rank // on_host for rank in ranks}) > 1:
+        return "the ranks of the group are not all on one host"
+    if torch.cuda.device_count() < on_host:
+        return None  # each rank sees GPUs of its own
+    for device in (rank % on_host for rank in ranks):
+        if device != index and not torch.cuda.can_device_access_peer(index, device):
+            return f"GPU {index} cannot reach the memory of GPU {device}"
+    return None
+
+
+def _has_multicast(index: int) -> bool:
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0") not in ("", "0"):
+        return False
+    return _SymmetricMemory.has_multicast_support(DeviceType.CUDA, index)
