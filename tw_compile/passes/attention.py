@@ -70,23 +70,26 @@ def _attention(node, axes):
         return None
     axis, outputs = axes[query], (axes[query],) * len(value(node))
     kv = [a for a in (key, val) if a in axes]
+    of_mask = _axis_of_mask(mask, axis) if mask is not None else None
+    if mask in axes and axes[mask] != of_mask:
+        return None
+    slices = {mask: of_mask} if of_mask is not None and mask not in axes else {}
     if axis.dim == 0:  # between sequences
-        slices = {a: axis for a in (key, val) if a not in axes}
-        if mask is not None and mask not in axes and not is_one(value(mask).shape[0]):
-            slices[mask] = axis
-        return Split(outputs, slices=slices)
+        slices |= {a: axis for a in (key, val) if a not in axes}
+        return Split(outputs, slices=slices) if all(axes[a].dim == 0 for a in kv) else None
     if axis.dim != 2:
         return None
     if is_causal(node):
         # Both halves of all three, by ``second_half`` below; a mask on top of is_causal is not an op's choice to have.
         same = len(kv) == 2 and all(axes[a].dim == 2 for a in kv)
         return Split(outputs) if same and mask is None else None
-    slices = {}
-    if mask is not None and mask not in axes:
-        row = value(mask).dim() - 2
-        if row >= 0 and not is_one(value(mask).shape[row]):
-            slices[mask] = TokenAxis(row, axis.unit)
     return Split(outputs, whole=frozenset(kv), slices=slices)
+
+
+def _axis_of_mask(mask: Node, axis: TokenAxis) -> TokenAxis | None:
+    """Where a mask [B, heads, T, keys], or only the last of these, has the queries' tokens; None where it is broadcast."""
+    dim = axis.dim - (4 - value(mask).dim())
+    return TokenAxis(dim, axis.unit) if dim >= 0 and not is_one(value(mask).shape[dim]) else None
 
 
 def is_cut_causally(node: Node, axes) -> bool:
