@@ -190,9 +190,12 @@ def rewrite(function, *inputs, dynamic=False, symmetric=False, **options) -> Rew
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def run(graph: Graph, inputs, implementation=None):
-    """The outputs of a graph, as if every one of RANKS ranks held the same values."""
-    return _Run(graph, implementation or Plain()).run(*inputs)
+def run(graph: Graph, inputs, implementation=None, emulated=None):
+    """The outputs of a graph, as if every one of RANKS ranks held the same values.
+
+    emulated: functions to call in place of ops that this machine does not have
+    """
+    return _Run(graph, implementation or Plain(), emulated or {}).run(*inputs)
 
 
 class Plain:
@@ -217,7 +220,7 @@ class Plain:
 
 
 class _Run(Interpreter):
-    def __init__(self, graph, implementation):
+    def __init__(self, graph, implementation, emulated):
         super().__init__(GraphModule(graph.owning_module, graph))
         self.replaced = {
             c10d.all_reduce.default: lambda x, *_: x * RANKS,
@@ -226,6 +229,7 @@ class _Run(Interpreter):
             ops.start: implementation.start,
             ops.wait: implementation.wait,
             ops.fused: implementation.fused,
+            **emulated,
         }
 
     def call_function(self, target, args, kwargs):
