@@ -37,9 +37,9 @@ def log_events():
 def build(device, dtype=torch.bfloat16):
     config = replace(llama.SIZES["70B"], layers=LAYERS)
     with torch.device("meta"):
-        model = llama.Llama(config, dist.group.WORLD).eval()
-    llama.fill(model, config, device, None)
-    return model.to(dtype), config
+        model = llama.Llama(config, dist.group.WORLD).to(dtype).eval()
+    llama.fill(model, config, device, None)  # the angles of the rotary embedding stay in float32
+    return model, config
 
 
 def compiled(model, backend="tokenweave", **options):

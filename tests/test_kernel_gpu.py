@@ -184,7 +184,7 @@ def expected(x, residual, weight, bias, eps=1e-5, scale=1.0, offset=0.0):
 
 def assert_close(got, wanted):
     """Correct to one rounding, and to what float32 sums of a few values lose."""
-    half_ulp = {BF16: 2.0**-9, FP16: 2.0**-12, FP32: 2.0**-20}[got.dtype]
+    half_ulp = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 2.0**-20}[got.dtype]
     error = (got.double() - wanted).abs()
     assert bool((error <= 1.02 * half_ulp * wanted.abs() + 4e-6).all()), f"worst error {error.max().item():.3e}"
 
@@ -223,7 +223,7 @@ def test_bits_of_a_row_depend_on_its_data_alone(dtype, hidden, world):
     """Not on the batch, the kernel, the number of CTAs, or the run."""
     group, d = ranks(world), data(dtype, hidden, world)
     norm, residual = group.fused(d["x"], d["residual"], d["weight"], d["bias"])[0]
-    for begin, rows, ctas in [(0, 1, 0), (5, 31, 0), (5, 32, 1), (5, 32, 4), (40, 33, 2), (511, 257, 3), (0, 1024, 5)]:
+    for begin, rows, ctas in [(0, 1, 0), (5, 31, 8), (5, 32, 1), (5, 32, 4), (40, 33, 2), (511, 257, 3), (0, 1024, 5)]:
         end = begin + rows
         for _ in range(3):
             for result in group.fused(

@@ -30,5 +30,9 @@ def first_half(length, tokens_per_step, options: Options):
         steps = options.split // tokens_per_step
         return steps if steps < length else f"split={options.split} leaves nothing for the second half"
     # One rule for all sizes above the threshold: a branch on a symbolic length would cost a graph.
-    cut_on_tiles = tokens_per_step == 1 and min_tokens(options) >= 2 * TILE
-    return length // (2 * TILE) * TILE if cut_on_tiles else length // 2
+    if tokens_per_step != 1 or min_tokens(options) < 2 * TILE:
+        return length // 2
+    # The last term is 0 from two tiles on. Below the threshold it keeps the cut from being 0: Inductor's cache evaluates
+    # the guards of a woven graph there too, and they divide by both halves.
+    pairs = length // (2 * TILE)
+    return pairs * TILE + 1 // (1 + pairs)

@@ -1,6 +1,8 @@
 """What was found in each compiled graph, what was done with it, and why not more."""
 
 import json
+import os
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 
@@ -85,16 +87,21 @@ class Report:
             head += f", split {self.split[0]} | {self.split[1]}"
         lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} joins"]
         lines += [f"  because {reason}" for reason in self.reasons]
-        rows = [
-            ("woven" if s.woven else "fused", f"{'×'.join(map(str, s.shape))} {s.dtype}", s.source, _form(s))
-            for s in self.sites
-        ]
-        rows += [("refused", r.all_reduce, r.source, r.reason) for r in self.refusals]
-        rows += [("joined", j.op, j.source, j.reason) for j in self.joins]
+        done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
+        rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", _short(s.source), _form(s)) for s in self.sites]
+        rows += [("refused", r.all_reduce, _short(r.source), r.reason) for r in self.refusals]
+        rows += [("joined", j.op, _short(j.source), j.reason) for j in self.joins]
+        # The layers of a model are alike: a row each would say the same many times.
+        rows = [(what, f"{count} × {value}" if count > 1 else value, *rest) for (what, value, *rest), count in Counter(rows).items()]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
         for row in rows:
             lines.append("  " + "  ".join([cell.ljust(width) for cell, width in zip(row, widths)] + [row[3]]).rstrip())
         return "\n".join(lines)
+
+
+def _short(source: str) -> str:
+    """A place in the source without the part of its path that says nothing: the working directory, or where packages are."""
+    return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
 
 
 def _form(site: Site) -> str:
