@@ -60,25 +60,26 @@ def options(arch: str, macros: dict[str, object]) -> list[str]:
 
 
 def compile_kernel(name: str, command: list[str]) -> tuple[bytes, str]:
-    """Compile ``csrc/<name>.cu``. Returns (cubin, the compiler's messages); raises RuntimeError with these."""
+    """Compile ``csrc/<name>.cu``: see compile_source."""
+    return compile_source((SOURCES / f"{name}.cu").read_bytes(), f"{name}.cu", command)
+
+
+def compile_source(source: bytes, name: str, command: list[str]) -> tuple[bytes, str]:
+    """Compile a program that may include the headers in ``csrc``.
+
+    Returns (cubin, the compiler's messages). Raises RuntimeError with these.
+    """
     _, nvrtc = _bindings()
     headers = {path.name: path.read_bytes() for path in sorted(SOURCES.glob("*.cuh"))}
-    program = check(
-        nvrtc.nvrtcCreateProgram(
-            (SOURCES / f"{name}.cu").read_bytes(),
-            f"{name}.cu".encode(),
-            len(headers),
-            list(headers.values()),
-            [header.encode() for header in headers],
-        )
-    )
+    names = [header.encode() for header in headers]
+    program = check(nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), list(headers.values()), names))
     try:
         status = nvrtc.nvrtcCompileProgram(program, len(command), [option.encode() for option in command])[0]
         log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
         check(nvrtc.nvrtcGetProgramLog(program, log))
         messages = log.rstrip(b"\0 ").decode(errors="replace")
         if status != 0:
-            raise RuntimeError(f"NVRTC could not compile {name}.cu with {' '.join(command)}:\n{messages}")
+            raise RuntimeError(f"NVRTC could not compile {name} with {' '.join(command)}:\n{messages}")
         cubin = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
         check(nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
