@@ -396,11 +396,12 @@ class Symmetric:
             if call.one_shot:  # it writes for this rank only, and can do so anywhere
                 norm = norm if borrow else _like(x)
                 new_residual = new_residual if shard else _like(x)
-            self._prepare(
+            held = self._prepare(
                 call, x, residual, weight, bias, eps, scale, offset, site, shard, norm.data_ptr(), new_residual.data_ptr()
             )
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             call.kernel.launch(call.grid(ctas, CTAS_ALONE), stream, call.arguments.address)
+            del held  # what reuses its memory runs later on this stream
             if call.one_shot:
                 return norm, new_residual
             return norm if borrow else norm.clone(), new_residual if shard else new_residual.clone()
