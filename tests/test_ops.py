@@ -1,0 +1,202 @@
+"""The ops: what PyTorch expects of an op, and that every way to call one computes what the specification says."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from sites import H, values
+
+from tw_compile import ops
+from tw_compile.ops import transport
+from tw_compile.ops.process_group import ProcessGroup
+from tw_compile.ops.reference import add_norm, all_reduce_add_norm
+
+EPS = 1e-5
+
+
+def site(x, residual=None, weight=None, bias=None, scale=1.0, offset=0.0):
+    return x, residual, weight, bias, EPS, scale, offset
+
+
+def where(slot=0):
+    """group, transport, ctas, slot, site, shard"""
+    return dist.group.WORLD.group_name, "process_group", 0, slot, 0, False
+
+
+SITES = {
+    "residual and weight": lambda d: site(values(6, H, dtype=d), values(6, H, dtype=d), values(H, dtype=d)),
+    "nothing but x": lambda d: site(values(6, H, dtype=d)),
+    "bias, factor and offset": lambda d: site(*(values(2, 3, H, dtype=d) for _ in range(2)), values(H, dtype=d), values(H, dtype=d), 0.5, 1.0),
+    "weight in float32": lambda d: site(values(6, H, dtype=d), values(6, H, dtype=d), values(H)),
+    "not contiguous": lambda d: site(values(H, 6, dtype=d).t(), values(H, 6, dtype=d).t(), values(H, dtype=d)),
+    "no tokens": lambda d: site(values(0, H, dtype=d), values(0, H, dtype=d), values(H, dtype=d)),
+}
+every_site = pytest.mark.parametrize("inputs", SITES.values(), ids=SITES)
+every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+
+
+# --- what PyTorch expects --------------------------------------------------------------------------------------------
+
+
+class Repeatable(dict):
+    """What a slot has pending, for as many waits as a checker wants."""
+
+    pop = dict.__getitem__
+
+
+@pytest.fixture
+def implementation(world):
+    chosen, _ = transport.choose("process_group", world.group_name, torch.device("cpu"))
+    chosen.pending = Repeatable()
+    return chosen
+
+
+@every_site
+def test_opcheck_fused(implementation, inputs):
+    torch.library.opcheck(ops.fused, (*inputs(torch.bfloat16), *where(), False))
+
+
+@every_site
+def test_opcheck_start(implementation, inputs):
+    torch.library.opcheck(ops.start, (*inputs(torch.bfloat16), *where()))
+
+
+@every_site
+def test_opcheck_wait(implementation, inputs):
+    x, residual, weight, bias, *_ = given = inputs(torch.bfloat16)
+    token = ops.start(*given, *where())
+    group, name, _, slot, _, shard = where()
+    torch.library.opcheck(ops.wait, (token, x, residual, weight, bias, None, group, name, slot, shard, False))
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(5)], ids=["no bias", "bias"])
+def test_opcheck_linear(implementation, bias):
+    group, name, _, slot, *_ = where()
+    torch.library.opcheck(ops.linear, (values(6, H), values(H, 5), bias, group, name, slot))
+
+
+@pytest.mark.parametrize("op", [ops.linear, ops.start, ops.wait, ops.fused], ids=str)
+def test_ops_take_buffers_as_they_are(op):
+    """Without this tag Inductor copies a pointwise value for each op that takes it."""
+    assert torch.Tag.flexible_layout in op.tags
+
+
+@pytest.mark.parametrize("op", [ops.linear, ops.start, ops.wait, ops.fused], ids=str)
+def test_ops_promise_no_aliases_and_no_mutation(op):
+    assert not op._schema.is_mutable
+    assert all(a.alias_info is None for a in [*op._schema.arguments, *op._schema.returns])
+
+
+# --- the specification -----------------------------------------------------------------------------------------------
+
+
+def exact(total, residual, weight, bias, scale, offset):
+    """In float64, by the book."""
+    r = total.double()
+    r = (r if bias is None else r + bias.double()) * scale
+    r = r if residual is None else r + residual.double()
+    norm = r / (r.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    return norm if weight is None else norm * (weight.double() + offset), r
+
+
+def same_up_to_one_rounding(actual, expected):
+    """float32 arithmetic, and one rounding to the dtype at the end."""
+    rounded = torch.finfo(actual.dtype).eps / 2
+    torch.testing.assert_close(actual.double(), expected, rtol=rounded + 1e-5, atol=1e-5)
+
+
+@every_dtype
+@every_site
+def test_the_reference_is_exact_up_to_one_rounding(inputs, dtype):
+    total, residual, weight, bias, eps, scale, offset = inputs(dtype)
+    norm, r = add_norm(total, residual, weight, bias, eps, scale, offset)
+    assert norm.dtype == r.dtype == dtype and norm.shape == r.shape == total.shape
+    for actual, expected in zip((norm, r), exact(total, residual, weight, bias, scale, offset)):
+        same_up_to_one_rounding(actual, expected)
+
+
+@every_dtype
+def test_the_reference_of_a_whole_site_sums_in_float32(dtype):
+    partials = [values(6, H, dtype=dtype) for _ in range(8)]
+    residual, weight = values(6, H, dtype=dtype), values(H, dtype=dtype)
+    norm, r = all_reduce_add_norm(partials, residual, weight, None, EPS, 1.0, 0.0)
+    expected = exact(sum(p.double() for p in partials), residual, weight, None, 1.0, 0.0)
+    for actual, right in zip((norm, r), expected):
+        same_up_to_one_rounding(actual, right)
+
+
+def test_the_reference_sums_in_rank_order():
+    big, one = torch.full((1, 4), 2.0**24), torch.ones(1, 4)
+    _, first = all_reduce_add_norm([big, one, -big], None, None, None, EPS, 1.0, 0.0)
+    _, last = all_reduce_add_norm([big, -big, one], None, None, None, EPS, 1.0, 0.0)
+    assert first[0, 0] == 0.0 and last[0, 0] == 1.0
+
+
+# --- the process group, on two ranks ---------------------------------------------------------------------------------
+
+
+def site_on_a_rank(name, dtype):
+    """(fused, start and wait, what every rank contributed and the rest of the inputs)"""
+    torch.manual_seed(3)
+    x, *rest = SITES[name](dtype)
+    x = x * (dist.get_rank() + 1)
+    before = x.clone()
+    fused = ops.fused(x, *rest, *where(ops.SLOT_WHOLE), False)
+    token = ops.start(x, *rest, *where())
+    group, transport_name, _, slot, _, shard = where()
+    waited = ops.wait(token, x, *rest[:3], None, group, transport_name, slot, shard, False)
+    assert torch.equal(x, before), "the inputs are left alone"
+    return fused, waited, x, rest
+
+
+@every_dtype
+@pytest.mark.parametrize("name", SITES)
+def test_a_site_over_the_process_group(ranks, name, dtype):
+    results = ranks(site_on_a_rank, name, dtype)
+    partials = [x for _, _, x, _ in results]
+    rest = results[0][3]
+    expected = all_reduce_add_norm(partials, *rest)
+    for fused, waited, _, _ in results:
+        for actual, again, right in zip(fused, waited, expected):
+            assert torch.equal(actual, again), "start and wait give what fused gives"
+            assert actual.is_contiguous()
+            # The process group rounds the sum to the dtype, the specification does not.
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(actual, right, rtol=4 * eps, atol=8 * eps)
+    for one, other in zip(results[0][0], results[1][0]):
+        assert torch.equal(one, other), "the ranks have the same bits"
+
+
+def two_slots_under_way():
+    a, b = torch.full((2, 4), 1.0), torch.full((2, 4), 3.0)
+    group, name, _, _, _, shard = where()
+    first = ops.start(*site(a), *where(0))
+    second = ops.start(*site(b), *where(1))
+    _, total_b = ops.wait(second, b, None, None, None, None, group, name, 1, shard, False)
+    _, total_a = ops.wait(first, a, None, None, None, None, group, name, 0, shard, False)
+    return total_a, total_b
+
+
+def test_both_slots_can_be_under_way_and_are_waited_for_in_any_order(ranks):
+    for total_a, total_b in ranks(two_slots_under_way):
+        assert total_a.unique() == 2.0 and total_b.unique() == 6.0
+
+
+def test_linear_is_the_gemm(world):
+    group = ProcessGroup(world.group_name, torch.device("cpu"))
+    a, b, bias = values(6, H), values(H, 5), values(5)
+    assert torch.equal(group.linear(a, b, None, 0), a @ b)
+    assert torch.equal(group.linear(a, b, bias, 0), torch.addmm(bias, a, b))
+
+
+# --- the choice of a transport ---------------------------------------------------------------------------------------
+
+
+def test_auto_on_the_cpu_is_the_process_group_and_says_why(world):
+    chosen, why_not = transport.choose("auto", world.group_name, torch.device("cpu"))
+    assert isinstance(chosen, ProcessGroup)
+    assert why_not.startswith("multimem: ") and "; peer: " in why_not
+
+
+def test_a_group_has_one_implementation(world):
+    first, _ = transport.choose("auto", world.group_name, torch.device("cpu"))
+    assert transport.choose("auto", world.group_name, torch.device("cpu"))[0] is first
