@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
+from sites import INNER, H
 from torch._dynamo.utils import detect_fake_mode
 from torch._inductor import compile_fx as inductor
 from torch._inductor.fx_passes.post_grad import view_to_reshape
@@ -63,6 +64,10 @@ def capture_with_inputs(model, *inputs, dynamic=False) -> tuple[Graph, list]:
 
     options = {"tokenweave.mode": "off", "post_grad_custom_pre_pass": lambda graph: graphs.append(copy(graph))}
     torch._dynamo.reset()
+    for tensor in inputs:
+        for dim, size in enumerate(tensor.shape):
+            if size in (H, INNER):
+                torch._dynamo.mark_static(tensor, dim)
     with torch.no_grad(), without_codegen(keeping_inputs):
         torch.compile(model, backend=backend.tokenweave, options=options, dynamic=dynamic, fullgraph=True)(*inputs)
     return graphs[-1], arguments  # the graphs of higher-order ops come before the one that calls them

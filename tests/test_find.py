@@ -224,6 +224,15 @@ def test_refused_dtype_of_the_reduced_value():
     )
 
 
+@pytest.mark.parametrize("shape", [(8, 12), (8, 32776), (H,)], ids=str)
+def test_refused_rows_that_a_kernel_cannot_take(shape):
+    refused(
+        f"shape {list(shape)}: the last dimension must be a multiple of 8 up to 32768",
+        lambda x, r, w: hf_norm(r + all_reduce(x), w),
+        values(*shape), values(*shape), values(shape[-1]),
+    )  # fmt: skip
+
+
 def test_refused_residual_in_float32():
     x, r, w = inputs()
     refused(

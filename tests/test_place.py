@@ -5,8 +5,8 @@ import pytest
 import torch
 from graphs import rewrite
 from models import STYLES, VOCAB, parallel
-from sites import H, all_reduce, hf_norm, torch_norm, values
-from test_split import INNER, mlp, mlp_inputs
+from sites import INNER, H, all_reduce, hf_norm, torch_norm, values
+from test_split import mlp, mlp_inputs
 from workspace import Workspace
 
 from tw_compile import ops

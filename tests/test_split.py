@@ -6,15 +6,13 @@ import torch
 import torch.nn.functional as F
 from graphs import capture, rewrite, text
 from models import STYLES, VOCAB, parallel
-from sites import H, all_reduce, hf_norm, torch_norm, values
+from sites import INNER, H, all_reduce, hf_norm, torch_norm, values
 
 from tw_compile import ops, passes
 from tw_compile.options import Options, TokenWeaveError
 from tw_compile.passes.token_axis import Split, register_token_rule
 
 pytestmark = pytest.mark.usefixtures("world")
-
-INNER = 24
 
 
 def mlp(x, residual, weight, up, down):
@@ -112,27 +110,27 @@ class Snapshot(expecttest.TestCase):
     def test_two_sites_with_a_dynamic_number_of_tokens(self):
         self.assertExpectedInline(self.split(*mlp_inputs(8, dtype=torch.bfloat16), dynamic=True), """\
   %0 = floordiv(s0, 2) : (s0//2)
-0 %1 = aten.slice.Tensor(x, 0, 0, %0) : bf16[(s0//2), s1]
-1 %2 = aten.slice.Tensor(x, 0, %0, s0) : bf16[s0 - ((s0//2)), s1]
-0 %3 = aten.slice.Tensor(residual, 0, 0, %0) : bf16[(s0//2), s1]
-1 %4 = aten.slice.Tensor(residual, 0, %0, s0) : bf16[s0 - ((s0//2)), s1]
-0 %5 = tokenweave.fused(%1, %3, weight, slot=0) : (bf16[(s0//2), s1], bf16[(s0//2), s1])
-0 %6 = getitem(%5, 0) : bf16[(s0//2), s1]
-0 %7 = getitem(%5, 1) : bf16[(s0//2), s1]
-1 %8 = tokenweave.fused(%2, %4, weight, slot=1) : (bf16[s0 - ((s0//2)), s1], bf16[s0 - ((s0//2)), s1])
-1 %9 = getitem(%8, 0) : bf16[s0 - ((s0//2)), s1]
-1 %10 = getitem(%8, 1) : bf16[s0 - ((s0//2)), s1]
-0 %11 = aten.mm(%6, up) : bf16[(s0//2), s2]
-1 %12 = aten.mm(%9, up) : bf16[s0 - ((s0//2)), s2]
-0 %13 = aten.relu(%11) : bf16[(s0//2), s2]
-1 %14 = aten.relu(%12) : bf16[s0 - ((s0//2)), s2]
-0 %15 = aten.mm(%13, down) : bf16[(s0//2), s1]
-1 %16 = aten.mm(%14, down) : bf16[s0 - ((s0//2)), s1]
-0 %17 = tokenweave.fused(%15, %7, weight, slot=0) : (bf16[(s0//2), s1], bf16[(s0//2), s1])
-0 %18 = getitem(%17, 0) : bf16[(s0//2), s1]
-1 %19 = tokenweave.fused(%16, %10, weight, slot=1) : (bf16[s0 - ((s0//2)), s1], bf16[s0 - ((s0//2)), s1])
-1 %20 = getitem(%19, 0) : bf16[s0 - ((s0//2)), s1]
-  %21 = aten.cat([%18, %20], 0) : bf16[s0, s1]
+0 %1 = aten.slice.Tensor(x, 0, 0, %0) : bf16[(s0//2), 16]
+1 %2 = aten.slice.Tensor(x, 0, %0, s0) : bf16[s0 - ((s0//2)), 16]
+0 %3 = aten.slice.Tensor(residual, 0, 0, %0) : bf16[(s0//2), 16]
+1 %4 = aten.slice.Tensor(residual, 0, %0, s0) : bf16[s0 - ((s0//2)), 16]
+0 %5 = tokenweave.fused(%1, %3, weight, slot=0) : (bf16[(s0//2), 16], bf16[(s0//2), 16])
+0 %6 = getitem(%5, 0) : bf16[(s0//2), 16]
+0 %7 = getitem(%5, 1) : bf16[(s0//2), 16]
+1 %8 = tokenweave.fused(%2, %4, weight, slot=1) : (bf16[s0 - ((s0//2)), 16], bf16[s0 - ((s0//2)), 16])
+1 %9 = getitem(%8, 0) : bf16[s0 - ((s0//2)), 16]
+1 %10 = getitem(%8, 1) : bf16[s0 - ((s0//2)), 16]
+0 %11 = aten.mm(%6, up) : bf16[(s0//2), 24]
+1 %12 = aten.mm(%9, up) : bf16[s0 - ((s0//2)), 24]
+0 %13 = aten.relu(%11) : bf16[(s0//2), 24]
+1 %14 = aten.relu(%12) : bf16[s0 - ((s0//2)), 24]
+0 %15 = aten.mm(%13, down) : bf16[(s0//2), 16]
+1 %16 = aten.mm(%14, down) : bf16[s0 - ((s0//2)), 16]
+0 %17 = tokenweave.fused(%15, %7, weight, slot=0) : (bf16[(s0//2), 16], bf16[(s0//2), 16])
+0 %18 = getitem(%17, 0) : bf16[(s0//2), 16]
+1 %19 = tokenweave.fused(%16, %10, weight, slot=1) : (bf16[s0 - ((s0//2)), 16], bf16[s0 - ((s0//2)), 16])
+1 %20 = getitem(%19, 0) : bf16[s0 - ((s0//2)), 16]
+  %21 = aten.cat([%18, %20], 0) : bf16[s0, 16]
   return %21
 """)
 

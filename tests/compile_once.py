@@ -1,0 +1,39 @@
+"""A process of its own that compiles one model for sizes on both sides of the threshold, and says what happened, as JSON."""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+if __name__ == "__main__":
+    from models import VOCAB, parallel
+
+    import tw_compile
+    from tw_compile import backend, passes
+
+    rewrites = []
+
+    def counted(*args, rewrite=passes.rewrite):
+        rewrites.append(args)
+        return rewrite(*args)
+
+    passes.rewrite = counted
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    model = parallel("functional", layers=1)
+    compiled = torch.compile(model, backend=backend.tokenweave, dynamic=True, options=json.loads(sys.argv[1]))
+    with torch.no_grad():
+        sums = [compiled(torch.arange(tokens)[None] % VOCAB).float().sum().item() for tokens in (48, 16, 64)]
+    print(
+        json.dumps(
+            {
+                "rewrites": len(rewrites),
+                "reports": [report.to_dict() for report in tw_compile.reports()],
+                "graph hits": counters["inductor"]["fxgraph_cache_hit"],
+                "autograd hits": counters["aot_autograd"]["autograd_cache_hit"],
+                "sums": sums,
+            }
+        )
+    )

@@ -1,0 +1,157 @@
+"""The report: complete, readable, plain data, and there also when the compilation comes from a cache."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import expecttest
+import pytest
+import torch
+from graphs import rewrite, without_codegen
+from models import VOCAB, parallel
+from sites import H, all_reduce, hf_norm, values
+from test_split import mlp, mlp_inputs
+
+import tw_compile
+from tw_compile.report import Join, Refusal, Report, Site
+
+
+def a_report():
+    site = dict(source="model.py:7, in forward: x = x + self.attention(h)", group="0", device="cuda:0", dtype="bfloat16")
+    return Report(
+        requested={"mode": "weave", "transport": "auto", "min_tokens": "auto", "split": 512, "ctas": "auto"},
+        mode="weave",
+        transport="peer",
+        split=(512, 1536),
+        sites=[
+            Site("all_reduce", shape=(1, 2048, 8192), residual=True, woven=True, **site),
+            Site("all_reduce_1", shape=(1, "s27", 8192), residual=False, woven=False, **site),
+        ],
+        refusals=[Refusal("all_reduce_2", "model.py:9, in forward: y = reduce(z)", "no RMSNorm follows")],
+        joins=[Join("aten.fft", "model.py:8, in forward: f(x)", "no token-axis rule for this op")],
+        reasons=["multimem: no multicast"],
+    )
+
+
+class AsText(expecttest.TestCase):
+    def test_a_table(self):
+        self.assertExpectedInline(str(a_report()), """\
+tokenweave: weave (requested: mode=weave, split=512), transport peer, split 512 | 1536
+  2 sites, 1 refused, 1 joins
+  because multimem: no multicast
+  woven    1×2048×8192 bfloat16  model.py:7, in forward: x = x + self.attention(h)  all-reduce + add + norm
+  fused    1×s27×8192 bfloat16   model.py:7, in forward: x = x + self.attention(h)  all-reduce + norm
+  refused  all_reduce_2          model.py:9, in forward: y = reduce(z)              no RMSNorm follows
+  joined   aten.fft              model.py:8, in forward: f(x)                       no token-axis rule for this op""")
+
+    def test_nothing_found(self):
+        report = Report(requested={"mode": "auto"}, reasons=["it contains no all-reduce"])
+        self.assertExpectedInline(str(report), """\
+tokenweave: off (requested: auto)
+  0 sites, 0 refused, 0 joins
+  because it contains no all-reduce""")
+
+
+def test_plain_data_and_back():
+    report = a_report()
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data == report.to_dict()
+    assert Report.from_dict(data) == report
+
+
+def test_the_report_of_a_graph_is_plain_data_too(world):
+    for dynamic in (False, True):
+        report = rewrite(mlp, *mlp_inputs(8), mode="weave", dynamic=dynamic).report
+        again = Report.from_dict(json.loads(json.dumps(report.to_dict())))
+        assert again == report and str(again) == str(report)
+
+
+def test_each_site_has_its_place_in_the_model(world):
+    report = rewrite(parallel("functional", dtype=torch.float32), torch.randint(0, VOCAB, (1, 8))).report
+    codes = [site.source.split("models.py:")[1].split(": ", 1)[1] for site in report.sites]
+    assert codes == [
+        "x = x + self.attention(self.attention_norm(x), rope)",
+        "x = x + self.attention(self.attention_norm(x), rope)",
+        "return x + self.mlp(self.mlp_norm(x))",
+        "x = x + self.attention(self.attention_norm(x), rope)",
+        "return x + self.mlp(self.mlp_norm(x))",
+    ]
+
+
+def test_what_was_requested_and_what_is_in_force(world):
+    report = rewrite(mlp, *mlp_inputs(8), mode="auto", min_tokens=100, ctas=4).report
+    assert report.requested == {"mode": "auto", "transport": "auto", "min_tokens": 100, "split": "auto", "ctas": 4}
+    assert report.mode == "fuse" and report.reasons == ["not woven: fewer than 100 tokens"]
+
+
+def test_explain_runs_the_model_and_returns_its_reports(world):
+    calls = []
+
+    def block(x, residual, weight, up, down):
+        calls.append(torch.compiler.is_compiling())
+        return mlp(x, residual, weight, up, down)
+
+    with without_codegen():
+        tw_compile.explain(lambda x: x.sin(), values(3))
+        (report,) = tw_compile.explain(block, *mlp_inputs(8))
+    assert calls and len(report.sites) == 2
+    assert len(tw_compile.reports()) == 2, "explain's graphs count as any others"
+
+
+def test_explain_takes_keywords_and_models_with_gradients(world):
+    model = parallel("functional", 1)
+    with without_codegen():
+        (report,) = tw_compile.explain(model, ids=torch.randint(0, VOCAB, (1, 8)))
+    assert len(report.sites) == 3
+
+
+def test_reports_cannot_be_changed_from_outside(world):
+    tw_compile.reports().append(None)
+    assert tw_compile.reports() == []
+
+
+def test_the_same_graph_compiled_twice_has_two_reports(world):
+    for _ in range(2):
+        torch._dynamo.reset()
+        with without_codegen():
+            torch.compile(mlp, backend="tokenweave")(*mlp_inputs(8))
+    first, second = tw_compile.reports()
+    assert first == second
+
+
+# --- caches ----------------------------------------------------------------------------------------------------------
+
+
+def compile_in_a_process(cache, autograd_cache, **options):
+    root = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": str(int(autograd_cache)),
+        "PYTHONPATH": os.pathsep.join([str(root), str(root.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    options = {f"tokenweave.{name}": value for name, value in options.items()}
+    command = [sys.executable, str(root / "compile_once.py"), json.dumps(options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("autograd_cache", [False, True], ids=["FX graph cache", "AOTAutograd cache"])
+def test_a_cache_hit_has_its_report_and_runs_no_pass(tmp_path, autograd_cache):
+    first = compile_in_a_process(tmp_path, autograd_cache, min_tokens=32)
+    assert first["rewrites"] == 2 and first["graph hits"] == first["autograd hits"] == 0
+    assert [report["mode"] for report in first["reports"]] == ["weave", "fuse"]
+
+    again = compile_in_a_process(tmp_path, autograd_cache, min_tokens=32)
+    assert again["rewrites"] == 0
+    assert again["autograd hits" if autograd_cache else "graph hits"] == 2
+    assert again["reports"] == first["reports"]
+    assert again["sums"] == first["sums"]
+
+    other = compile_in_a_process(tmp_path, autograd_cache, min_tokens=32, split=20) if not autograd_cache else None
+    assert other is None or (other["rewrites"] == 2 and other["graph hits"] == 0), "other options are another compilation"
