@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.utils.dlpack
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
@@ -217,13 +218,21 @@ class _Call:
 
     def __init__(self, owner: "Symmetric", workspace: _Workspace, shape: torch.Size, rows: int):
         self.shape, self.rows, self.workspace, self.arguments = shape, rows, workspace, workspace.arguments
-        self.activations = workspace.activations[:rows].view(shape)
-        self.residual = workspace.residual[:rows].view(shape)
-        self.activations_at, self.residual_at = self.activations.data_ptr(), self.residual.data_ptr()
+        self.activations_at, self.residual_at = workspace.activations.data_ptr(), workspace.residual.data_ptr()
+        # One memory, several tensors: the result of an op may not share the storage of what it takes (torch warns of it
+        # in 2.11, and from 2.12 on refuses it), and a site's input and norm, and its residuals before and after, are in
+        # one place each.
+        tensors = [_with_own_storage(t)[:rows].view(shape) for t in (workspace.activations, workspace.residual) for _ in range(2)]
+        self.partials, self.norm, self._residual, self._other_residual = tensors
         self.one_shot = rows < TWO_SHOT_ROWS
         self.kernel = workspace.kernels["one_shot" if self.one_shot else "two_shot"]
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
+
+    def next_residual(self) -> Tensor:
+        """The residual in the workspace, as another tensor than the last time, which may be what the site has taken."""
+        self._residual, self._other_residual = self._other_residual, self._residual
+        return self._residual
 
     def grid(self, ctas: int, otherwise: int) -> int:
         """The number of CTAs, the same on all ranks. ctas: the caller's wish, 0 for none."""
@@ -294,7 +303,7 @@ class Symmetric:
             shape = torch.Size((a.shape[0], b.shape[1]))
             if 0 in shape:
                 return a.new_empty(shape)
-            out = self._call(slot, a.dtype, shape).activations
+            out = self._call(slot, a.dtype, shape).partials
             return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
         except RuntimeError as error:
             self.error.raise_if_set(error)
@@ -361,10 +370,8 @@ class Symmetric:
                 return _like(x), _like(x)
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             self._check(self._driver.cuStreamWaitEvent(stream, self._events[slot][1], 0))
-            return (
-                call.activations if borrow else call.activations.clone(),
-                call.residual if shard else call.residual.clone(),
-            )
+            norm, new_residual = call.norm, call.next_residual()
+            return norm if borrow else norm.clone(), new_residual if shard else new_residual.clone()
         except RuntimeError as error:
             self.error.raise_if_set(error)
             raise
@@ -392,7 +399,7 @@ class Symmetric:
             if x.numel() == 0:
                 return _like(x), _like(x)
             call = self._call(slot, x.dtype, x.shape)
-            norm, new_residual = call.activations, call.residual
+            norm, new_residual = call.norm, call.next_residual()
             if call.one_shot:  # it writes for this rank only, and can do so anywhere
                 norm = norm if borrow else _like(x)
                 new_residual = new_residual if shard else _like(x)
@@ -468,7 +475,7 @@ class Symmetric:
         if call.one_shot:
             x = _readable(x)
         elif x.data_ptr() != call.activations_at or not x.is_contiguous():
-            call.activations.copy_(x)
+            call.partials.copy_(x)
         residual, weight, bias = _readable(residual), _readable(weight), _readable(bias)
         call.arguments.set(
             call.rows,
@@ -504,6 +511,12 @@ class Symmetric:
     def _check(answer: tuple) -> None:
         if answer[0] != 0:
             nvrtc.check(answer)
+
+
+def _with_own_storage(t: Tensor) -> Tensor:
+    """The same memory, kept alive by the result, under a storage of its own. Not an inference tensor, wherever it is made."""
+    with torch.inference_mode(False):
+        return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(t))
 
 
 def _like(x: Tensor) -> Tensor:

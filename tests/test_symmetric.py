@@ -1,0 +1,47 @@
+"""What Symmetric promises of its memory, as far as it can be seen without a GPU."""
+
+from types import SimpleNamespace
+
+import torch
+
+from tw_compile.ops.symmetric import TWO_SHOT_ROWS, _Call
+
+
+def call(rows, shape):
+    workspace = SimpleNamespace(
+        activations=torch.zeros(64, 16, dtype=torch.bfloat16),
+        residual=torch.zeros(64, 16, dtype=torch.bfloat16),
+        arguments=None,
+        kernels={"one_shot": None, "two_shot": None},
+        max_ctas=8,
+    )
+    return workspace, _Call(SimpleNamespace(world=2), workspace, torch.Size(shape), rows)
+
+
+def test_no_result_shares_the_storage_of_an_input():
+    """torch refuses that from 2.12 on. Each site takes the residual that the one before returned."""
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            workspace, site = call(40, (1, 40, 16))
+            before = site.next_residual()
+            for _ in range(3):
+                after = site.next_residual()
+                assert not torch._C._any_output_is_alias_to_input_or_output((site.partials, before), {}, (site.norm, after))
+                before = after
+            assert site.partials.data_ptr() == site.norm.data_ptr() == workspace.activations.data_ptr()
+            assert before.data_ptr() == workspace.residual.data_ptr()
+            assert not any(t.is_inference() for t in (site.partials, site.norm, before))
+            assert all(t.stride() == (640, 16, 1) for t in (site.partials, site.norm, before))
+
+
+def test_grid():
+    """Never more CTAs than rows of the rank that has most, nor than flags; a row each for few tokens."""
+    assert [call(40, (40, 16))[1].grid(ctas, 8) for ctas in (0, 4, 8)] == [8, 4, 8]
+    assert [call(TWO_SHOT_ROWS, (TWO_SHOT_ROWS, 16))[1].grid(ctas, 32) for ctas in (0, 3)] == [16, 3]
+    assert [call(5, (5, 16))[1].grid(ctas, 8) for ctas in (0, 3)] == [5, 3]
+    try:
+        call(40, (40, 16))[1].grid(9, 8)
+    except RuntimeError as error:
+        assert "9 CTAs do not fit" in str(error)
+    else:
+        raise AssertionError("a grid larger than the signal pad was accepted")
