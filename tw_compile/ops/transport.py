@@ -8,12 +8,14 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..options import TokenWeaveError
 from .process_group import ProcessGroup
+from .reference import add_norm
 from .symmetric import Symmetric
 
 log = logging.getLogger("tw_compile")
 
 _SYMMETRIC = {"multimem": True, "peer": False}  # name -> does it use multicast
 _ORDER = ("multimem", "peer", "process_group")
+_SELF_TEST_SLOT = 3
 _chosen = {}  # (group name, device, requested transport) -> implementation
 
 
@@ -42,30 +44,62 @@ def choose(requested: str, group_name: str, device: torch.device) -> tuple["Proc
         usable, reasons = candidates(requested, group_name, device)
         if device.type == "cuda":
             usable, reasons = _agree(group_name, usable, reasons)
+        implementation = None
+        while usable and implementation is None:
+            implementation = _make(usable[0], group_name, device)
+            if usable[0] == "multimem" and (reason := _failed_self_test(implementation, group_name, device)):
+                reasons[usable.pop(0)], implementation = reason, None
         why_not = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        if not usable:
+        if implementation is None:
             raise TokenWeaveError(f"option 'tokenweave.transport' is {requested!r}, which is not possible here: {why_not}")
-        name = usable[0]
-        if name in _SYMMETRIC:
-            implementation = Symmetric(group_name, device, multicast=_SYMMETRIC[name])
-        else:
-            implementation = ProcessGroup(group_name, device)
         if device.type == "cuda" and why_not:
-            log.warning("transport of group %s is %s; %s", group_name, name, why_not)
+            log.warning("transport of group %s is %s; %s", group_name, implementation.name, why_not)
         _chosen[key] = implementation, why_not
     return _chosen[key]
 
 
+def _make(name: str, group_name: str, device: torch.device) -> "ProcessGroup | Symmetric":
+    if name in _SYMMETRIC:
+        return Symmetric(group_name, device, multicast=_SYMMETRIC[name])
+    return ProcessGroup(group_name, device)
+
+
+def _failed_self_test(implementation, group_name: str, device: torch.device) -> str | None:
+    """How a small call differs from the process group's answer, on any rank; None if it does not. A collective.
+
+    For multimem, which no machine of this project can run: it must not be wrong in silence on somebody else's. Its slot is
+    one that no graph has.
+    """
+    group = _resolve_process_group(group_name)
+    generator = torch.Generator().manual_seed(group.rank())
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, torch.bfloat16)  # noqa: E731
+    reason = None
+    with torch.inference_mode(False), torch.no_grad():
+        for rows in (5, 64):  # one-shot and two-shot
+            x = draw(rows, 512)
+            total = x.float()
+            dist.all_reduce(total, group=group)
+            wanted = add_norm(total, None, None, None, 1e-5, 1.0, 0.0)
+            got = implementation.fused(x, None, None, None, 1e-5, 1.0, 0.0, 0, _SELF_TEST_SLOT, 0, False, False)
+            for name, ours, right in zip(("norm", "residual"), got, wanted):
+                error = ((ours.float() - right).norm() / right.norm()).item()
+                if not error < 0.02:  # bfloat16 rounds by 0.004 at most
+                    reason = f"its self-test failed: the {name} of {rows} tokens is off by {error:.1e} on rank {group.rank()}"
+    answers = [None] * group.size()
+    dist.all_gather_object(answers, reason, group=group)
+    return next((answer for answer in answers if answer), None)
+
+
 def _agree(group_name, usable, reasons):
-    """What every rank of the group can use, and the first reason against each of the rest."""
+    """What every rank of the group can use, and the first reason against each of the rest: the same on all of them."""
     group = _resolve_process_group(group_name)
     answers = [None] * group.size()
     dist.all_gather_object(answers, (torch.__version__, usable, reasons), group=group)
     versions = {version for version, _, _ in answers}
     if len(versions) > 1:
         raise TokenWeaveError(f"the ranks of group {group_name} run different versions of torch: {sorted(versions)}")
-    common = [name for name in usable if all(name in theirs for _, theirs, _ in answers)]
+    against = {}
     for rank, (_, _, theirs) in enumerate(answers):
         for name, reason in theirs.items():
-            reasons.setdefault(name, f"{reason} (rank {rank})")
-    return common, reasons
+            against.setdefault(name, f"{reason} (rank {rank})")
+    return [name for name in usable if name not in against], against
