@@ -1,0 +1,171 @@
+"""Blocks drawn at random from the forms that models take, rewritten and run against the graph they came from.
+
+Each runs over the workspace that makes NaN of all that the contract leaves undefined. ``TW_FUZZ=5000 pytest tests/test_fuzz.py``
+draws that many; what failed once stands below by name.
+"""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import rewrite
+from sites import H, all_reduce
+from workspace import Workspace
+
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("world")
+
+HEADS = 4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One sublayer: what computes on the norm, and how its all-reduce goes on."""
+
+    mix: str = "mlp"
+    norm: str = "hf"
+    residual_first: bool = True
+    scale: float = 1.0
+    bias: bool = False
+    flat: bool = False  # the all-reduce is of [B·T, H]
+    post_norm: bool = False  # norm, then add
+    second_reader: str = ""  # what else reads the norm, the residual or the sum
+
+
+@dataclass(frozen=True)
+class Block:
+    layers: tuple[Layer, ...] = (Layer(), Layer())
+    batch: int = 1
+    tokens: int = 6
+    dynamic: bool = False
+    mode: str = "auto"
+    split: int | str = "auto"
+    embedding: bool = False  # the first residual is an all-reduce's
+    ends: str = "norm"
+
+    def __call__(self, x, *weights):
+        weights, escaped = iter(weights), []
+        if self.embedding:
+            x = all_reduce(x)
+        for layer in self.layers:
+            x = _layer(layer, x, weights, escaped)
+        out = _norm("torch", x, next(weights))
+        return {"norm": (out,), "both": (out, x), "last": (out[:, -1],)}[self.ends] + tuple(escaped)
+
+    def inputs(self):
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        weights = []
+        for _ in self.layers:
+            weights += [draw(H), draw(3 * H, H) / H**0.5, draw(H, H) / H**0.5, draw(H)]
+        return draw(self.batch, self.tokens, H), *weights, draw(H)
+
+
+def _norm(form, x, weight):
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+    if form == "hf":
+        return weight * wide.to(x.dtype)
+    if form == "gemma":
+        return (wide * (1.0 + weight.float())).to(x.dtype)
+    if form == "bare":
+        return wide.to(x.dtype)
+    return (wide * weight).to(x.dtype)
+
+
+def _layer(layer, x, weights, escaped):
+    norm_weight, wide, out, bias = (next(weights) for _ in range(4))
+    h = x if layer.post_norm else _norm(layer.norm, x, norm_weight)
+    y = _mix(layer.mix, h, wide) @ out.t()
+    if layer.flat:
+        y = y.reshape(-1, H)
+    y = all_reduce(y)
+    if layer.second_reader == "sum":
+        escaped.append(y * 2)
+    if layer.flat:
+        y = y.reshape(x.shape)
+    if layer.bias:
+        y = y + bias
+    y = y * layer.scale if layer.scale != 1.0 else y
+    if layer.post_norm:
+        y = _norm(layer.norm, y, norm_weight)
+    r = x + y if layer.residual_first else y + x
+    if layer.second_reader == "norm":
+        escaped.append(h.sigmoid())
+    if layer.second_reader == "residual":
+        escaped.append(r + 1)
+    if layer.second_reader == "tokens":
+        r = r + h.mean(1, keepdim=True)
+    return r
+
+
+def _mix(mix, h, wide):
+    batch, tokens, _ = h.shape
+    if mix == "mlp":
+        gate, up, down = (h @ wide.t()).split(H, -1)
+        return F.silu(gate) * up + down
+    if mix == "cumulative":  # over the tokens: cannot be cut
+        return (h @ wide[:H].t()).cumsum(1)
+    q, k, v = (z.view(batch, tokens, HEADS, -1).transpose(1, 2) for z in (h @ wide.t()).chunk(3, -1))
+    position = torch.arange(tokens)
+    causal = position[None, :] <= position[:, None]
+    if mix == "causal":
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    elif mix == "grouped":
+        out = F.scaled_dot_product_attention(q, k[:, ::2], v[:, ::2], is_causal=True, enable_gqa=True)
+    elif mix == "masked":
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
+    elif mix == "window":
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal & (position[:, None] - position[None, :] < 3))
+    elif mix == "full":
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:  # written out, with a cap on the scores
+        scores = torch.tanh(q @ k.transpose(-1, -2) / 4)
+        out = scores.masked_fill(~causal, float("-inf")).softmax(-1) @ v
+    return out.transpose(1, 2).reshape(batch, tokens, H)
+
+
+def check(block: Block):
+    options = {"mode": block.mode, "split": block.split}
+    if block.mode == "auto":
+        options["min_tokens"] = 2
+    rewrite(block, *block.inputs(), dynamic=block.dynamic, symmetric=True, **options).check(Workspace())
+
+
+LAYERS = st.builds(
+    Layer,
+    mix=st.sampled_from(("mlp", "causal", "grouped", "masked", "window", "full", "written", "cumulative")),
+    norm=st.sampled_from(("hf", "torch", "gemma", "bare")),
+    residual_first=st.booleans(),
+    scale=st.sampled_from((1.0, 1.0, 0.5)),
+    bias=st.booleans(),
+    flat=st.booleans(),
+    post_norm=st.sampled_from((False, False, True)),
+    second_reader=st.sampled_from(("", "", "", "norm", "residual", "sum", "tokens")),
+)
+BLOCKS = st.builds(
+    Block,
+    layers=st.lists(LAYERS, min_size=1, max_size=3).map(tuple),
+    batch=st.sampled_from((1, 1, 2, 3)),
+    tokens=st.integers(3, 9),
+    dynamic=st.booleans(),
+    mode=st.sampled_from(("auto", "auto", "fuse")),
+    split=st.sampled_from(("auto", "auto", 1, 2)),
+    embedding=st.booleans(),
+    ends=st.sampled_from(("norm", "both", "last")),
+)
+
+
+@pytest.mark.timeout(0)
+@settings(
+    max_examples=int(os.environ.get("TW_FUZZ", 30)), deadline=None, database=None, derandomize="TW_FUZZ" not in os.environ,
+    suppress_health_check=list(HealthCheck), print_blob=False,
+)  # fmt: skip
+@given(BLOCKS)
+def test_drawn_blocks(block):
+    check(block)
