@@ -1,4 +1,4 @@
-"""A process of its own that compiles one model for sizes on both sides of the threshold, and says what happened, as JSON."""
+"""A process of its own that compiles one block for sizes on both sides of the threshold, and says what happened, as JSON."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 if __name__ == "__main__":
-    from models import VOCAB, parallel
+    from test_split import mlp, mlp_inputs
 
     import tw_compile
     from tw_compile import backend, passes
@@ -22,10 +22,14 @@ if __name__ == "__main__":
 
     passes.rewrite = counted
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    model = parallel("functional", layers=1)
-    compiled = torch.compile(model, backend=backend.tokenweave, dynamic=True, options=json.loads(sys.argv[1]))
-    with torch.no_grad():
-        sums = [compiled(torch.arange(tokens)[None] % VOCAB).float().sum().item() for tokens in (48, 16, 64)]
+    torch.manual_seed(0)
+    compiled = torch.compile(mlp, backend=backend.tokenweave, options=json.loads(sys.argv[1]))
+    sums = []
+    for tokens in (48, 16, 64):
+        x, residual, *weights = mlp_inputs(tokens)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(residual, 0)
+        sums.append(compiled(x, residual, *weights).sum().item())
     print(
         json.dumps(
             {
