@@ -1,0 +1,104 @@
+"""The models that people load, as their library has them: Hugging Face's ``tp_plan="auto"`` on real ranks, compiled."""
+
+import functools
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.0", reason="models are loaded with transformers 5, which is not installed")
+
+import zoo  # noqa: E402
+from ranks import Ranks  # noqa: E402
+from zoo import MODELS  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return functools.partial(zoo.make, folder=tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    workers = Ranks(4)
+    yield workers
+    workers.stop()
+
+
+def check_report(report, name, batch=1):
+    """Every all-reduce is in the report as expected, and whatever can be woven is."""
+    model = MODELS[name]
+    assert len(report.sites) == model.sites
+    assert Counter(refusal.reason.split(" (")[0] for refusal in report.refusals) == model.refused
+    assert report.mode == ("weave" if model.sites else "off") and all(site.woven for site in report.sites)
+    assert Counter(join.op for join in report.joins) == model.joins | (model.batch_joins if batch > 1 else {})
+
+
+def check_forward(ranks, path, name, batch=1, *arguments):
+    first, *others = ranks(zoo.forward, path, batch, *arguments)
+    (report,) = first.reports
+    check_report(report, name, batch)
+    assert all(other.reports == first.reports for other in others)
+    return first
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_sequence_in_float32(ranks, checkpoint, name):
+    outcome = check_forward(ranks, checkpoint(name), name)
+    assert outcome.difference < 2e-6 and outcome.error < 2e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_in_bfloat16(ranks, checkpoint, name):
+    """The error is not above that of eager PyTorch."""
+    outcome = check_forward(ranks, checkpoint(name), name, 3, 32, False, torch.bfloat16)
+    assert outcome.error <= 1.1 * outcome.eager_error < 0.03
+
+
+@pytest.mark.parametrize("name, batch", [("Llama", 1), ("Gemma 3", 3), ("Phi-3", 1), ("Qwen3-MoE", 3)])
+def test_dynamic_shapes(ranks, checkpoint, name, batch):
+    outcome = check_forward(ranks, checkpoint(name), name, batch, 33, True)
+    assert outcome.difference < 2e-6
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "Qwen3-MoE"])
+def test_four_ranks(four_ranks, checkpoint, name):
+    outcome = check_forward(four_ranks, checkpoint(name), name)
+    assert outcome.difference < 2e-6
+
+
+def test_through_inductor(ranks, checkpoint):
+    """With code generation; all other tests here run the rewritten graphs as they are."""
+    outcome = check_forward(ranks, checkpoint("Qwen3"), "Qwen3", 1, 32, False, torch.float32, True)
+    assert outcome.difference < 2e-6
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def check_generate(ranks, path, *arguments, **how):
+    """A prompt is woven, decoding is fused, in at most three graphs and none of them broken; the ranks agree."""
+    results = ranks(functools.partial(zoo.generate, **how), path, *arguments)
+    modes = [report.mode for report in results[0].reports]
+    assert modes[0] == "weave" and set(modes[1:]) == {"fuse"} and len(modes) <= 3
+    assert all(torch.equal(result.tokens, results[0].tokens) for result in results)
+    return results[0]
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 3", "Mixtral"])
+def test_generate_has_the_same_tokens(ranks, checkpoint, name, cache):
+    result = check_generate(ranks, checkpoint(name), cache, do_sample=False)
+    assert torch.equal(result.tokens, result.eager_tokens)
+
+
+def test_generate_with_sampling(ranks, checkpoint):
+    result = check_generate(ranks, checkpoint("Qwen3"), "static", do_sample=True, temperature=1.5)
+    assert torch.equal(result.tokens, result.eager_tokens)
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_generate_in_bfloat16(ranks, checkpoint, cache):
+    """The tokens may differ; the logits that they are drawn from are as good as eager's."""
+    result = check_generate(ranks, checkpoint("Qwen3"), cache, torch.bfloat16, do_sample=False)
+    assert result.error <= 1.1 * result.eager_error < 0.03

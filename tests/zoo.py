@@ -1,0 +1,188 @@
+"""Models that people load: tiny random checkpoints, made on the spot, and what the backend does with them on a rank."""
+
+import contextlib
+import functools
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from graphs import without_codegen
+
+import tw_compile
+from tw_compile import backend
+
+VOCAB, LAYERS = 128, 2
+SMALL = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=8,
+    num_key_value_heads=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+MOE = dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+BIAS = dict(attention_bias=True, attention_out_bias=True)
+WINDOW = dict(sliding_window=8)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the library, and what is expected of it.
+
+    refused:     reason -> how many of its all-reduces are refused with it
+    joins:       op -> how many of it run whole where the model is woven
+    batch_joins: those of a batch, which is cut between its sequences, besides
+    """
+
+    config: str
+    changes: dict = field(default_factory=dict)
+    refused: dict = field(default_factory=dict)
+    joins: dict = field(default_factory=dict)
+    batch_joins: dict = field(default_factory=dict)
+
+    @property
+    def sites(self) -> int:
+        return 2 * LAYERS + 1 - sum(self.refused.values())  # attention and MLP of each layer, and the embedding
+
+
+# An entry of the sorted tokens may come from either half.
+BY_EXPERT = {"aten.sort.default": LAYERS, "aten.index.Tensor": 2 * LAYERS}
+# Its sum is the input of q, k, v and the first residual: no norm reads it.
+NO_NORM = {"the reduced value has 4 users": 1}
+LAYER_NORM = {"a LayerNorm follows, not an RMSNorm": 2 * LAYERS + 1}
+
+
+def gathers(number) -> dict:
+    return {"_c10d_functional.all_gather_into_tensor.default": number}
+
+
+MODELS = {
+    "Llama": Model("LlamaConfig"),
+    "Mistral": Model("MistralConfig", WINDOW),
+    "Qwen2": Model("Qwen2Config"),
+    "Qwen2, sliding window": Model("Qwen2Config", dict(use_sliding_window=True, max_window_layers=1, **WINDOW)),
+    "Qwen3": Model("Qwen3Config", dict(head_dim=16)),
+    "Phi-3": Model("Phi3Config", batch_joins=gathers(4)),
+    "Gemma 2": Model("Gemma2Config", dict(head_dim=16, **WINDOW)),
+    "Gemma 3": Model("Gemma3TextConfig", dict(head_dim=16, **WINDOW)),
+    "Granite": Model("GraniteConfig", dict(residual_multiplier=0.5)),
+    "OLMo 2": Model("Olmo2Config", refused=NO_NORM, batch_joins=gathers(3)),
+    "OLMo 3": Model("Olmo3Config", WINDOW, NO_NORM, batch_joins=gathers(3)),
+    "Seed-OSS": Model("SeedOssConfig", dict(head_dim=16, **BIAS)),
+    "Ministral": Model("MinistralConfig", dict(head_dim=16, **WINDOW)),
+    "Starcoder 2": Model("Starcoder2Config", WINDOW, LAYER_NORM),
+    "Mixtral": Model("MixtralConfig", dict(num_local_experts=4), joins=BY_EXPERT),
+    "Qwen3-MoE": Model("Qwen3MoeConfig", dict(head_dim=16, **MOE), joins=BY_EXPERT),
+}
+
+
+def make(name: str, folder) -> str:
+    """Write a checkpoint of random float32 weights below ``folder``, as safetensors; returns its path."""
+    import transformers
+
+    path, model = os.path.join(folder, name), MODELS[name]
+    if not os.path.exists(path):
+        torch.manual_seed(0)
+        config = getattr(transformers, model.config)(**SMALL | model.changes)
+        checkpoint = transformers.AutoModelForCausalLM.from_config(config)
+        for kind, weight in checkpoint.named_parameters():
+            # As they come, norms are the identity, biases are zero, and one token's logits are like another's.
+            with torch.no_grad():
+                weight.add_(torch.randn_like(weight) * (0.2 if "norm" in kind or "bias" in kind else 0.05))
+        checkpoint.save_pretrained(path)
+    return path
+
+
+def load(path: str, dtype=torch.float32, parallel=True):
+    """The checkpoint as users load it: over all ranks, or whole."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    place = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
+    os.environ.update({key: str(number) for key, number in place.items()})  # as torchrun does
+    how = {"tp_plan": "auto"} if parallel else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how).eval()
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped GEMMs have no float64
+    return model
+
+
+@dataclass
+class Outcome:
+    """What a compiled forward pass made of the model, and eager PyTorch beside it. Errors are relative."""
+
+    reports: list
+    difference: float  # of compiled and eager
+    error: float  # against float64 on one rank
+    eager_error: float
+
+
+@functools.cache
+def loaded(path, dtype):
+    """The parallel model, and the same one in float64 on one rank."""
+    return load(path, dtype), load(path, torch.float64, parallel=False)
+
+
+def forward(path, batch=1, tokens=32, dynamic=False, dtype=torch.float32, codegen=False, min_tokens=2) -> Outcome:
+    """On a rank: the model's forward pass without a cache, compiled."""
+    torch._dynamo.reset()
+    before = len(tw_compile.reports())
+    model, reference = loaded(path, dtype)
+    ids = torch.randint(3, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1))
+    options = {"tokenweave.min_tokens": min_tokens}
+    with torch.no_grad(), contextlib.nullcontext() if codegen else without_codegen():
+        eager = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, backend=backend.tokenweave, dynamic=dynamic, fullgraph=True, options=options)
+        out = compiled(ids, use_cache=False).logits
+        exact = reference(ids, use_cache=False).logits
+    return Outcome(tw_compile.reports()[before:], distance(out, eager), distance(out, exact), distance(eager, exact))
+
+
+@dataclass
+class Generated:
+    """What ``generate`` made, compiled and eager. Errors are those of the logits of every new token, as in ``Outcome``."""
+
+    reports: list
+    tokens: torch.Tensor
+    eager_tokens: torch.Tensor
+    error: float
+    eager_error: float
+
+
+PROMPT, NEW = 24, 6
+
+
+def generate(path, cache="dynamic", dtype=torch.float32, dynamic=None, **how) -> Generated:
+    """On a rank: two sequences, of which one is padded on the left, continued by NEW tokens.
+
+    cache: ``dynamic``, or what ``generate`` calls ``cache_implementation``
+    """
+    torch._dynamo.reset()
+    before = len(tw_compile.reports())
+    model, exact = loaded(path, dtype)
+    ids = torch.randint(3, VOCAB, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, :7], mask[1, :7] = 0, 0
+    how |= dict(max_new_tokens=NEW, min_new_tokens=NEW, return_dict_in_generate=True, output_logits=True, disable_compile=True)
+    how |= {} if cache == "dynamic" else {"cache_implementation": cache}
+
+    def run():
+        torch.manual_seed(3)
+        result = model.generate(ids, attention_mask=mask, **how)
+        tokens = result.sequences
+        seen = torch.cat((mask, torch.ones_like(tokens[:, PROMPT:])), 1)
+        reference = exact(tokens, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0)).logits
+        return tokens, distance(torch.stack(result.logits, 1), reference[:, PROMPT - 1 : -1])
+
+    eager = model.forward
+    with torch.no_grad(), without_codegen():
+        eager_tokens, eager_error = run()
+        options = {"tokenweave.min_tokens": 16}
+        model.forward = torch.compile(eager, backend=backend.tokenweave, dynamic=dynamic, fullgraph=True, options=options)
+        try:
+            tokens, error = run()
+        finally:
+            model.forward = eager
+    return Generated(tw_compile.reports()[before:], tokens, eager_tokens, error, eager_error)
+
+
+def distance(a, b) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
