@@ -336,7 +336,7 @@ def test_refused_no_norm_and_no_residual():
 
 
 def test_refused_layer_norm():
-    refused("no RMSNorm follows", lambda x, r, w: F.layer_norm(r + all_reduce(x), (H,), w), *inputs(torch.float32))
+    refused("a LayerNorm follows, not an RMSNorm", lambda x, r, w: F.layer_norm(r + all_reduce(x), (H,), w), *inputs(torch.float32))
 
 
 def test_refused_mean_over_another_dimension():

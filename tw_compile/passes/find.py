@@ -120,6 +120,9 @@ class _Refused(Exception):
     pass
 
 
+_LAYER_NORM = "a LayerNorm follows, not an RMSNorm"
+
+
 def find(graph: Graph) -> list[Match | Refusal]:
     """Every all-reduce of a post-grad graph, in the order of the graph, as a match or a refusal."""
     found, owner = [], {}
@@ -163,7 +166,7 @@ def _site(node: Node) -> Match:
         norm = match_norm(total)
         if isinstance(norm, Norm):
             return Match(node, call.x, call.group, tuple(linear), bias, scale, residual, total, norm)
-        if residual is not None:
+        if residual is not None or norm is _LAYER_NORM:
             raise _Refused(norm)
         user = _sole_user(total, "reduced value")
         if (calls(user, *VIEWS) and keeps_rows(user) or _factor(user, total)) and bias is None and scale == 1.0:
@@ -228,6 +231,8 @@ def match_norm(total: Node) -> Norm | str:
         for r in (start, *_casts(start, torch.float32)):
             if value(r).dtype != torch.float32:
                 continue
+            if _one(r, aten.var_mean.correction, aten.native_layer_norm.default):
+                reason = _LAYER_NORM
             for norm in filter(None, (_norm_of(r, square, total) for square in r.users)):
                 if isinstance(norm, Norm):
                     return norm

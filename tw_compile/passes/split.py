@@ -126,6 +126,9 @@ class _Splitter:
             parts = [self._in_half(h, operator.getitem, n, node.args[1]) for h, n in enumerate(parent.nodes)]
             self.env[node] = Halves(tuple(parts), parent.axis[node.args[1]])
             return
+        if calls(node, aten.sym_size.int):
+            self.env[node] = self.emit.size(value(node))  # of the whole, which takes no joining
+            return
         rule = split_rule(node, axes)
         if not isinstance(rule, str):
             rule = self._checked(rule)
