@@ -47,3 +47,10 @@ def ranks():
     workers = Ranks(2)
     yield workers
     workers.stop()
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    workers = Ranks(4)
+    yield workers
+    workers.stop()

@@ -154,11 +154,11 @@ def whole(layers=2, norm="hf", dtype=torch.bfloat16) -> Llama:
     return model.to(dtype)
 
 
-def parallel(style, layers=2, norm="hf", dtype=torch.bfloat16) -> Llama:
-    """The same model, tensor-parallel over the default process group."""
+def parallel(style, layers=2, norm="hf", dtype=torch.bfloat16, mesh=None) -> Llama:
+    """The same model, tensor-parallel over the default process group; with DTensor, over another mesh where it is given."""
     model = whole(layers, norm, dtype)
     if style == "dtensor":
-        return _with_dtensor(model)
+        return _with_dtensor(model, mesh or init_device_mesh("cpu", (dist.get_world_size(),)))
     rank, world = dist.get_rank(), dist.get_world_size()
     sharded = Llama(layers, norm, STYLES[style].reduce).eval().to(dtype)
     state = {name: _shard(name, value, rank, world) for name, value in model.state_dict().items()}
@@ -178,8 +178,8 @@ def _shard(name, value, rank, world):
     return value.chunk(world, 1)[rank] if kind in ("o", "down") else value
 
 
-def _with_dtensor(model):
+def _with_dtensor(model, mesh):
     columns = {f"layers.*.{name}": ColwiseParallel() for name in ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")}
     rows = {f"layers.*.{name}": RowwiseParallel() for name in ("attention.o", "mlp.down")}
     table = {"embedding": RowwiseParallel(input_layouts=Replicate())}
-    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), columns | rows | table)
+    return parallelize_module(model, mesh, columns | rows | table)

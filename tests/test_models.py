@@ -9,20 +9,12 @@ import torch
 pytest.importorskip("transformers", "5.0", reason="models are loaded with transformers 5, which is not installed")
 
 import zoo  # noqa: E402
-from ranks import Ranks  # noqa: E402
 from zoo import MODELS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return functools.partial(zoo.make, folder=tmp_path_factory.mktemp("zoo"))
-
-
-@pytest.fixture(scope="module")
-def four_ranks():
-    workers = Ranks(4)
-    yield workers
-    workers.stop()
 
 
 def check_report(report, name, batch=1):

@@ -9,11 +9,12 @@ The pipeline, in the order in which a graph meets it::
 """
 
 from .options import TokenWeaveError
-from .passes.find import register_all_reduce
+from .passes.find import AllReduce, register_all_reduce
 from .passes.token_axis import Split, TokenAxis, register_token_rule
 from .report import Refusal, Report, Site, explain, reports
 
 __all__ = [
+    "AllReduce",
     "Refusal",
     "Report",
     "Site",
