@@ -1,0 +1,156 @@
+"""Write docs/models.md: what the backend does with each model of tests/zoo.py, on two CPU ranks.
+
+    python docs/make_models.py
+"""
+
+import functools
+import inspect
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+
+TEMPLATE = '''# Models
+
+<!-- Made by docs/make_models.py: edit that, and run it again. -->
+
+## What the backend does with each
+
+Tiny checkpoints of transformers {transformers}, two layers each, loaded with `tp_plan="auto"` on {ranks} ranks, compiled with PyTorch
+{torch}. Nothing of a model is changed.
+
+- *sites*: all-reduces that are fused with the add and the norm behind them, of all that the model has.
+- *one*, *batch*: `weave` where the sites of one sequence, or of a batch of three, are cut and overlapped, with the joins: how
+  many ops between the first and the last site run whole.
+- *float32*: how far the logits are from eager PyTorch's on the same ranks, as a relative norm.
+- *bfloat16*: their error against float64 on one rank, divided by eager PyTorch's error. Below 1 is better than eager.
+
+{table}
+
+### Why not more
+
+{notes}
+
+## Generation
+
+A prompt of a padded batch, then single tokens. Greedy, in float32, compiled without a graph break.
+
+{generation}
+
+{cache_notes}
+
+## An op that has no rule
+
+An op that the backend does not know runs whole where it gets values that are cut: the halves are joined before it, and the
+report says so. That is always right and costs overlap. If each token's result depends on that token only, say so with a rule.
+It gets the call and the axes along which its inputs are cut, and answers how to call the op for half of them. It answers None
+where that is not possible. Here `shift` takes `x` [batch, tokens, H], and `by` [batch, tokens], which need not be cut:
+
+```python
+{rule}
+```
+
+## An all-reduce of one's own
+
+A custom op that returns the sum over the ranks of a group, and leaves its input as it is, is named with a function that reads
+a call of it:
+
+```python
+{all_reduce}
+```
+
+Its sites are then found as those of PyTorch's own all-reduce are, and carried by the backend's transports: the op itself is
+not called any more. Both examples are tests, in `tests/test_extending.py`.
+
+## A model that is not here
+
+`print(*tw_compile.explain(model, ids), sep="\\n")` shows each of its all-reduces, as a site or as a refusal with the reason. To
+have it in this table, add it to `MODELS` in `tests/zoo.py`, with what you expect, and run this script.
+'''
+
+NOTES = {
+    "the reduced value has 4 users": "their norms stand behind attention and MLP, not before them: the sum of the embedding "
+    "goes to q, k, v and the first residual, and there is no norm to fuse it with",
+    "a LayerNorm follows, not an RMSNorm": "its all-reduces feed LayerNorms, and the kernels are those of RMSNorm",
+    "aten.sort.default": "tokens are sorted by expert, and then taken from there by index: an entry of the sorted ones may come from either "
+    "half, so experts run on all tokens. Attention, router and both communications stay cut",
+    "_c10d_functional.all_gather_into_tensor.default": "q, k and v, or their packed projection, are gathered from the ranks along dimension 0, where a batch "
+    "that is cut between its sequences has them. One sequence is cut along its tokens, which has no such join",
+}  # fmt: skip
+
+
+def main():
+    import transformers
+    import zoo
+    from ranks import Ranks
+
+    folder = tempfile.mkdtemp()
+    ranks = Ranks(2, timeout=300)
+    table = [("model", "sites", "one", "batch", "float32", "bfloat16")]
+    generation = [("model", "cache", "graphs", "joins", "same tokens", "bfloat16")]
+    why, why_cache = {}, {}
+    for name in zoo.MODELS:
+        path = zoo.make(name, folder)
+        one = ranks(zoo.forward, path)[0]
+        batch = ranks(zoo.forward, path, 3, 32, False, torch.bfloat16)[0]
+        reports = one.reports[-1], batch.reports[-1]
+        found = len(reports[0].sites)
+        sites = f"{found} of {found + len(reports[0].refusals)}"
+        ratio = f"{batch.error / batch.eager_error:.2f}"
+        table.append((name, sites, *map(mode, reports), f"{one.difference:.0e}", ratio))
+        for report in reports:
+            for reason in {r.reason.split(" (")[0] for r in report.refusals} | {j.op for j in report.joins}:
+                why.setdefault(reason, {})[name] = True
+    for name in ("Llama", "Mistral", "Gemma 3", "Mixtral"):
+        for cache in ("static", "dynamic"):
+            greedy = functools.partial(zoo.generate, do_sample=False)
+            wide, half = (ranks(greedy, zoo.make(name, folder), cache, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+            modes = " + ".join(report.mode for report in wide.reports)
+            same = "yes" if torch.equal(wide.tokens, wide.eager_tokens) else "no"
+            ratio = f"{half.error / half.eager_error:.2f}"
+            generation.append((name, cache, modes, str(len(wide.reports[0].joins)), same, ratio))
+            for op in {join.op for join in wide.reports[0].joins} - set(NOTES):
+                why_cache.setdefault(op, {})[f"{name}, {cache} cache"] = True
+    ranks.stop()
+
+    import test_extending as examples
+
+    text = TEMPLATE.format(
+        transformers=transformers.__version__, torch=torch.__version__.split("+")[0], ranks=2,
+        table=rows(table), generation=rows(generation),
+        notes="\n".join(f"- {', '.join(names)}: {NOTES[reason]}." for reason, names in why.items() if reason in NOTES),
+        cache_notes=CACHE if "aten.index_put.default" in why_cache else "",
+        rule=body(examples.test_an_op_with_a_rule_stays_cut, "assert"),
+        all_reduce=body(examples.test_an_all_reduce_of_ones_own_is_a_site, "(match,)"),
+    )  # fmt: skip
+    (HERE / "models.md").write_text(text)
+
+
+CACHE = (
+    "A static cache is written at positions that are a tensor, by `index_put`: keys and values of both halves are joined for\n"
+    "it, two joins in each layer. A dynamic cache is written by concatenation, which stays cut."
+)
+
+
+def mode(report) -> str:
+    return report.mode + (f", {len(report.joins)} joins" if report.joins else "")
+
+
+def rows(table) -> str:
+    head, *rest = table
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
+
+
+def body(function, until) -> str:
+    """The source of a function's body, up to the line that begins with ``until``."""
+    lines = inspect.cleandoc("\n" + "".join(inspect.getsourcelines(function)[0][1:])).splitlines()
+    end = next(i for i, line in enumerate(lines) if line.startswith(until))
+    return "\n".join(lines[:end]).strip()
+
+
+if __name__ == "__main__":
+    main()
