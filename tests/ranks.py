@@ -16,7 +16,7 @@ class Ranks:
     failed test, not a hanging one.
     """
 
-    def __init__(self, world: int, timeout: float = 120):
+    def __init__(self, world: int, timeout: float = 250):
         self.world, self.timeout, self.processes = world, timeout, []
 
     def __call__(self, function, *args):
