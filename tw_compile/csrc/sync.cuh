@@ -18,7 +18,8 @@
 //   * Once a kernel has ended here, no peer reads our partial sums any more: each peer's CTA arrives at the exit barrier
 //     after its last read. So the next GEMM may overwrite them without asking anybody.
 //
-// Progress. A CTA waits only for its namesakes on other ranks. Each needs an SM in time, no two of one rank at once.
+// Progress. A CTA waits only for its namesakes on other ranks. All CTAs of a grid must come to be resident at once, or be
+// dispatched in the same order on all ranks: grids are kept far below the number of SMs.
 #pragma once
 #include "site.cuh"
 
