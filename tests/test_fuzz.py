@@ -17,7 +17,7 @@ from workspace import Workspace
 from tw_compile import TokenWeaveError
 
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -32,7 +32,7 @@ class Layer:
     mix: str = "mlp"
     norm: str = "hf"
     residual_first: bool = True
-    scale: float = 1.0
+    halved: bool = False
     bias: bool = False
     flat: bool = False  # the all-reduce is of [B·T, H]
     post_norm: bool = False  # norm, then add
@@ -93,7 +93,7 @@ def _layer(layer, x, weights, escaped):
         y = y.reshape(x.shape)
     if layer.bias:
         y = y + bias
-    y = y * layer.scale if layer.scale != 1.0 else y
+    y = y * 0.5 if layer.halved else y
     if layer.post_norm:
         y = _norm(layer.norm, y, norm_weight)
     r = x + y if layer.residual_first else y + x
@@ -150,7 +150,7 @@ LAYERS = st.builds(
     mix=st.sampled_from(("mlp", "causal", "grouped", "masked", "window", "full", "written", "cumulative")),
     norm=st.sampled_from(("hf", "torch", "gemma", "bare")),
     residual_first=st.booleans(),
-    scale=st.sampled_from((1.0, 1.0, 0.5)),
+    halved=st.booleans(),
     bias=st.booleans(),
     flat=st.booleans(),
     post_norm=st.sampled_from((False, False, True)),
@@ -173,6 +173,7 @@ BLOCKS = st.builds(
 @settings(
     max_examples=int(os.environ.get("TW_FUZZ", 30)), deadline=None, database=None, derandomize="TW_FUZZ" not in os.environ,
     suppress_health_check=list(HealthCheck), print_blob=False,
+    phases=[Phase.generate],  # to shrink what failed takes many minutes; it is printed whole
 )  # fmt: skip
 @given(BLOCKS)
 def test_drawn_blocks(block):
