@@ -32,6 +32,7 @@ def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Re
         report.sites = rows if options.mode == "off" else []
         return graph, _idle(report, options, bool(found))
 
+    device = value(matches[0].total).device  # asked now: the passes below replace the node
     ctas = 0 if options.ctas == "auto" else options.ctas
     sites = fuse(graph, matches, options.transport, ctas)
     report.mode, cut = "fuse", "mode is fuse"
@@ -46,7 +47,7 @@ def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Re
         raise TokenWeaveError(f"option 'tokenweave.mode' is 'weave', but this graph cannot be woven: {cut}")
     elif options.mode != "fuse":
         report.reasons.append(f"not woven: {cut}")
-    if may_be_symmetric(matches[0].group, value(matches[0].total).device):
+    if all(may_be_symmetric(match.group, device) for match in matches):
         place(graph)
     report.sites = [_site(match, site in woven) for match, site in zip(matches, sites)]
     return graph, report
