@@ -212,16 +212,19 @@ class Plain:
     def linear(self, a, b, bias, group, transport, slot):
         return a @ b if bias is None else a @ b + bias
 
-    def start(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, shard):
+    def start(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard):
         assert slot not in self.pending, "a slot's site is started before its last one was waited for"
-        self.pending[slot] = add_norm(x * RANKS, residual, weight, bias, eps, scale, offset)
+        self.pending[slot] = x.dtype, add_norm(x * RANKS, residual, weight, bias, eps, scale, offset)
         return x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, after, group, transport, slot, shard, borrow):
-        return self.pending.pop(slot)
+    def wait(self, token, x, residual, weight, bias, after, group, transport, slot, wide, shard, borrow):
+        dtype, (norm, total) = self.pending.pop(slot)
+        return norm.to(dtype), total if wide else total.to(dtype)
 
     def fused(self, x, residual, weight, bias, eps, scale, offset, *where):
-        return add_norm(x * RANKS, residual, weight, bias, eps, scale, offset)
+        *_, slot, _, wide, shard, borrow = where
+        self.start(x, residual, weight, bias, eps, scale, offset, *where[:-1])
+        return self.wait(None, x, residual, weight, bias, None, *where[:2], slot, wide, shard, borrow)
 
 
 class _Run(Interpreter):

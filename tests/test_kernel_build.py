@@ -432,7 +432,9 @@ class Machine:
         self.run_steps.access_count.restype = ctypes.c_uint64
 
         row = hidden * dtype.itemsize
-        self.staging_at = 2 * self.ROWS * row
+        self.carried_at = self.ROWS * row
+        self.whole_at = self.carried_at + self.ROWS * hidden * 4
+        self.staging_at = self.whole_at + self.ROWS * row
         self.workspaces = [torch.zeros(self.staging_at + 2 * self.CTAS * row, dtype=torch.uint8) for _ in range(world)]
         self.pads = [torch.zeros(self.CTAS * world, dtype=torch.int32) for _ in range(world)]
         self.epochs = [torch.full((self.CTAS,), -3, dtype=torch.int32) for _ in range(world)]  # soon wraps through 0
@@ -449,21 +451,22 @@ class Machine:
             self.epochs[rank].data_ptr(),
             self.error.data_ptr(),
             timeout_s,
-            self.ROWS * self.hidden * self.dtype.itemsize,
+            self.whole_at,
             self.staging_at,
         )
 
-    def region(self, rank, which, rows):
-        row = self.hidden * self.dtype.itemsize
-        begin = which * self.ROWS * row
-        return self.workspaces[rank][begin : begin + rows * row].view(self.dtype).view(rows, self.hidden)
+    def region(self, rank, begin, rows, dtype=None):
+        dtype = dtype or self.dtype
+        return self.workspaces[rank][begin : begin + rows * self.hidden * dtype.itemsize].view(dtype).view(rows, self.hidden)
 
-    def run(self, calls, seed=0, one_shot=None, ctas=3, whole=True, timeout_s=1e3, lost=()):
+    def run(self, calls, seed=0, one_shot=None, ctas=3, whole=True, carried=False, timeout_s=1e3, lost=()):
         """Run calls back to back on all ranks, without any meeting between them other than the kernels' own.
 
         calls: dicts of partials [W][T, H], residual, weight, bias, eps, scale, offset
-        lost:  ranks that never come
-        Returns [calls][ranks] of (norm, residual); of a sharded residual, rows of others are left as they were.
+        whole:   whether the last residual leaves whole, and not carried
+        carried: whether all calls but the last carry their residual to the next, whatever that has as ``residual``
+        lost:    ranks that never come
+        Returns [calls][ranks] of (norm, residual); of a carried residual, in float32, rows of others are NaN.
         """
         steps = (Step * (self.world * len(calls)))()
         results, alive = [], []
@@ -472,12 +475,17 @@ class Machine:
             rows = call["partials"][0].shape[0]
             small = rows < TWO_SHOT_ROWS if one_shot is None else one_shot
             for rank in range(self.world):
-                x, residual = self.region(rank, 0, rows), self.region(rank, 1, rows)
-                norm_out, residual_out = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+                begin, end = (0, rows) if small else own_rows(rank, self.world, rows)
+                is_whole, takes_carried = whole and not (carried and number < len(calls) - 1), carried and number > 0
+                x, kept = self.region(rank, 0, rows), self.region(rank, self.carried_at, end - begin, torch.float32)
+                residual = self.region(rank, self.whole_at, rows) if is_whole else kept
+                norm_out = torch.full_like(x, torch.nan)
+                residual_out = torch.full((rows, self.hidden), torch.nan, dtype=residual.dtype)
                 arguments = self.arguments(rank, timeout_s)
                 mine = [call[name] for name in ("residual", "bias", "weight")]
-                if mine[0] is not None and not small:  # of others' rows nothing may be read
-                    begin, end = own_rows(rank, self.world, rows)
+                if takes_carried:
+                    mine[0] = kept
+                elif mine[0] is not None:  # of others' rows nothing may be read
                     mine[0] = torch.full_like(mine[0], torch.nan)
                     mine[0][begin:end] = call["residual"][begin:end]
                 alive += [arguments, *mine]
@@ -485,7 +493,7 @@ class Machine:
                 weight = call["weight"]
                 arguments.set(
                     rows, x.data_ptr(), *pointers, x.data_ptr(), residual.data_ptr(), 7,
-                    weight is not None and weight.dtype == torch.float32, whole, call["eps"], call["scale"], call["offset"],
+                    weight is not None and weight.dtype == torch.float32, takes_carried, is_whole, call["eps"], call["scale"], call["offset"],
                 )  # fmt: skip
                 step = steps[rank * len(calls) + number]
                 step.site = ctypes.addressof(arguments._buffer)
@@ -494,7 +502,8 @@ class Machine:
                 partial, size = call["partials"][rank], x.numel() * x.itemsize
                 step.before = Copy(x.data_ptr(), partial.data_ptr(), size)
                 step.after[0] = Copy(norm_out.data_ptr(), x.data_ptr(), size)
-                step.after[1] = Copy(residual_out.data_ptr(), residual.data_ptr(), size)
+                of_residual = residual_out if is_whole else residual_out[begin:end]
+                step.after[1] = Copy(of_residual.data_ptr(), residual.data_ptr(), residual.numel() * residual.itemsize)
                 results[-1].append((norm_out, residual_out))
         pointers = (ctypes.c_void_p * self.world)(*(w.data_ptr() for w in self.workspaces))
         self.status = self.run_steps.run(steps, ctypes.c_uint64(len(calls)), pointers, ctypes.c_uint32(seed))
@@ -534,7 +543,8 @@ def assert_right(results, call, world, whole=True, one_shot=False):
     torch.testing.assert_close(norms[0].float(), norm.float(), rtol=2 * tolerance, atol=tolerance / 16)
     for rank, (_, mine) in enumerate(results):
         begin, end = (0, rows) if whole or one_shot else own_rows(rank, world, rows)
-        assert torch.equal(mine[begin:end], residual[begin:end])  # no reduction over the row: every bit
+        assert mine.dtype == (norm.dtype if whole else torch.float32)
+        assert torch.equal(mine[begin:end], residual[begin:end].to(mine.dtype))  # no reduction over the row: every bit
 
 
 @needs_gxx
@@ -583,6 +593,23 @@ def test_back_to_back_calls(machine, world):
 
 
 @needs_gxx
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, one_shot", [(1, True), (31, True), (7, False), (63, False), (64, False)])
+def test_a_residual_is_carried_unrounded(machine, dtype, rows, one_shot):
+    """From site to site, until the last one rounds it."""
+    world, total = 3, 4
+    kernels = machine(dtype, 520, world, "peer")
+    calls = [example(dtype, 520, world, rows, seed=seed, residual=seed != 0) for seed in range(total)]
+    results = kernels.run(calls, one_shot=one_shot, ctas=2, carried=True)
+    assert kernels.status == 0
+    residual = None
+    for number, (result, call) in enumerate(zip(results, calls)):
+        call = {**call, "residual": residual}
+        assert_right(result, call, world, whole=number == total - 1, one_shot=one_shot)
+        _, residual = all_reduce_add_norm(**call)
+
+
+@needs_gxx
 def test_bits_of_a_row_depend_on_its_data_alone(machine):
     world, rows = 3, 50
     kernels = machine(torch.bfloat16, 520, world, "peer")
@@ -623,9 +650,8 @@ def test_both_transports_touch_every_vector_once_at_the_same_addresses(machine, 
             assert len([at for r, at in loads if r == rank]) == len(vectors)
             assert all(at >= kernels.staging_at for _, at in loads)
     else:
-        residual_at = kernels.ROWS * row
         assert sorted(at for _, at in loads) == vectors
-        assert sorted(stores) == vectors + [residual_at + at for at in vectors]
+        assert sorted(stores) == vectors + [kernels.whole_at + at for at in vectors]
         for rank, at in loads:
             begin, end = own_rows(rank, world, rows)
             assert begin * row <= at < end * row

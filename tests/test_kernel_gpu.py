@@ -122,13 +122,13 @@ class Ranks:
         self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot)
         return self.each(
             lambda s, rank: s.fused(
-                x[rank], residual, weight, bias, eps, scale, offset, ctas, slot, 0, shard, borrow
+                x[rank], residual, weight, bias, eps, scale, offset, ctas, slot, 0, shard, shard, borrow
             )
         )
 
     def overlapped(self, x, residual, weight, bias, eps=1e-5, scale=1.0, offset=0.0, shard=False, borrow=False, ctas=CTAS, slot=0):
         self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot)
-        self.each(lambda s, rank: s.start(x[rank], residual, weight, bias, eps, scale, offset, ctas, slot, 0, shard))
+        self.each(lambda s, rank: s.start(x[rank], residual, weight, bias, eps, scale, offset, ctas, slot, 0, shard, shard))
         return self.each(lambda s, rank: s.wait(slot, borrow))
 
 
@@ -208,6 +208,16 @@ def assert_close(got, wanted):
     assert bool((error <= 1.02 * half_ulp * wanted.abs() + 1e-5).all()), f"worst error {error.max().item():.3e}"
 
 
+def assert_carried_or_whole(residual, wanted, carried, rank, world):
+    """Rounded and whole; or in float32, own rows in front where the kernel is two-shot."""
+    rows = len(wanted)
+    if not carried:
+        return assert_close(residual, wanted)
+    begin, end = own_rows(rank, world, rows) if rows >= symmetric.TWO_SHOT_ROWS else (0, rows)
+    assert residual.shape == wanted.shape
+    assert_close(residual[: end - begin], wanted[begin:end])
+
+
 def assert_same(a, b):
     assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
@@ -231,8 +241,7 @@ def test_numbers(dtype, hidden, world):
             assert_close(results[0][0], norm)
             for rank, (norm_of_rank, residual_of_rank) in enumerate(results):
                 assert_same(norm_of_rank, results[0][0])
-                begin, end = own_rows(rank, world, rows) if shard and rows >= symmetric.TWO_SHOT_ROWS else (0, rows)
-                assert_close(residual_of_rank[begin:end], r[begin:end])
+                assert_carried_or_whole(residual_of_rank, r, shard, rank, world)
                 if not shard:
                     assert_same(residual_of_rank, results[0][1])
 
@@ -268,7 +277,7 @@ def test_200_calls_back_to_back(world):
         results.append(
             group.each(
                 lambda s, rank: s.fused(
-                    d["x"][rank, :rows], d["residual"][:rows], d["weight"], None, 1e-5, 1.0, 0.0, 2, 2, i, False, False
+                    d["x"][rank, :rows], d["residual"][:rows], d["weight"], None, 1e-5, 1.0, 0.0, 2, 2, i, False, False, False
                 )[0],
                 begin=False,
                 end=False,
@@ -280,28 +289,27 @@ def test_200_calls_back_to_back(world):
             assert_same(norm, wanted[i % len(sets)][:rows])
 
 
-def test_sharded_residual_through_consecutive_sites():
-    """As a woven model has it: the GEMM writes the workspace, the residual stays in it, the last site makes it whole."""
-    world, hidden, rows, dtype = 4, 8192, 100, BF16
+@pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
+@pytest.mark.parametrize("rows", (5, 31, 32, 100, 127))
+def test_carried_residual_through_consecutive_sites(dtype, rows):
+    """As a woven model has it: the GEMM writes the workspace, the residual stays in it unrounded, the last site makes it whole."""
+    world, hidden = 4, 8192
     group, d = ranks(world), data(dtype, hidden, world, rows)
     a = torch.randn(world, rows, 64, device="cuda").to(dtype)
     b = (torch.randn(world, 64, hidden, device="cuda") / 8).to(dtype)
-    for slot in (0, 1):
-        group.workspaces(dtype, hidden, rows, slot)
-    residual, residuals = d["residual"], [d["residual"]] * world
-    for site, shard in enumerate((True, True, False)):
+    group.workspaces(dtype, hidden, rows, 0)
+    total, residuals = d["residual"].double(), [d["residual"]] * world
+    for site, carry in enumerate((True, True, True, False)):
         xs = group.each(lambda s, rank: s.linear(a[rank], b[rank], None, 0))
         partials = torch.stack(xs)
-        torch.testing.assert_close(partials, torch.bmm(a, b), rtol=2e-2, atol=2e-2)
-        wanted = group.fused(partials, residual, d["weight"], None)
-        residual = wanted[0][1]
-        group.each(lambda s, rank: s.start(xs[rank], residuals[rank], d["weight"], None, 1e-5, 1.0, 0.0, CTAS, 0, site, shard))
+        norm, total = expected(partials, total, d["weight"], None)
+        group.each(lambda s, rank: s.start(xs[rank], residuals[rank], d["weight"], None, 1e-5, 1.0, 0.0, CTAS, 0, site, carry, carry))
         results = group.each(lambda s, rank: s.wait(0, True))
         residuals = [result[1] for result in results]
-        for rank, (norm, mine) in enumerate(results):
-            assert_same(norm, wanted[0][0])
-            begin, end = own_rows(rank, world, rows) if shard else (0, rows)
-            assert_same(mine[begin:end], residual[begin:end])
+        for rank, (norm_of_rank, residual) in enumerate(results):
+            assert_close(norm_of_rank, norm)
+            assert_carried_or_whole(residual, total, carry, rank, world)
+            assert_same(norm_of_rank, results[0][0])
 
 
 @pytest.mark.parametrize("rows", (5, 100))
@@ -317,7 +325,7 @@ def test_cuda_graphs(rows):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=group.streams[rank]):
                 for _ in range(3):
-                    s.start(x[rank], d["residual"], d["weight"], None, 1e-5, 1.0, 0.0, CTAS, 1, 0, False)
+                    s.start(x[rank], d["residual"], d["weight"], None, 1e-5, 1.0, 0.0, CTAS, 1, 0, False, False)
                     output = s.wait(1, False)
             graphs.append(graph)
             outputs.append(output)
@@ -359,7 +367,7 @@ def test_a_start_without_wait_is_forgotten():
     world, rows = 2, 40
     group, d = ranks(world), data(BF16, 8192, 2, rows)
     group.workspaces(BF16, 8192, rows, 0)
-    group.each(lambda s, rank: s.start(d["x"][rank], None, None, None, 1e-5, 1.0, 0.0, CTAS, 0, 0, False))
+    group.each(lambda s, rank: s.start(d["x"][rank], None, None, None, 1e-5, 1.0, 0.0, CTAS, 0, 0, False, False))
     results = group.overlapped(d["x"], d["residual"], d["weight"], None)
     assert_close(results[0][0], expected(d["x"], d["residual"], d["weight"], None)[0])
     with pytest.raises(RuntimeError, match="nothing was started"):
@@ -375,6 +383,7 @@ def test_what_it_refuses():
         ("weight is", dict(weight=torch.zeros(8192, dtype=FP16, device="cuda"))),
         ("bias is", dict(bias=torch.zeros(8192, device="cuda"))),
         ("signal pad", dict(ctas=100_000)),
+        ("residual is", dict(residual=torch.zeros(40, 8192, device="cuda"), shard=True)),
     ]:
         with pytest.raises(RuntimeError, match=match):
             group.fused(x, **{"residual": None, "weight": None, "bias": None, **change})
@@ -383,7 +392,7 @@ def test_what_it_refuses():
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="run once un-captured"), group.stand_ins(), torch.cuda.graph(graph):
         group.ranks[0].fused(
-            torch.zeros(40, 8192, dtype=BF16, device="cuda"), None, None, None, 1e-5, 1.0, 0.0, 0, 7, 0, False, False
+            torch.zeros(40, 8192, dtype=BF16, device="cuda"), None, None, None, 1e-5, 1.0, 0.0, 0, 7, 0, False, False, False
         )
 
 
@@ -393,7 +402,7 @@ from tests.test_kernel_gpu import Ranks, BF16
 group = Ranks(2, timeout_s=0.3)
 x = torch.zeros(40, 8192, dtype=BF16, device="cuda")
 group.workspaces(BF16, 8192, 40)
-first = lambda: group.ranks[0].fused(x, None, None, None, 1e-5, 1.0, 0.0, 0, 2, 11, False, True)
+first = lambda: group.ranks[0].fused(x, None, None, None, 1e-5, 1.0, 0.0, 0, 2, 11, False, False, True)
 with group.stand_ins():
     first()
     try:

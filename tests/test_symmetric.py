@@ -10,7 +10,8 @@ from tw_compile.ops.symmetric import TWO_SHOT_ROWS, _Call
 def call(rows, shape):
     workspace = SimpleNamespace(
         activations=torch.zeros(64, 16, dtype=torch.bfloat16),
-        residual=torch.zeros(64, 16, dtype=torch.bfloat16),
+        carried=torch.zeros(64, 16),
+        whole_residual=torch.zeros(64, 16, dtype=torch.bfloat16),
         arguments=None,
         kernels={"one_shot": None, "two_shot": None},
         max_ctas=8,
@@ -23,13 +24,13 @@ def test_no_result_shares_the_storage_of_an_input():
     for mode in (False, True):
         with torch.inference_mode(mode):
             workspace, site = call(40, (1, 40, 16))
-            before = site.next_residual()
+            before = site.carried()
             for _ in range(3):
-                after = site.next_residual()
+                after = site.carried()
                 assert not torch._C._any_output_is_alias_to_input_or_output((site.partials, before), {}, (site.norm, after))
                 before = after
             assert site.partials.data_ptr() == site.norm.data_ptr() == workspace.activations.data_ptr()
-            assert before.data_ptr() == workspace.residual.data_ptr()
+            assert before.data_ptr() == workspace.carried.data_ptr()
             assert not any(t.is_inference() for t in (site.partials, site.norm, before))
             assert all(t.stride() == (640, 16, 1) for t in (site.partials, site.norm, before))
 

@@ -28,18 +28,19 @@ class Workspace:
         self.lent["linear"] += 1
         return self._slot(group, slot).write(a @ b if bias is None else a @ b + bias)
 
-    def start(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, shard):
+    def start(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard):
         self._slot(group, slot).start(x, residual, (weight, bias, eps, scale, offset))
         return x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, after, group, transport, slot, shard, borrow):
+    def wait(self, token, x, residual, weight, bias, after, group, transport, slot, wide, shard, borrow):
+        assert wide == shard
         self.lent["borrow"] += borrow
         self.lent["shard"] += shard
         return self._slot(group, slot).finish(shard, borrow)
 
-    def fused(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, shard, borrow):
-        self.start(x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, shard)
-        return self.wait(None, x, residual, weight, bias, None, group, transport, slot, shard, borrow)
+    def fused(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard, borrow):
+        self.start(x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard)
+        return self.wait(None, x, residual, weight, bias, None, group, transport, slot, wide, shard, borrow)
 
 
 class _Slot:
@@ -65,11 +66,12 @@ class _Slot:
             residual = self.every_row
         norm, total = add_norm(x * RANKS, residual, *site)
         self.pending = None
+        norm = norm.to(x.dtype)
         norm = self.write(norm) if borrow else norm
         if shard:
             self.every_row = total
-            total = self._poisoned(total)
-        return norm, total
+            return norm, self._poisoned(total)
+        return norm, total.to(x.dtype)
 
     def _poisoned(self, total):
         """The residual with this rank's rows alone."""

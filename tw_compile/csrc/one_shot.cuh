@@ -25,11 +25,11 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
   for (u32 row = blockIdx.x; row < site.rows; row += gridDim.x) {
     const u64 at = row * Layout::kRowBytes;
     const u64 staging_at = site.staging_at + (blockIdx.x * 2 + barrier.epoch() % 2) * Layout::kRowBytes;
-    const char* residual = site.residual == nullptr ? nullptr : site.residual + at;
+    const u64 float_at = row * Layout::kFloatRowBytes;
+    const char* residual = site.residual == nullptr ? nullptr : site.residual + (site.takes_carried ? float_at : at);
     Chunk<Layout, Transport> chunk;
 
-    chunk.load_residual(residual, 0);  // arrive during the barrier
-    rows.load_weight();
+    chunk.load_residual(residual, site.takes_carried, 0);  // arrives during the barrier
     for (int c = 0; c < Layout::kChunks; ++c) {
 #pragma unroll
       for (int u = 0; u < Layout::kUnroll; ++u) {
@@ -38,6 +38,7 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
         ptx::store_sys(site.workspace[0] + staging_at + v * 16ull, ptx::load(site.x + at + v * 16ull));
       }
     }
+    rows.fetch_weight();
     if constexpr (Transport::kAliases) ptx::fence_alias();
     barrier.arrive_and_wait(0);
     if constexpr (Transport::kAliases) ptx::fence_alias();
@@ -45,10 +46,16 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
 #pragma unroll 1
     for (int c = 0; c < Layout::kChunks; ++c) {
       chunk.load_parts(transport, staging_at, c);
-      if (c > 0) chunk.load_residual(residual, c);
-      rows.add(chunk, c, [&](u64 offset, uint4 r) { ptx::store(site.residual_out + at + offset, r); });
+      if (c > 0) chunk.load_residual(residual, site.takes_carried, c);
+      rows.add(chunk, c, [&](int v, const float (&r)[Layout::kVector]) {
+        if (site.whole_residual) {
+          ptx::store(site.residual_out + at + v * 16ull, Layout::Element::pack(r));
+        } else {
+          store_floats<Layout>(site.residual_out + float_at, v, r);
+        }
+      });
     }
-    rows.normalise([&](u64 offset, uint4 norm) { ptx::store(site.norm_out + at + offset, norm); });
+    rows.template normalise<true>([&](u64 offset, uint4 norm) { ptx::store(site.norm_out + at + offset, norm); });
   }
   barrier.close();
 }

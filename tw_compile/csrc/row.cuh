@@ -17,6 +17,7 @@ struct Layout {
   static constexpr int kVectors = kHidden / kVector;  // in a row
   static constexpr int kWarps = kThreads / 32;
   static constexpr u64 kRowBytes = static_cast<u64>(kHidden) * Element::kBytes;
+  static constexpr u64 kFloatRowBytes = static_cast<u64>(kHidden) * 4;
   static constexpr bool kExact = kVectors == kThreads * kUnroll * kChunks;
 
   static_assert(kHidden % kVector == 0, "a row is a whole number of vectors");
@@ -29,18 +30,57 @@ struct Layout {
   static __device__ __forceinline__ bool holds(int vector) { return kExact || vector < kVectors; }
 };
 
+// A vector in private memory: of Element, or of float32, which beside 16-bit elements is twice as long.
+template <class Layout>
+struct Vector {
+  static constexpr int kWords = Layout::kVector / 4;  // 16-byte words of a float32 vector
+  uint4 raw[kWords];
+
+  // v: number of the vector in the row. fetch(address): ptx::load, or ptx::load_constant
+  template <class Fetch>
+  __device__ __forceinline__ void load(const char* row, bool is_float, int v, Fetch fetch) {
+    if (kWords == 1 || !is_float) {
+      raw[0] = fetch(row + v * 16ull);
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) raw[w] = fetch(row + (v * kWords + w) * 16ull);
+    }
+  }
+  // with(i, element i); in float32 one word at a time, to be easy on registers.
+  template <class With>
+  __device__ __forceinline__ void each(bool is_float, With with) const {
+    if (kWords == 1 || !is_float) {
+      float f[Layout::kVector];
+      Layout::Element::unpack(raw[0], f);
+#pragma unroll
+      for (int i = 0; i < Layout::kVector; ++i) with(i, f[i]);
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        float f[4];
+        fp32::unpack(raw[w], f);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) with(4 * w + i, f[i]);
+      }
+    }
+  }
+};
+
 // What a thread has in flight of a chunk.
 template <class Layout, class Transport>
 struct Chunk {
   uint4 parts[Layout::kUnroll][Transport::kParts];
-  uint4 residual[Layout::kUnroll];
+  Vector<Layout> residual[Layout::kUnroll];
 
-  // row_at: offset in the workspace of the row of partial sums; residual_row: the residual's row, or null
-  __device__ __forceinline__ void load(const Transport& transport, u64 row_at, const char* residual_row, int chunk) {
-    load_parts(transport, row_at, chunk);
-    load_residual(residual_row, chunk);
+  __device__ __forceinline__ void load_residual(const char* row, bool is_float, int chunk) {
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      const int v = Layout::vector(chunk, u);
+      if (row != nullptr && Layout::holds(v)) residual[u].load(row, is_float, v, ptx::load);
+    }
   }
 
+  // row_at: offset in the workspace of the row of partial sums
   __device__ __forceinline__ void load_parts(const Transport& transport, u64 row_at, int chunk) {
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
@@ -51,15 +91,6 @@ struct Chunk {
 #pragma unroll
         for (int i = 0; i < Transport::kParts; ++i) parts[u][i] = make_uint4(0, 0, 0, 0);
       }
-    }
-  }
-
-  __device__ __forceinline__ void load_residual(const char* residual_row, int chunk) {
-#pragma unroll
-    for (int u = 0; u < Layout::kUnroll; ++u) {
-      const int v = Layout::vector(chunk, u);
-      residual[u] = make_uint4(0, 0, 0, 0);
-      if (residual_row != nullptr && Layout::holds(v)) residual[u] = ptx::load(residual_row + v * 16ull);
     }
   }
 };
@@ -128,44 +159,14 @@ struct Kept<Layout, false> {
   }
 };
 
-// The thread's part of the weight, or of the bias, in one chunk; a float32 one beside 16-bit elements is twice as long.
+// A carried residual: the vector in float32.
 template <class Layout>
-struct Vectors {
-  static constexpr int kWords = Layout::kVector / 4;  // 16-byte words of a float32 vector
-  uint4 raw[Layout::kUnroll][kWords];
-
-  __device__ __forceinline__ void load(const char* from, bool is_float, int chunk) {
+__device__ __forceinline__ void store_floats(char* row, int v, const float (&r)[Layout::kVector]) {
 #pragma unroll
-    for (int u = 0; u < Layout::kUnroll; ++u) {
-      const int v = Layout::vector(chunk, u);
-      if (from == nullptr || !Layout::holds(v)) continue;
-      if (kWords == 1 || !is_float) {
-        raw[u][0] = ptx::load_constant(from + v * 16ull);
-      } else {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) raw[u][w] = ptx::load_constant(from + (v * kWords + w) * 16ull);
-      }
-    }
+  for (int w = 0; w < Layout::kVector / 4; ++w) {
+    ptx::store(row + (v * (Layout::kVector / 4) + w) * 16ull, fp32::pack({r[4 * w], r[4 * w + 1], r[4 * w + 2], r[4 * w + 3]}));
   }
-  // with(i, element i of vector u); in float32 one word at a time, to be easy on registers.
-  template <class With>
-  __device__ __forceinline__ void each(int u, bool is_float, With with) const {
-    if (kWords == 1 || !is_float) {
-      float f[Layout::kVector];
-      Layout::Element::unpack(raw[u][0], f);
-#pragma unroll
-      for (int i = 0; i < Layout::kVector; ++i) with(i, f[i]);
-    } else {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        float f[4];
-        fp32::unpack(raw[u][w], f);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) with(4 * w + i, f[i]);
-      }
-    }
-  }
-};
+}
 
 // Rows, one after the other: for each, add() its chunks in order, then normalise().
 template <class Layout, class Transport, int kWorld>
@@ -181,48 +182,51 @@ class Rows {
         first_(Transport::kParts == 1 ? 0 : (kWorld - static_cast<int>(site.rank)) % kWorld),
         kept_(ptx::shared_memory() + kScratch) {}
 
-  // r = scale * (sum + bias) + residual of one chunk. store(byte offset in the row, rounded vector) takes the new residual.
+  // r = scale * (sum + bias) + residual of one chunk. store(number of the vector in the row, its floats) takes r.
   template <class Store>
   __device__ __forceinline__ void add(const Chunk<Layout, Transport>& in, int chunk, Store store) {
     if (chunk == 0) squares_ = 0.0f;
     float r[Layout::kUnroll][Layout::kVector];
     add_in_rank_order<Element>(in.parts, first_, r);
-    Vectors<Layout> bias;  // seldom there: not worth registers during the sum
-    bias.load(site_.bias, false, chunk);
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
       const int v = Layout::vector(chunk, u);
       if (!Layout::holds(v)) continue;
       if (site_.bias != nullptr) {
-        bias.each(u, false, [&](int i, float b) { r[u][i] = __fadd_rn(r[u][i], b); });
+        Vector<Layout> bias;
+        bias.load(site_.bias, false, v, ptx::load_constant);
+        bias.each(false, [&](int i, float b) { r[u][i] = __fadd_rn(r[u][i], b); });
       }
 #pragma unroll
       for (int i = 0; i < Layout::kVector; ++i) r[u][i] = __fmul_rn(r[u][i], site_.scale);
       if (site_.residual != nullptr) {
-        float before[Layout::kVector];
-        Element::unpack(in.residual[u], before);
-#pragma unroll
-        for (int i = 0; i < Layout::kVector; ++i) r[u][i] = __fadd_rn(r[u][i], before[i]);
+        in.residual[u].each(site_.takes_carried != 0, [&](int i, float before) { r[u][i] = __fadd_rn(r[u][i], before); });
       }
 #pragma unroll
       for (int i = 0; i < Layout::kVector; ++i) squares_ = __fmaf_rn(r[u][i], r[u][i], squares_);
       kept_.put(chunk, u, r[u]);
-      store(v * 16ull, Element::pack(r[u]));
+      store(v, r[u]);
     }
   }
 
-  // Fetch the weight for the first chunk of a row. Once for each normalise(), as early as registers allow.
-  __device__ __forceinline__ void load_weight() { weight_.load(site_.weight, site_.weight_is_float != 0, 0); }
+  // Fetch the weight of the first chunk early, for normalise<true>.
+  __device__ __forceinline__ void fetch_weight() {
+    if (site_.weight == nullptr) return;
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      const int v = Layout::vector(0, u);
+      if (Layout::holds(v)) weight_[u].load(site_.weight, site_.weight_is_float != 0, v, ptx::load_constant);
+    }
+  }
 
   // store(byte offset in the row, vector) takes norm = r / sqrt(mean(r²) + eps) * (weight + offset).
-  template <class Store>
+  template <bool kWeightIsFetched, class Store>
   __device__ __forceinline__ void normalise(Store store) {
     const bool is_float = site_.weight_is_float != 0;
     const float mean = __fmul_rn(row_sum(squares_), 1.0f / Layout::kHidden);
     const float factor = ptx::rsqrt(__fadd_rn(mean, site_.eps));
 #pragma unroll 1
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-      if (chunk > 0) weight_.load(site_.weight, is_float, chunk);
 #pragma unroll
       for (int u = 0; u < Layout::kUnroll; ++u) {
         const int v = Layout::vector(chunk, u);
@@ -232,7 +236,13 @@ class Rows {
 #pragma unroll
         for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(r[i], factor);
         if (site_.weight != nullptr) {
-          weight_.each(u, is_float, [&](int i, float w) { r[i] = __fmul_rn(r[i], __fadd_rn(w, site_.offset)); });
+          Vector<Layout> weight;
+          if (kWeightIsFetched && chunk == 0) {
+            weight = weight_[u];
+          } else {
+            weight.load(site_.weight, is_float, v, ptx::load_constant);
+          }
+          weight.each(is_float, [&](int i, float w) { r[i] = __fmul_rn(r[i], __fadd_rn(w, site_.offset)); });
         }
         store(v * 16ull, Element::pack(r));
       }
@@ -258,7 +268,7 @@ class Rows {
   const Site<kWorld>& site_;
   const int first_;
   Kept<Layout> kept_;
-  Vectors<Layout> weight_;
+  Vector<Layout> weight_[Layout::kUnroll];
   float squares_ = 0.0f;
   u32 half_ = 0;
 };

@@ -30,6 +30,8 @@ struct Cursor {
   }
 };
 
+// The weight is not fetched before it is needed: it is in L1 from the second row on, and registers are short.
+//
 // kDepth: chunks that a thread has in flight. A chunk's registers are loaded anew as soon as it is summed, so that the wire
 // stays busy through the norm and the stores.
 template <template <class, int> class TransportOf, class Layout, int kWorld, int kDepth>
@@ -48,7 +50,9 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   const auto fetch = [&](Chunk<Layout, Transport>& chunk) {
     if (next.row >= end) return;
     const u64 at = next.row * Layout::kRowBytes;
-    chunk.load(transport, at, site.residual == nullptr ? nullptr : site.residual + at, next.chunk);
+    const u64 residual_at = site.takes_carried ? (next.row - begin) * Layout::kFloatRowBytes : at;
+    chunk.load_parts(transport, at, next.chunk);
+    chunk.load_residual(site.residual == nullptr ? nullptr : site.residual + residual_at, site.takes_carried, next.chunk);
     next.advance();
   };
 
@@ -60,17 +64,16 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
     for (int i = 0; i < kDepth; ++i) {
       if (now.row >= end) continue;
       const u64 at = now.row * Layout::kRowBytes;
-      rows.add(chunks[i], now.chunk, [&](u64 offset, uint4 residual) {
+      rows.add(chunks[i], now.chunk, [&](int v, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {
-          transport.store(site.residual_at + at + offset, residual);
+          transport.store(site.whole_residual_at + at + v * 16ull, Layout::Element::pack(r));
         } else {
-          ptx::store(site.residual_out + at + offset, residual);
+          store_floats<Layout>(site.residual_out + (now.row - begin) * Layout::kFloatRowBytes, v, r);
         }
       });
       fetch(chunks[i]);
       if (now.last_chunk()) {
-        rows.load_weight();
-        rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
+        rows.template normalise<false>([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
       }
       now.advance();
     }

@@ -7,14 +7,15 @@
 
 Memory
     The implementations over symmetric memory keep a workspace for each *slot* (0 and 1 for the woven halves, 2 for what
-    is not split). Inductor never owns it: see ``keep_out_of_reuse``. Two flags say how far a graph lends itself to it:
+    is not split). Inductor never owns it: see ``keep_out_of_reuse``. Three flags say how far a graph lends itself to it:
 
     borrow  the norm is returned where the kernel wrote it, in the workspace. The graph has finished with it before the
             slot's next ``linear``, ``start`` or ``fused``.
-    shard   the residual is brought up to date in this rank's own rows only, in the workspace, and only the slot's next
-            site reads it, as its residual. Otherwise it is whole, and a tensor of its own.
+    wide    the new residual is float32, as it was before rounding: only the slot's next site reads it, as its residual.
+    shard   beside ``wide``: it stays in the workspace, each rank having its own rows, in an order of the implementation.
+            Otherwise it is whole, and a tensor of its own.
 
-    Both are permissions: an implementation without a workspace returns tensors of its own, and whole residuals.
+    borrow and shard are permissions: an implementation without a workspace returns tensors of its own, and whole residuals.
 
 Ordering
     ``wait`` takes everything that the communication may still read, so that nobody reuses that memory before; and
@@ -25,10 +26,11 @@ import torch
 from torch import Tensor
 
 from . import transport
+from .reference import empty_results
 
 SLOT_WHOLE = 2
 
-_SITE = "float eps, float scale, float offset, str group, str transport, int ctas, int slot, int site, bool shard"
+_SITE = "float eps, float scale, float offset, str group, str transport, int ctas, int slot, int site, bool wide, bool shard"
 _INPUTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias"
 
 _lib = torch.library.Library("tokenweave", "DEF")
@@ -37,7 +39,7 @@ _tags = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 _lib.define("linear(Tensor a, Tensor b, Tensor? bias, str group, str transport, int slot) -> Tensor", tags=_tags)
 _lib.define(f"start({_INPUTS}, {_SITE}) -> Tensor", tags=_tags)
 _lib.define(
-    f"wait(Tensor token, {_INPUTS}, Tensor? after, str group, str transport, int slot, bool shard, bool borrow)"
+    f"wait(Tensor token, {_INPUTS}, Tensor? after, str group, str transport, int slot, bool wide, bool shard, bool borrow)"
     " -> (Tensor, Tensor)",
     tags=_tags,
 )
@@ -57,20 +59,20 @@ def _linear(a, b, bias, group, transport, slot):
     return _implementation(transport, group, a).linear(a, b, bias, slot)
 
 
-def _start(x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, shard):
+def _start(x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard):
     _implementation(transport, group, x).start(
-        x, residual, weight, bias, eps, scale, offset, ctas, slot, site, shard
+        x, residual, weight, bias, eps, scale, offset, ctas, slot, site, wide, shard
     )
     return x.new_empty(0)
 
 
-def _wait(token, x, residual, weight, bias, after, group, transport, slot, shard, borrow):
+def _wait(token, x, residual, weight, bias, after, group, transport, slot, wide, shard, borrow):
     return _implementation(transport, group, x).wait(slot, borrow)
 
 
-def _fused(x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, shard, borrow):
+def _fused(x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard, borrow):
     return _implementation(transport, group, x).fused(
-        x, residual, weight, bias, eps, scale, offset, ctas, slot, site, shard, borrow
+        x, residual, weight, bias, eps, scale, offset, ctas, slot, site, wide, shard, borrow
     )
 
 
@@ -78,10 +80,6 @@ def _fused(x, residual, weight, bias, eps, scale, offset, group, transport, ctas
 for _name, _function in (("linear", _linear), ("start", _start), ("wait", _wait), ("fused", _fused)):
     for _key in ("CPU", "CUDA"):
         _lib.impl(_name, _function, _key)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("tokenweave::linear", lib=_lib)
@@ -96,12 +94,12 @@ def _(x, *site):
 
 @torch.library.register_fake("tokenweave::wait", lib=_lib)
 def _(token, x, *site):
-    return _like(x), _like(x)
+    return empty_results(x, wide=site[-3])
 
 
 @torch.library.register_fake("tokenweave::fused", lib=_lib)
 def _(x, *site):
-    return _like(x), _like(x)
+    return empty_results(x, wide=site[-3])
 
 
 def keep_out_of_reuse() -> None:

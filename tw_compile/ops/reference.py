@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 
+def empty_results(x: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
+    """What a site on x returns, (norm, residual), without values; wide: the residual is float32."""
+    norm = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return norm, torch.empty_like(norm, dtype=torch.float32 if wide else x.dtype)
+
+
 def add_norm(
     total: Tensor,
     residual: Tensor | None,
@@ -13,17 +19,15 @@ def add_norm(
     scale: float,
     offset: float,
 ) -> tuple[Tensor, Tensor]:
-    """Residual add and RMSNorm of an all-reduced value, in float32 with one rounding for each output.
+    """Residual add and RMSNorm of an all-reduced value, in float32.
 
-    total:    [..., H] the sum over the ranks, any floating dtype; the outputs have the dtype of ``residual``, or of
-              ``total`` where there is none
-    residual: [..., H] or None
+    total:    [..., H] the sum over the ranks, any floating dtype
+    residual: [..., H] or None, any floating dtype
     weight:   [H] or None (ones); used as ``weight + offset``
     bias:     [H] or None, added to the sum
     scale:    factor on the sum, after the bias
-    Returns (norm, residual), both [..., H].
+    Returns (norm, residual), both [..., H] in float32: a site rounds each once, to the dtype of the model.
     """
-    dtype = total.dtype if residual is None else residual.dtype
     r = total.float()
     if bias is not None:
         r = r + bias.float()
@@ -34,7 +38,7 @@ def add_norm(
     norm = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         norm = norm * (weight.float() + offset)
-    return norm.to(dtype), r.to(dtype)
+    return norm, r
 
 
 def all_reduce_add_norm(partials: list[Tensor], residual, weight, bias, eps, scale, offset) -> tuple[Tensor, Tensor]:
@@ -42,10 +46,10 @@ def all_reduce_add_norm(partials: list[Tensor], residual, weight, bias, eps, sca
 
     partials: one [..., H] tensor a rank, in rank order; the sum is taken in float32 in that order, so that every rank
               gets the same bits whichever rank computed them.
-    Returns (norm, residual), in the dtype of the partials.
+    Returns (norm, residual), both [..., H], the norm in the dtype of the partials, the residual in float32.
     """
     total = partials[0].float()
     for partial in partials[1:]:
         total = total + partial.float()
-    norm, r = add_norm(total, None if residual is None else residual.float(), weight, bias, eps, scale, offset)
-    return norm.to(partials[0].dtype), r.to(partials[0].dtype)
+    norm, r = add_norm(total, residual, weight, bias, eps, scale, offset)
+    return norm.to(partials[0].dtype), r

@@ -1,7 +1,7 @@
 """The sites over symmetric memory: one kernel launch each, in which the ranks read and write each other's memory.
 
 A *workspace* is memory that all ranks have mapped: ``rows`` rows of activations, where partial sums come in and norms go
-out; as many of the residual; and what the kernels need themselves. There is one for each slot, dtype, hidden size and power
+out; the residual, as it is carried from site to site and as it leaves; and what the kernels need themselves. There is one for each slot, dtype, hidden size and power
 of two of rows. It is made on first use, by all ranks together, and stays where it is for good: the pointers are in
 captured CUDA graphs.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from . import nvrtc
+from .reference import empty_results
 
 # Tokens from which each row is reduced by one rank only.
 TWO_SHOT_ROWS = 32
@@ -73,7 +74,7 @@ class Layout:
         threads = -(-vectors // (chunks * unroll * 32)) * 32
         # A quarter of the register file for each quarter of the warps.
         registers = min(255, 16384 // (32 * -(-threads // 128)) // 8 * 8)
-        registers_of_chunk = unroll * (world + 1) * 4
+        registers_of_chunk = unroll * (world + 4 // itemsize) * 4
         fitting = (registers - 64) // registers_of_chunk
         wanted = -(-cls.BYTES_IN_FLIGHT // (threads * unroll * world * 16))
         return cls(threads, unroll, chunks, max(1, min(fitting, wanted, cls.MAX_DEPTH)))
@@ -106,9 +107,9 @@ class Arguments:
     All pointers are addresses; ``workspaces`` and ``pads`` in rank order.
     """
 
-    _CALL = struct.Struct("<I6Q3I3f")
+    _CALL = struct.Struct("<I6Q4I3f4x")
 
-    def __init__(self, rank, workspaces, pads, multicast, epochs, error, timeout_s, residual_at, staging_at):
+    def __init__(self, rank, workspaces, pads, multicast, epochs, error, timeout_s, whole_residual_at, staging_at):
         world = len(workspaces)
         turned = [(rank + i) % world for i in range(world)]
         fixed = struct.Struct(f"<{2 * world + 6}QI")
@@ -123,7 +124,7 @@ class Arguments:
             epochs,
             error,
             int(timeout_s * 1e9),
-            residual_at,
+            whole_residual_at,
             staging_at,
             rank,
         )
@@ -135,11 +136,11 @@ class Arguments:
         return struct.calcsize(f"<{2 * world + 6}QI") + cls._CALL.size
 
     def set(
-        self, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, whole, eps, scale, offset
+        self, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, carried, whole, eps, scale, offset
     ) -> None:
         self._CALL.pack_into(
             self._buffer, self._at, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float,
-            whole, eps, scale, offset,
+            carried, whole, eps, scale, offset,
         )  # fmt: skip
 
 
@@ -167,7 +168,9 @@ class _ErrorRecord:
 class _Workspace:
     """Symmetric memory for calls of up to ``rows`` rows, and the kernels that work on it. A collective of the group.
 
-    activations, residual: [rows, hidden] tensors
+    activations, whole_residual: [rows, hidden] tensors of dtype
+    carried:                     a [rows, hidden] tensor of float32. Of TWO_SHOT_ROWS rows or more, a rank has half of them
+                                 at most, in the front of it; behind that it overlaps with whole_residual
     """
 
     def __init__(self, owner: "Symmetric", dtype: torch.dtype, hidden: int, rows: int):
@@ -179,9 +182,12 @@ class _Workspace:
         self.max_ctas = signal_words // world
         row_bytes = hidden * dtype.itemsize
         one_shot = rows == TWO_SHOT_ROWS
-        region = rows * row_bytes
+        region, carried = rows * row_bytes, rows * hidden * 4
         staging = 2 * (TWO_SHOT_ROWS - 1) * row_bytes if one_shot else 0
-        self.bytes = 2 * region + staging + 4 * self.max_ctas
+        whole_residual_at = region + (carried if one_shot else carried // 2)
+        staging_at = whole_residual_at + region
+        epochs_at = staging_at + staging
+        self.bytes = epochs_at + 4 * self.max_ctas
 
         memory = symm_mem.empty(self.bytes, dtype=torch.uint8, device=owner.device)
         memory.zero_()  # the epochs
@@ -197,17 +203,18 @@ class _Workspace:
         offset = here - handle.buffer_ptrs[rank]
         self.memory, self.handle = memory, handle
         self.activations = memory[:region].view(dtype).view(rows, hidden)
-        self.residual = memory[region : 2 * region].view(dtype).view(rows, hidden)
+        self.carried = memory[region : region + carried].view(torch.float32).view(rows, hidden)
+        self.whole_residual = memory[whole_residual_at:staging_at].view(dtype).view(rows, hidden)
         self.arguments = Arguments(
             rank,
             [pointer + offset for pointer in handle.buffer_ptrs],
             handle.signal_pad_ptrs,
             handle.multicast_ptr if owner.name == "multimem" else 0,
-            here + 2 * region + staging,
+            here + epochs_at,
             owner.error.address,
             owner.timeout_s,
-            region,
-            2 * region,
+            whole_residual_at,
+            staging_at,
         )
         names = ("two_shot", "one_shot") if one_shot else ("two_shot",)
         self.kernels = {name: owner.kernel(name, dtype, hidden) for name in names}
@@ -218,21 +225,22 @@ class _Call:
 
     def __init__(self, owner: "Symmetric", workspace: _Workspace, shape: torch.Size, rows: int):
         self.shape, self.rows, self.workspace, self.arguments = shape, rows, workspace, workspace.arguments
-        self.activations_at, self.residual_at = workspace.activations.data_ptr(), workspace.residual.data_ptr()
+        self.activations_at, self.carried_at = workspace.activations.data_ptr(), workspace.carried.data_ptr()
         # One memory, several tensors: the result of an op may not share the storage of what it takes (torch warns of it
         # in 2.11, and from 2.12 on refuses it), and a site's input and norm, and its residuals before and after, are in
         # one place each.
-        tensors = [_with_own_storage(t)[:rows].view(shape) for t in (workspace.activations, workspace.residual) for _ in range(2)]
-        self.partials, self.norm, self._residual, self._other_residual = tensors
+        tensors = [_with_own_storage(t)[:rows].view(shape) for t in (workspace.activations, workspace.carried) for _ in range(2)]
+        self.partials, self.norm, self._carried, self._other_carried = tensors
+        self.whole_residual = workspace.whole_residual[:rows].view(shape)
         self.one_shot = rows < TWO_SHOT_ROWS
         self.kernel = workspace.kernels["one_shot" if self.one_shot else "two_shot"]
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
 
-    def next_residual(self) -> Tensor:
-        """The residual in the workspace, as another tensor than the last time, which may be what the site has taken."""
-        self._residual, self._other_residual = self._other_residual, self._residual
-        return self._residual
+    def carried(self) -> Tensor:
+        """The carried residual, as another tensor than the last time, which may be what the site has taken."""
+        self._carried, self._other_carried = self._other_carried, self._carried
+        return self._carried
 
     def grid(self, ctas: int, otherwise: int) -> int:
         """The number of CTAs, the same on all ranks. ctas: the caller's wish, 0 for none."""
@@ -321,29 +329,32 @@ class Symmetric:
         ctas: int,
         slot: int,
         site: int,
+        wide: bool,
         shard: bool,
     ) -> None:
         """Begin a site on the side stream; wait() gives its results.
 
         x:        [..., H] this rank's partial sums
-        residual: [..., H], dtype and shape of x, or None; where there are TWO_SHOT_ROWS tokens or more, read in own_rows only
+        residual: [..., H], dtype and shape of x, or None; where there are TWO_SHOT_ROWS tokens or more, read in own_rows only.
+                  Or what the slot's last site left with ``shard``
         weight:   [H], of x's dtype or float32, or None for ones; used as ``weight + offset``
         bias:     [H], of x's dtype, or None; added to the sum, which then is multiplied by ``scale``
         ctas:     CTAs of the kernel; 0 leaves it open
         site:     number for error messages
-        shard:    the new residual need only be valid in own_rows
+        wide:     the new residual is float32; possible together with ``shard`` only
+        shard:    the new residual need only be good for the slot's next site
         """
         try:
             self.error.raise_if_set()
             if slot in self._pending:
                 self._abandon(slot)
             if x.numel() == 0:
-                self._pending[slot] = None, x, shard, None
+                self._pending[slot] = None, x, wide, None
                 return
             call = self._call(slot, x.dtype, x.shape)
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             held = self._prepare(
-                call, x, residual, weight, bias, eps, scale, offset, site, shard, call.activations_at, call.residual_at
+                call, x, residual, weight, bias, eps, scale, offset, site, wide, shard, call.activations_at, call.whole_residual
             )
             driver, side = self._driver, self._side.cuda_stream
             fork, done = self._events.get(slot) or self._make_events(slot)
@@ -357,21 +368,21 @@ class Symmetric:
             raise
 
     def wait(self, slot: int, borrow: bool) -> tuple[Tensor, Tensor]:
-        """What the slot's start() began: (norm, residual), both [..., H] in x's dtype.
+        """What the slot's start() began: (norm, residual), both [..., H], in x's dtype but for a wide residual.
 
         borrow: the norm may be memory of the workspace, valid until the slot is next used; otherwise it is a new tensor.
-        With ``shard`` the residual is memory of the workspace.
+        With ``shard`` the residual is memory of the workspace, float32, and means something to the slot's next site only.
         """
         if slot not in self._pending:
             raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
         try:
             call, x, shard, _ = self._pending.pop(slot)
             if call is None:
-                return _like(x), _like(x)
+                return empty_results(x, shard)
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             self._check(self._driver.cuStreamWaitEvent(stream, self._events[slot][1], 0))
-            norm, new_residual = call.norm, call.next_residual()
-            return norm if borrow else norm.clone(), new_residual if shard else new_residual.clone()
+            norm = call.norm if borrow else call.norm.clone()
+            return norm, call.carried() if shard else call.whole_residual.clone()
         except RuntimeError as error:
             self.error.raise_if_set(error)
             raise
@@ -388,6 +399,7 @@ class Symmetric:
         ctas: int,
         slot: int,
         site: int,
+        wide: bool,
         shard: bool,
         borrow: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -397,21 +409,22 @@ class Symmetric:
             if slot in self._pending:
                 self._abandon(slot)
             if x.numel() == 0:
-                return _like(x), _like(x)
+                return empty_results(x, wide)
             call = self._call(slot, x.dtype, x.shape)
-            norm, new_residual = call.norm, call.next_residual()
+            norm, whole_residual = call.norm, call.whole_residual
             if call.one_shot:  # it writes for this rank only, and can do so anywhere
                 norm = norm if borrow else _like(x)
-                new_residual = new_residual if shard else _like(x)
+                whole_residual = whole_residual if shard else _like(x)
             held = self._prepare(
-                call, x, residual, weight, bias, eps, scale, offset, site, shard, norm.data_ptr(), new_residual.data_ptr()
+                call, x, residual, weight, bias, eps, scale, offset, site, wide, shard, norm.data_ptr(), whole_residual
             )
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             call.kernel.launch(call.grid(ctas, CTAS_ALONE), stream, call.arguments.address)
             del held  # what reuses its memory runs later on this stream
-            if call.one_shot:
-                return norm, new_residual
-            return norm if borrow else norm.clone(), new_residual if shard else new_residual.clone()
+            if not call.one_shot:
+                norm = norm if borrow else norm.clone()
+                whole_residual = whole_residual if shard else whole_residual.clone()
+            return norm, call.carried() if shard else whole_residual
         except RuntimeError as error:
             self.error.raise_if_set(error)
             raise
@@ -460,13 +473,16 @@ class Symmetric:
         return self._workspaces[key]
 
     def _prepare(
-        self, call, x, residual, weight, bias, eps, scale, offset, site, shard, norm_out: int, residual_out: int
+        self, call, x, residual, weight, bias, eps, scale, offset, site, wide, shard, norm_out: int, whole_residual: Tensor
     ) -> tuple:
         """Bring the inputs to where the kernel reads them, on the current stream, and pack its arguments.
 
         Returns what must stay alive until the kernel has run.
         """
-        if residual is not None and (residual.dtype is not x.dtype or residual.shape != x.shape):
+        if wide is not shard:
+            raise RuntimeError("over symmetric memory a residual is wide where it is sharded, and nowhere else")
+        carried = residual is not None and residual.data_ptr() == call.carried_at
+        if residual is not None and not carried and (residual.dtype is not x.dtype or residual.shape != x.shape):
             raise RuntimeError(f"residual is {residual.dtype} {[*residual.shape]}, but x {x.dtype} {[*x.shape]}")
         if weight is not None and weight.dtype is not x.dtype and weight.dtype is not torch.float32:
             raise RuntimeError(f"weight is {weight.dtype}; beside {x.dtype} it must be that, or float32")
@@ -484,9 +500,10 @@ class Symmetric:
             0 if bias is None else bias.data_ptr(),
             0 if weight is None else weight.data_ptr(),
             norm_out,
-            residual_out,
+            call.carried_at if shard else whole_residual.data_ptr(),
             site,
             weight is not None and weight.dtype is torch.float32,
+            carried,
             not shard,
             eps,
             scale,

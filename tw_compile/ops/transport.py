@@ -80,7 +80,7 @@ def _failed_self_test(implementation, group_name: str, device: torch.device) -> 
             total = x.float()
             dist.all_reduce(total, group=group)
             wanted = add_norm(total, None, None, None, 1e-5, 1.0, 0.0)
-            got = implementation.fused(x, None, None, None, 1e-5, 1.0, 0.0, 0, _SELF_TEST_SLOT, 0, False, False)
+            got = implementation.fused(x, None, None, None, 1e-5, 1.0, 0.0, 0, _SELF_TEST_SLOT, 0, False, False, False)
             for name, ours, right in zip(("norm", "residual"), got, wanted):
                 error = ((ours.float() - right).norm() / right.norm()).item()
                 if not error < 0.02:  # bfloat16 rounds by 0.004 at most

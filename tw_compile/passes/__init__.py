@@ -47,8 +47,7 @@ def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Re
         raise TokenWeaveError(f"option 'tokenweave.mode' is 'weave', but this graph cannot be woven: {cut}")
     elif options.mode != "fuse":
         report.reasons.append(f"not woven: {cut}")
-    if all(may_be_symmetric(match.group, device) for match in matches):
-        place(graph)
+    place(graph, workspace=all(may_be_symmetric(match.group, device) for match in matches))
     report.sites = [_site(match, site in woven) for match, site in zip(matches, sites)]
     return graph, report
 

@@ -32,7 +32,7 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
         for step in match.linear:
             x, done = emit(step.target, *[x if a is done else a for a in step.args], meta=step), step
         numerics = norm.eps, match.scale, norm.offset
-        where = match.group, transport, ctas, ops.SLOT_WHOLE, index, False, False
+        where = match.group, transport, ctas, ops.SLOT_WHOLE, index, False, False, False
         call = emit(
             ops.fused, x, match.residual, norm.weight, match.bias, *numerics, *where, meta=total
         )

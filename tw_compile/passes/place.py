@@ -1,4 +1,6 @@
-"""Where the values around a site live: what may be written to, and read from, the workspace that the ranks share.
+"""How the values around a site live: in which dtype, and whether in the workspace that the ranks share.
+
+wide     the residual goes from site to site in float32: only the slot's next site reads it.
 
 Over symmetric memory a site reads its input, and writes its norm, in the workspace of its slot. Without this pass the input
 is copied in and the norm copied out. The pass proves, from the graph alone, where neither is needed:
@@ -6,7 +8,7 @@ is copied in and the norm copied out. The pass proves, from the graph alone, whe
 linear   the row-parallel GEMM writes into the workspace: nobody else reads its result, and it can only run when the slot's
          site before it is done with;
 borrow   the norm stays in the workspace: only GEMMs read it, and all of them run before the next write to the slot;
-shard    the residual stays in the workspace, each rank having its own rows: only the slot's next site reads it.
+shard    a wide residual stays in the workspace, each rank having its own rows.
 
 "Before" means by data flow in every case, so it holds for any order that Inductor may choose.
 """
@@ -22,8 +24,11 @@ _VIEWS = (*VIEWS, aten.slice.Tensor, aten.permute.default, aten.unsqueeze.defaul
 _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear)
 
 
-def place(graph: Graph) -> None:
-    """Rewrite the GEMMs in front of sites to ``linear``, and set the borrow and shard flags, where they are safe."""
+def place(graph: Graph, workspace: bool) -> None:
+    """Set the flags of all sites, and rewrite the GEMMs in front of them to ``linear``, where it is safe.
+
+    workspace: whether there may be one; without it, only the dtype of the residuals is settled
+    """
     sites = [_Site(n) for n in graph.nodes if calls(n, ops.fused, ops.start)]
     slots: dict[tuple, list[_Site]] = {}
     for site in sites:
@@ -32,10 +37,12 @@ def place(graph: Graph) -> None:
     for chain in slots.values():
         if not all(before(site.done, following.node) for site, following in zip(chain, chain[1:])):
             continue  # sites that may run in either order would find each other's values in the slot
-        for previous, site in zip([None, *chain], chain):
-            _absorb(graph, previous, site, before)
+        if workspace:
+            for previous, site in zip([None, *chain], chain):
+                _absorb(graph, previous, site, before)
         for site, following in zip(chain, [*chain[1:], None]):
-            site.set_flags(borrow=_can_borrow(site, following, before), shard=_can_shard(site, following))
+            wide = _only_carried(site, following)
+            site.set_flags(wide, workspace and wide, workspace and _can_borrow(site, following, before))
     graph.lint()
 
 
@@ -56,10 +63,16 @@ class _Site:
     def shape(self):
         return value(self.node.args[0]).shape
 
-    def set_flags(self, borrow: bool, shard: bool) -> None:
+    def set_flags(self, wide: bool, shard: bool, borrow: bool) -> None:
         if self.done is not self.node:
-            self.node.args = (*self.node.args[:-1], shard)
-        self.done.args = (*self.done.args[:-2], shard, borrow)
+            self.node.args = (*self.node.args[:-2], wide, shard)
+        self.done.args = (*self.done.args[:-3], wide, shard, borrow)
+        norm, residual = value(self.done)
+        if wide:
+            residual = residual.float()
+            self.done.meta["val"] = norm, residual
+            if self.result(1) is not None:
+                self.result(1).meta["val"] = residual
 
 
 def _absorb(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors) -> None:
@@ -101,7 +114,8 @@ def _can_borrow(site: _Site, following: _Site | None, before: Ancestors) -> bool
     return True
 
 
-def _can_shard(site: _Site, following: _Site | None) -> bool:
+def _only_carried(site: _Site, following: _Site | None) -> bool:
+    """Whether the new residual is read by the slot's next site alone, as its residual; or by nobody."""
     residual = site.result(1)
     if residual is None or not residual.users:
         return True

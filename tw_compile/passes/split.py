@@ -165,7 +165,7 @@ class _Splitter:
         """A fused call for each half, and its results."""
         axis = TokenAxis(self.cut.dim)
         x, residual, weight, bias, *rest = node.args
-        slot = len(rest) - 4  # (..., slot, site, shard, borrow)
+        slot = len(rest) - 5  # (..., slot, site, wide, shard, borrow)
         results = {user.args[1]: user for user in node.users}
         made = {index: [] for index in results}
         for half in (0, 1):

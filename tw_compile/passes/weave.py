@@ -74,8 +74,8 @@ class _Weaver:
 
     def _wait(self, node: Node) -> Node:
         start, half = self.starts[node], node.meta["half"]
-        group, transport, _, slot, _, shard, borrow = node.args[-7:]
-        where = group, transport, slot, shard, borrow
+        group, transport, _, slot, _, *flags = node.args[-8:]
+        where = group, transport, slot, *flags
         wait = self.new.call_function(ops.wait, (start, *start.args[:4], self.newest[1 - half], *where))
         wait.meta = dict(node.meta)
         return wait
