@@ -7,8 +7,10 @@ The process group is gloo then, since NCCL does not take two ranks of one GPU.
 """
 
 import gc
+import itertools
 import os
 import sys
+import tempfile
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -66,6 +68,19 @@ def compiled(model, backend="tokenweave", **options):
 def inputs(config, device, tokens, batch=1, seed=0):
     generator = torch.Generator().manual_seed(1000 * tokens + seed)
     return torch.randint(config.vocab, (batch, tokens), generator=generator).to(device)
+
+
+def try_model(model, path, name, batch, device):
+    import zoo
+
+    result = zoo.forward(path, batch, 64, dtype=torch.bfloat16, codegen=batch == 1, device=device)
+    (report,) = result.reports
+    llama.say(f"models: {name}, batch {batch}: {report.mode}, {len(report.sites)} sites, {len(report.joins)} joins, "
+              f"error {result.error:.2e}, eager's {result.eager_error:.2e}")  # fmt: skip
+    zoo.check_report(report, model, result.all_reduces, batch)
+    assert report.transport == ("peer" if report.sites else "")
+    # A token whose best experts are nearly equal may go to another one than in eager mode.
+    assert result.error <= (1.5 if model.joins else 1.1) * result.eager_error < 0.03
 
 
 def error(result, right):
@@ -159,6 +174,31 @@ def check_transports(device):
             llama.say("transports: multimem refused:", str(refused).splitlines()[0][:300])
         else:
             raise AssertionError("multimem was not refused")
+
+
+def check_models(device):
+    """Hugging Face models by their own plan, with CUDA's attention kernels: sites, joins and error as on CPU ranks."""
+    import zoo
+
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    failures = {}
+    for name, model in zoo.MODELS.items():
+        if dist.get_rank() == 0:
+            zoo.make(name, folder[0])
+        dist.barrier()
+        for batch in (1, 3):
+            try:
+                try_model(model, os.path.join(folder[0], name), name, batch, device)
+            except Exception as error:  # on all ranks alike: the others are still checked
+                failures[name, batch] = error
+                llama.say(f"models: {name}, batch {batch} FAILED: {error!r}"[:2000])
+    for name, cache in itertools.product(("Llama", "Gemma 3"), ("static", "dynamic")):
+        result = zoo.generate(os.path.join(folder[0], name), cache, device=device, do_sample=False)
+        assert [report.mode for report in result.reports][:2] == ["weave", "fuse"]
+        assert torch.equal(result.tokens, result.eager_tokens), (name, cache)
+        llama.say(f"models: {name} generates the same tokens as eager, {cache} cache")
+    assert not failures, failures
 
 
 def main():

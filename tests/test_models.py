@@ -1,7 +1,6 @@
 """The models that people load, as their library has them: Hugging Face's ``tp_plan="auto"`` on real ranks, compiled."""
 
 import functools
-from collections import Counter
 
 import pytest
 import torch
@@ -24,20 +23,10 @@ def checkpoint(tmp_path_factory):
     return make
 
 
-def check_report(report, model, all_reduces, batch):
-    """Every all-reduce is in the report as expected, and whatever can be woven is."""
-    reasons = [model.embedding] * (all_reduces % 2) + [model.refused] * (all_reduces // 2 * 2)
-    reasons = [model.refused or reason for reason in reasons]
-    assert [refusal.reason.split(" (")[0] for refusal in report.refusals] == [reason for reason in reasons if reason]
-    assert len(report.sites) == reasons.count("")
-    assert report.mode == ("weave" if report.sites else "off") and all(site.woven for site in report.sites)
-    assert Counter(join.op for join in report.joins) == model.joins | (model.batch_joins if batch > 1 else {})
-
-
 def check_forward(ranks, path, name, batch=1, *arguments):
     first, *others = ranks(zoo.forward, path, batch, *arguments)
     (report,) = first.reports
-    check_report(report, MODELS[name], first.all_reduces, batch)
+    zoo.check_report(report, MODELS[name], first.all_reduces, batch)
     assert all(other.reports == first.reports for other in others)
     return first
 

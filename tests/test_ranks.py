@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import itertools
+import os
 
 import pytest
 import torch
@@ -69,7 +71,7 @@ def error_of(run, *arguments):
 
 
 def check(run, style, norm, dynamic, batch, codegen):
-    """Everything is woven, the order is the designed one, and the error is that of eager PyTorch."""
+    """Everything is woven, the order is the designed one, and the error is that of the model without us."""
     results = run(style, norm, dynamic, batch, codegen, "weave")
     for error, out, report, order in results:
         assert report.mode == "weave" and report.transport == "process_group"
@@ -77,7 +79,7 @@ def check(run, style, norm, dynamic, batch, codegen):
         assert all(site.woven for site in report.sites)
         assert not report.refusals and not report.joins
         assert order == designed(len(report.sites))
-        assert error <= 1.1 * error_of(run, style, norm, False, batch, False, "off")
+        assert error <= 1.1 * error_of(run, style, norm, False, batch, codegen, "off")
     assert torch.equal(results[0][1], results[1][1]), "the ranks have the same bits"
 
 
@@ -90,23 +92,16 @@ def test_llama(run, style, norm, dynamic, batch):
     check(run, style, norm, dynamic, batch, codegen=False)
 
 
+# Inductor takes half a minute for each: all of them with TW_FULL=1.
 THROUGH_INDUCTOR = [("functional", "hf", False, 1), ("in_place", "torch", True, 1), ("dtensor", "hf", True, 4)]
+if os.environ.get("TW_FULL"):
+    THROUGH_INDUCTOR = list(itertools.product(STYLES, ("hf", "torch"), (False, True), (1, 4)))
 
 
 @pytest.mark.parametrize("style, norm, dynamic, batch", THROUGH_INDUCTOR)
 def test_llama_through_inductor(run, style, norm, dynamic, batch):
-    """With code generation: Inductor's own passes and scheduler leave the order as it is."""
+    """With code generation: Inductor's own passes and scheduler leave the order as it is, and the error is Inductor's."""
     check(run, style, norm, dynamic, batch, codegen=True)
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="Inductor computes each residual anew from all the reduced values before it, in float32; a site stores it in bf16",
-)
-def test_the_error_is_not_above_that_of_plain_inductor(run):
-    style, norm, _, batch = arguments = THROUGH_INDUCTOR[0]
-    plain = error_of(run, style, norm, False, batch, True, "off")
-    assert error_of(run, *arguments, True, "weave") <= 1.1 * plain
 
 
 def test_fused_only(run):

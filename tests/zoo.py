@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,7 @@ class Model:
 
     refused:     why its all-reduces are no sites, where none of them is one
     embedding:   why the all-reduce of the embedding is none
-    joins:       op -> how many of it run whole where the model is woven
+    joins:       op -> how many of it run whole where the model is woven, at most: versions of transformers differ
     batch_joins: those of a batch, which is cut between its sequences, besides
     """
 
@@ -98,6 +99,9 @@ def load(path: str, dtype=torch.float32, parallel=True):
     os.environ.update({key: str(number) for key, number in place.items()})  # as torchrun does
     how = {"tp_plan": "auto"} if parallel else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how).eval()
+    if torch.__version__ < "2.12":  # whose Dynamo does not trace through them; they are for training
+        for module in model.modules():
+            module._backward_hooks.clear()
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped GEMMs have no float64
     return model
@@ -120,17 +124,17 @@ def splits_embedding(model) -> bool:
 
 
 @functools.cache
-def loaded(path, dtype):
+def loaded(path, dtype, device):
     """The parallel model, and the same one in float64 on one rank."""
-    return load(path, dtype), load(path, torch.float64, parallel=False)
+    return load(path, dtype).to(device), load(path, torch.float64, parallel=False).to(device)
 
 
-def forward(path, batch=1, tokens=32, dynamic=False, dtype=torch.float32, codegen=False, min_tokens=2) -> Outcome:
+def forward(path, batch=1, tokens=32, dynamic=False, dtype=torch.float32, codegen=False, min_tokens=2, device="cpu") -> Outcome:
     """On a rank: the model's forward pass without a cache, compiled."""
     torch._dynamo.reset()
     before = len(tw_compile.reports())
-    model, reference = loaded(path, dtype)
-    ids = torch.randint(3, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1))
+    model, reference = loaded(path, dtype, device)
+    ids = torch.randint(3, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1)).to(device)
     options = {"tokenweave.min_tokens": min_tokens}
     with torch.no_grad(), contextlib.nullcontext() if codegen else without_codegen():
         eager = model(ids, use_cache=False).logits
@@ -139,6 +143,17 @@ def forward(path, batch=1, tokens=32, dynamic=False, dtype=torch.float32, codege
         exact = reference(ids, use_cache=False).logits
     all_reduces = 2 * LAYERS + splits_embedding(model)
     return Outcome(tw_compile.reports()[before:], all_reduces, distance(out, eager), distance(out, exact), distance(eager, exact))
+
+
+def check_report(report, model: Model, all_reduces: int, batch: int) -> None:
+    """Every all-reduce is in the report as expected, and whatever can be woven is."""
+    reasons = [model.embedding] * (all_reduces % 2) + [model.refused] * (all_reduces // 2 * 2)
+    reasons = [model.refused or reason for reason in reasons]
+    assert [refusal.reason.split(" (")[0] for refusal in report.refusals] == [reason for reason in reasons if reason]
+    assert len(report.sites) == reasons.count("")
+    assert report.mode == ("weave" if report.sites else "off") and all(site.woven for site in report.sites)
+    joins, allowed = Counter(join.op for join in report.joins), model.joins | (model.batch_joins if batch > 1 else {})
+    assert set(joins) == set(allowed) and all(joins[op] <= allowed[op] for op in joins)
 
 
 @dataclass
@@ -155,15 +170,15 @@ class Generated:
 PROMPT, NEW = 24, 6
 
 
-def generate(path, cache="dynamic", dtype=torch.float32, dynamic=None, **how) -> Generated:
+def generate(path, cache="dynamic", dtype=torch.float32, dynamic=None, device="cpu", **how) -> Generated:
     """On a rank: two sequences, of which one is padded on the left, continued by NEW tokens.
 
     cache: ``dynamic``, or what ``generate`` calls ``cache_implementation``
     """
     torch._dynamo.reset()
     before = len(tw_compile.reports())
-    model, exact = loaded(path, dtype)
-    ids = torch.randint(3, VOCAB, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+    model, exact = loaded(path, dtype, device)
+    ids = torch.randint(3, VOCAB, (2, PROMPT), generator=torch.Generator().manual_seed(1)).to(device)
     mask = torch.ones_like(ids)
     ids[1, :7], mask[1, :7] = 0, 0
     how |= dict(max_new_tokens=NEW, min_new_tokens=NEW, return_dict_in_generate=True, output_logits=True, disable_compile=True)
