@@ -28,6 +28,7 @@ import llama  # noqa: E402  (the example's model is the one that is measured)
 SIDES = {
     "inductor": ("inductor", {}),
     "fuse": ("tokenweave", {"tokenweave.mode": "fuse"}),
+    "weave": ("tokenweave", {"tokenweave.mode": "weave"}),
     "auto": ("tokenweave", {}),
     "no-comm": ("inductor", {}),
 }
