@@ -6,11 +6,13 @@
 #             TP=4                ranks of the demo
 #             ARGS="--size 8B"    arguments of the demo, see examples/llama.py --help
 #             TESTS=tests/x.py    what to test, or any other arguments of pytest
+#             WORKERS=4           processes that test side by side
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
+WORKERS ?= 2
 SOURCES := setup.py $(shell find tw_compile -name '*.py' -o -name '*.cu' -o -name '*.cuh')
 
 TORCH := torch>=2.11
@@ -27,7 +29,7 @@ demo: $(VENV)/package
 	$(PY) -m torch.distributed.run --nproc-per-node $(or $(TP),$$ranks) examples/llama.py $(or $(ARGS),$$args)
 
 test: $(VENV)/package $(VENV)/test-extras
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

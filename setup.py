@@ -11,7 +11,7 @@ setup(
     # of torch bring NVRTC itself. It installs and imports without a GPU.
     install_requires=["torch>=2.11", "cuda-bindings>=13.0"],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "expecttest", "hypothesis", "numpy", "nvidia-cuda-nvrtc==13.0.*", "triton",
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "expecttest", "hypothesis", "numpy", "nvidia-cuda-nvrtc==13.0.*", "triton",
                  "transformers>=5.0", "accelerate"],
         "examples": ["numpy", "safetensors"],
     },

@@ -60,6 +60,7 @@ def main():
             show(tokens, times[tokens], config.layers)
             if dist.get_rank() == 0:
                 write(rows(times, args, ranks), args, device)  # after each size, so that a run cut short leaves what it has
+    torch._dynamo.reset()  # NCCL's communicator waits in vain for the CUDA graphs that hold it, while there are any
     dist.destroy_process_group()
 
 

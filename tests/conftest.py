@@ -18,6 +18,13 @@ def pytest_configure(config):
         torch._dynamo.register_backend(backend.tokenweave, name="tokenweave")
 
 
+def pytest_collection_modifyitems(items):
+    """Of several processes, one runs the tests of a file, which share what is slow to make; and one all that use GPUs."""
+    for item in items:
+        on_gpu = item.get_closest_marker("gpu")
+        item.add_marker(pytest.mark.xdist_group("gpu" if on_gpu else item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     """Each test compiles anew, and sees its own reports and warnings only."""

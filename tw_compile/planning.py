@@ -1,27 +1,44 @@
 """Where to cut and from how many tokens on: pure functions of shapes and options."""
 
+import math
+
 from .options import Options
 
-# GEMM tiles are 128 tokens high on the GPUs this is for: a cut on a multiple of it adds no wave to either half beyond
-# what rounding costs anyway.
+# GEMM tiles are 128 tokens high on the GPUs this is for, and 256 columns wide: a cut on a multiple of TILE adds no wave to
+# either half beyond what rounding costs anyway.
 TILE = 128
+TILE_COLUMNS = 256
 
-# From here on both halves still fill the GPU (TokenWeave, arXiv 2505.11329, weaves dense models from 1024 tokens on).
+# Waves that the row-parallel GEMM of each half has at the least. Those in front of a site have as many columns as the model
+# has hidden channels, whatever the number of ranks. With fewer waves, what two halves lose to their last, unfilled ones is
+# more than what hides behind them (benchmarks/results/prefill-*.json: 70B shapes gain from 2048 tokens on).
+WAVES = 1.9
+
+# Where the number of SMs is not known (TokenWeave, arXiv 2505.11329, weaves dense models from 1024 tokens on).
 WEAVE_MIN_TOKENS = 1024
 
 
-def min_tokens(options: Options) -> int:
-    """The number of tokens from which a graph is woven."""
+def min_tokens(options: Options, hidden: int, sms: int | None) -> int:
+    """The number of tokens from which a graph is woven: the same on all ranks that have the same GPU.
+
+    hidden: columns of the reduced values
+    sms:    SMs of the GPU, or None
+    """
     if options.min_tokens != "auto":
         return max(options.min_tokens, 2)
-    return 2 if options.mode == "weave" else WEAVE_MIN_TOKENS
+    if options.mode == "weave":
+        return 2
+    if sms is None:
+        return WEAVE_MIN_TOKENS
+    return 2 * TILE * math.ceil(WAVES * sms * TILE_COLUMNS / hidden)
 
 
-def first_half(length, tokens_per_step, options: Options):
+def first_half(length, tokens_per_step, options: Options, least: int):
     """Steps of the cut axis that go to the first half.
 
     length:           length of the axis that is cut (tokens of one sequence, or sequences of a batch); int or SymInt
     tokens_per_step:  tokens in one step of it (1, or the length of a sequence); int or SymInt
+    least:            tokens that there are at least
     Returns an int or SymInt, or a str that says why the requested cut is not possible.
     """
     if options.split != "auto":
@@ -30,7 +47,7 @@ def first_half(length, tokens_per_step, options: Options):
         steps = options.split // tokens_per_step
         return steps if steps < length else f"split={options.split} leaves nothing for the second half"
     # One rule for all sizes above the threshold: a branch on a symbolic length would cost a graph.
-    if tokens_per_step != 1 or min_tokens(options) < 2 * TILE:
+    if tokens_per_step != 1 or least < 2 * TILE:
         return length // 2
     # The last term is 0 from two tiles on. Below the threshold it keeps the cut from being 0: Inductor's cache evaluates
     # the guards of a woven graph there too, and they divide by both halves.

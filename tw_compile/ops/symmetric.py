@@ -27,9 +27,8 @@ from .reference import empty_results
 # Tokens from which each row is reduced by one rank only.
 TWO_SHOT_ROWS = 32
 
-# CTAs of a two-shot kernel if the caller leaves it open: with nothing beside it, and beside GEMMs.
-CTAS_ALONE = 16
-CTAS_BESIDE_GEMMS = 8
+# CTAs of a two-shot kernel with nothing beside it, if the caller leaves it open.
+CTAS_ALONE = 32
 
 MAX_HIDDEN = 32768
 
@@ -38,6 +37,16 @@ _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32
 # csrc/sync.cuh, kErrorMagic
 _ERROR_MAGIC = 0x7457F417
 _ERROR_WORDS = 6
+
+
+def ctas_beside_gemms(world: int) -> int:
+    """CTAs of a two-shot kernel beside GEMMs, if the caller leaves it open.
+
+    As few as keep the wire busy, since each takes an SM from them. The fewer the ranks, the more rows each has to norm for as
+    many bytes on the wire: with two ranks 8 CTAs reach 130 GB/s and 16 reach 250, with four ranks 8 reach 300 of the 330 that
+    an H200 can (benchmarks/results/kernel-*.json).
+    """
+    return max(8, 32 // world)
 
 
 def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
@@ -274,6 +283,7 @@ class Symmetric:
         self._calls = {}  # (slot, dtype, shape) -> _Call
         self._kernels = {}  # (name, dtype, hidden) -> Kernel
         self._pending = {}  # slot -> what wait() needs of start()
+        self._ctas_beside_gemms = ctas_beside_gemms(self.world)
         self._driver, _ = nvrtc._bindings()
         self._side = torch.cuda.Stream(self.device, priority=-1)  # ahead of the GEMMs when an SM becomes free
         self._events = {}  # slot -> (fork, done)
@@ -360,7 +370,7 @@ class Symmetric:
             fork, done = self._events.get(slot) or self._make_events(slot)
             self._check(driver.cuEventRecord(fork, stream))
             self._check(driver.cuStreamWaitEvent(side, fork, 0))
-            call.kernel.launch(call.grid(ctas, CTAS_BESIDE_GEMMS), side, call.arguments.address)
+            call.kernel.launch(call.grid(ctas, self._ctas_beside_gemms), side, call.arguments.address)
             self._check(driver.cuEventRecord(done, side))
             self._pending[slot] = call, x, shard, held
         except RuntimeError as error:

@@ -54,14 +54,16 @@ def choose_cut(sites: list[Node], options: Options) -> Cut | str:
     dim = next((i for i, size in enumerate(shape[:-1]) if not is_one(size)), None)
     if dim is None:
         return "one token cannot be split"
-    tokens, per_step, least = 1, 1, min_tokens(options)
+    device = value(sites[0].args[0]).device
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+    tokens, per_step, least = 1, 1, min_tokens(options, shape[-1], sms)
     for size in shape[:-1]:
         tokens = tokens * size
     for size in shape[dim + 1 : -1]:
         per_step = per_step * size
     if not tokens >= least:
         return f"fewer than {least} tokens"
-    first = first_half(shape[dim], per_step, options)
+    first = first_half(shape[dim], per_step, options, least)
     return first if isinstance(first, str) else Cut(dim, shape[dim], first)
 
 
