@@ -41,7 +41,7 @@ def start():
 
 def log_events():
     """Keep what is executed, in order: S and W with the half."""
-    for name, slot in (("start", 8), ("wait", 0)):
+    for name, slot in (("start", 10), ("wait", 0)):
         original = getattr(Symmetric, name)
 
         def logged(self, *args, original=original, letter=name[0].upper(), slot=slot):

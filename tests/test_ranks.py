@@ -23,7 +23,7 @@ def logged():
     log, start, wait = [], ProcessGroup.start, ProcessGroup.wait
 
     def logging_start(self, *args):
-        log.append(f"S{args[8]}")
+        log.append(f"S{args[10]}")
         return start(self, *args)
 
     def logging_wait(self, slot, *args):
@@ -73,6 +73,7 @@ def check(run, style, norm, dynamic, batch, codegen):
     results = run(style, norm, dynamic, batch, codegen, "weave")
     for error, out, report, order in results:
         assert report.mode == "weave" and report.transport == "process_group"
+        assert {site.norm for site in report.sites} == {"LayerNorm" if norm == "layer" else "RMSNorm"}
         assert [site.residual for site in report.sites] == [False] * STYLES[style].embedding + [True] * 2 * LAYERS
         assert all(site.woven for site in report.sites)
         assert not report.refusals and not report.joins
@@ -90,7 +91,17 @@ def test_llama(run, style, norm, dynamic, batch):
     check(run, style, norm, dynamic, batch, codegen=False)
 
 
-THROUGH_INDUCTOR = [("functional", "hf", False, 1), ("in_place", "torch", True, 1), ("dtensor", "hf", True, 4)]
+@pytest.mark.parametrize("style, dynamic, batch", [("functional", False, 1), ("in_place", True, 4), ("dtensor", True, 1)])
+def test_llama_with_layer_norms(run, style, dynamic, batch):
+    check(run, style, "layer", dynamic, batch, codegen=False)
+
+
+THROUGH_INDUCTOR = [
+    ("functional", "hf", False, 1),
+    ("in_place", "torch", True, 1),
+    ("dtensor", "hf", True, 4),
+    ("functional", "layer", True, 1),
+]
 
 
 @pytest.mark.parametrize("style, norm, dynamic, batch", THROUGH_INDUCTOR)
