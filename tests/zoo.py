@@ -26,7 +26,6 @@ WINDOW = dict(sliding_window=8)
 class Model:
     """A model of the library, and what is expected of it.
 
-    refused:     why its all-reduces are no sites, where none of them is one
     embedding:   why the all-reduce of the embedding is none
     joins:       op -> how many of it run whole where the model is woven
     batch_joins: those of a batch, which is cut between its sequences, besides
@@ -34,7 +33,6 @@ class Model:
 
     config: str
     changes: dict = field(default_factory=dict)
-    refused: str = ""
     embedding: str = ""
     joins: dict = field(default_factory=dict)
     batch_joins: dict = field(default_factory=dict)
@@ -44,7 +42,6 @@ class Model:
 BY_EXPERT = {"aten.sort.default": LAYERS, "aten.index.Tensor": 2 * LAYERS}
 # Its sum is the input of q, k, v and the first residual: no norm reads it.
 NO_NORM = "the reduced value has 4 users"
-LAYER_NORM = "a LayerNorm follows, not an RMSNorm"
 
 
 def gathers(number) -> dict:
@@ -65,7 +62,7 @@ MODELS = {
     "OLMo 3": Model("Olmo3Config", WINDOW, embedding=NO_NORM, batch_joins=gathers(3)),
     "Seed-OSS": Model("SeedOssConfig", dict(head_dim=16, **BIAS)),
     "Ministral": Model("MinistralConfig", dict(head_dim=16, **WINDOW)),
-    "Starcoder 2": Model("Starcoder2Config", WINDOW, LAYER_NORM),
+    "Starcoder 2": Model("Starcoder2Config", WINDOW),
     "Mixtral": Model("MixtralConfig", dict(num_local_experts=4), joins=BY_EXPERT),
     "Qwen3-MoE": Model("Qwen3MoeConfig", dict(head_dim=16, **MOE), joins=BY_EXPERT),
 }

@@ -73,7 +73,7 @@ def _failed_self_test(implementation, group_name: str, device: torch.device) -> 
     group = _resolve_process_group(group_name)
     generator = torch.Generator().manual_seed(group.rank())
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, torch.bfloat16)  # noqa: E731
-    site = None, None, None, None, 1e-5, 1.0, 0.0, False
+    site = None, None, None, None, 1e-5, 1.0, 0.0, False  # an RMSNorm of the sum alone
     reason = None
     with torch.inference_mode(False), torch.no_grad():
         for rows in (5, 64):  # one-shot and two-shot
