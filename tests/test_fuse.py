@@ -70,6 +70,14 @@ def test_a_layer_norm_with_all_that_a_site_can_have():
     check(block, values(8, H), values(H), values(2, 4, H), values(H), values(H))
 
 
+def test_a_weight_and_a_bias_made_of_the_residual_are_left_to_the_graph():
+    def block(x, r, w):
+        total = r + all_reduce(x)
+        return layer_norm(total, total.mean(0), w), hf_norm(total, total.mean(0)), layer_norm(total, w, total.mean(0))
+
+    check(block, values(8, H), values(8, H), values(H))
+
+
 def test_a_vector_behind_an_rms_norm_is_added_by_the_graph():
     check(lambda x, r, w, b: hf_norm(r + all_reduce(x), w) + b, values(8, H), values(8, H), values(H), values(H))
 

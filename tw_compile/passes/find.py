@@ -355,8 +355,19 @@ def _weighted(scaled: Node, eps: float, total: Node, center: bool) -> Norm | str
 
 
 def _is_vector(operand, total: Node) -> bool:
-    """Whether it is [H]."""
-    return is_tensor(operand) and value(operand).dim() == 1 and _rows_of(operand, total)
+    """Whether it is [H], and not made of ``total``, which comes out of the op that takes the vector."""
+    return is_tensor(operand) and value(operand).dim() == 1 and _rows_of(operand, total) and not _made_of(operand, total)
+
+
+def _made_of(node: Node, total: Node) -> bool:
+    seen, left = set(), [node]
+    while left:
+        node = left.pop()
+        if node is total:
+            return True
+        left += [a for a in node.all_input_nodes if a not in seen]
+        seen.update(node.all_input_nodes)
+    return False
 
 
 def _weight(vector: Node, total: Node) -> tuple[Node, float]:
