@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CALLS = 10  # in a CUDA graph
 SLOT = 2
+NUMERICS = None, 1e-5, 1.0, 0.0, False  # shift, eps, scale, offset, center
 
 # Every rank reads its own part of each peer's buffer and writes there: the traffic of a two-shot call, and nothing else.
 CEILING = r"""
@@ -101,12 +102,12 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
     in_workspace = ours.linear(a, b, None, SLOT)
 
     def fused(residual, ctas):
-        return ours.fused(in_workspace, residual, weight, None, 1e-5, 1.0, 0.0, ctas, SLOT, 0, True, True, True)
+        return ours.fused(in_workspace, residual, weight, None, *NUMERICS, ctas, SLOT, 0, True, True, True)
 
     # Right before fast.
     total = x.float()
     dist.all_reduce(total)
-    wanted, wanted_residual = add_norm(total, residual, weight, None, 1e-5, 1.0, 0.0)
+    wanted, wanted_residual = add_norm(total, residual, weight, None, *NUMERICS)
     norm, kept = fused(residual, args.ctas[0])
     own = slice(*own_rows(dist.get_rank(), world, tokens)) if tokens >= TWO_SHOT_ROWS else slice(0, tokens)
     wanted_residual = wanted_residual[own]
@@ -146,7 +147,7 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
 
 
 def rounded_add_norm(x, residual, weight):
-    norm, new_residual = add_norm(x, residual, weight, None, 1e-5, 1.0, 0.0)
+    norm, new_residual = add_norm(x, residual, weight, None, *NUMERICS)
     return norm.to(x.dtype), new_residual.to(x.dtype)
 
 

@@ -75,7 +75,6 @@ have it in this table, add it to `MODELS` in `tests/zoo.py`, with what you expec
 NOTES = {
     "the reduced value has 4 users": "their norms stand behind attention and MLP, not before them: the sum of the embedding "
     "goes to q, k, v and the first residual, and there is no norm to fuse it with",
-    "a LayerNorm follows, not an RMSNorm": "its all-reduces feed LayerNorms, and the kernels are those of RMSNorm",
     "aten.sort.default": "tokens are sorted by expert, and then taken from there by index: an entry of the sorted ones may come from either "
     "half, so experts run on all tokens. Attention, router and both communications stay cut",
     "_c10d_functional.all_gather_into_tensor.default": "q, k and v, or their packed projection, are gathered from the ranks along dimension 0, where a batch "

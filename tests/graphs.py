@@ -131,7 +131,7 @@ def _positional(node, show):
     named = [(a.name, v) for a, v in zip(node.target._schema.arguments, node.args)]
     dull = {"eps", "group", "transport", "ctas", "site"}
     said = [(k, v) for k, v in named if k not in dull and v is not None and v is not False and (k, v) not in (("scale", 1.0), ("offset", 0.0))]
-    return [show(v) if isinstance(v, Node) and k != "after" else f"{k}={show(v)}" for k, v in said]
+    return [show(v) if isinstance(v, Node) and k not in ("shift", "after") else f"{k}={show(v)}" for k, v in said]
 
 
 def _name(node):
@@ -212,19 +212,19 @@ class Plain:
     def linear(self, a, b, bias, group, transport, slot):
         return a @ b if bias is None else a @ b + bias
 
-    def start(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard):
+    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, wide, shard):
         assert slot not in self.pending, "a slot's site is started before its last one was waited for"
-        self.pending[slot] = x.dtype, add_norm(x * RANKS, residual, weight, bias, eps, scale, offset)
+        self.pending[slot] = x.dtype, add_norm(x * RANKS, residual, weight, bias, shift, eps, scale, offset, center)
         return x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, after, group, transport, slot, wide, shard, borrow):
+    def wait(self, token, x, residual, weight, bias, shift, after, group, transport, slot, wide, shard, borrow):
         dtype, (norm, total) = self.pending.pop(slot)
         return norm.to(dtype), total if wide else total.to(dtype)
 
-    def fused(self, x, residual, weight, bias, eps, scale, offset, *where):
-        *_, slot, _, wide, shard, borrow = where
-        self.start(x, residual, weight, bias, eps, scale, offset, *where[:-1])
-        return self.wait(None, x, residual, weight, bias, None, *where[:2], slot, wide, shard, borrow)
+    def fused(self, *site):
+        group, transport, _, slot, _, *flags = site[9:]
+        self.start(*site[:-1])
+        return self.wait(None, *site[:5], None, group, transport, slot, *flags)
 
 
 class _Run(Interpreter):

@@ -48,7 +48,12 @@ class TorchNorm(nn.RMSNorm):
         super().__init__(hidden, eps=eps)
 
 
-NORMS = {"hf": HFNorm, "torch": TorchNorm}
+class LayerNorm(nn.LayerNorm):
+    def __init__(self, hidden, eps=EPS):
+        super().__init__(hidden, eps=eps)
+
+
+NORMS = {"hf": HFNorm, "torch": TorchNorm, "layer": LayerNorm}
 
 
 def linear(inner, outer):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from graphs import all_reduces, capture, text
-from sites import H, NORMS, all_reduce, hf_norm, in_place, torch_norm, values
+from sites import H, LAYER_NORMS, NORMS, all_reduce, hf_norm, in_place, layer_norm, torch_norm, values
 
 from tw_compile.passes import find
 from tw_compile.passes.find import AllReduce, Match, register_all_reduce
@@ -44,6 +44,10 @@ def reason_in(function, *inputs) -> str:
 
 def inputs(dtype=torch.bfloat16, shape=(8, H)):
     return values(*shape, dtype=dtype), values(*shape, dtype=dtype), values(H, dtype=dtype)
+
+
+def bias(dtype=torch.bfloat16):
+    return values(H, dtype=dtype)
 
 
 # --- what is a site --------------------------------------------------------------------------------------------------
@@ -92,6 +96,19 @@ def test_a_site_is_found_in_every_form_of_norm(norm, shape, dynamic):
     assert match.norm.eps == pytest.approx(1e-5)
     assert match.norm.offset == (1.0 if norm == "gemma" else 0.0)
     assert (match.norm.weight is None) == (norm == "without a weight")
+    assert not match.norm.center and match.norm.shift is None
+    assert match.residual is not None and match.bias is None and match.scale == 1.0
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("shape", [(8, H), (4, 8, H)], ids=["tokens", "batch 4"])
+@pytest.mark.parametrize("norm", LAYER_NORMS)
+def test_a_site_is_found_in_every_form_of_layer_norm(norm, shape, dynamic):
+    match = match_in(lambda x, r, w, b: LAYER_NORMS[norm](r + all_reduce(x), w, b), *inputs(shape=shape), bias(), dynamic=dynamic)
+    assert match.norm.center and match.norm.eps == pytest.approx(1e-5)
+    assert match.norm.offset == (1.0 if norm == "nemotron" else 0.0)
+    assert (match.norm.weight is None) == (norm in ("torch, no weight", "torch, neither"))
+    assert (match.norm.shift is None) == (norm in ("torch, no bias", "torch, neither", "cohere"))
     assert match.residual is not None and match.bias is None and match.scale == 1.0
 
 
@@ -100,6 +117,51 @@ def test_a_site_is_found_in_every_form_of_norm(norm, shape, dynamic):
 def test_a_site_is_found_in_every_dtype(norm, dtype):
     assert match_in(lambda x, r, w: NORMS[norm](r + all_reduce(x), w), *inputs(dtype)).total.meta["val"].dtype == dtype
 
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("norm", LAYER_NORMS)
+def test_a_site_with_a_layer_norm_is_found_in_every_dtype(norm, dtype):
+    match = match_in(lambda x, r, w, b: LAYER_NORMS[norm](r + all_reduce(x), w, b), *inputs(dtype), bias(dtype))
+    assert match.norm.output.meta["val"].dtype == dtype
+
+
+def test_a_layer_norm_that_is_a_module():
+    model = torch.nn.LayerNorm(H).requires_grad_(False)
+    match = match_in(lambda x, r: model(r + all_reduce(x)), values(8, H), values(8, H))
+    assert match.norm.center and match.norm.weight is not None and match.norm.shift is not None
+
+
+def test_a_layer_norm_in_float32_of_a_narrow_model():
+    """Its weight and bias are float32, or one of them is."""
+
+    def block(x, r, w, b):
+        return layer_norm((r + all_reduce(x)).float(), w.float(), b.float()).to(x.dtype)
+
+    x, r, w = inputs()
+    for weight, shift in ((w.float(), bias(torch.float32)), (w, bias(torch.float32)), (w.float(), bias())):
+        match = match_in(block, x, r, weight, shift)
+        assert (match.norm.weight.meta["val"].dtype, match.norm.shift.meta["val"].dtype) == (weight.dtype, shift.dtype)
+
+
+def test_a_layer_norm_without_a_residual_and_behind_a_reshape():
+    match = match_in(lambda x, w, b: layer_norm(all_reduce(x).view(8, H), w, b), values(2, 4, H), values(H), values(H))
+    assert match.norm.center and match.residual is None
+
+
+def test_the_bias_of_a_gemm_and_that_of_a_layer_norm():
+    x, r, w = inputs()
+    match = match_in(lambda x, b, r, w, c: layer_norm((all_reduce(x) + b) * 0.5 + r, w, c), x, bias(), r, w, bias())
+    assert match.bias is not match.norm.shift is not None and match.bias is not None and match.scale == 0.5
+
+
+def test_a_vector_that_is_added_to_an_rms_norm_is_none_of_its_own():
+    match = match_in(lambda x, r, w, b: hf_norm(r + all_reduce(x), w) + b, *inputs(), bias())
+    assert match.norm.shift is None and not match.norm.center
+
+
+def test_rows_that_are_added_to_a_layer_norm_are_no_bias():
+    match = match_in(lambda x, r, w, y: layer_norm(r + all_reduce(x), w) + y, *inputs(torch.float32), values(8, H))
+    assert match.norm.shift is None and match.norm.weight is not None
 
 @pytest.mark.parametrize(
     "site",
@@ -319,24 +381,109 @@ def test_refused_reduced_value_that_is_broadcast():
 
 def test_refused_a_residual_that_is_scaled_by_the_add():
     refused(
-        "no RMSNorm follows; the reduced value goes to aten.add.Tensor",
+        "no RMSNorm or LayerNorm follows; the reduced value goes to aten.add.Tensor",
         lambda x, r, w: hf_norm(torch.add(r, all_reduce(x), alpha=2), w),
         *inputs(torch.float32),
     )
 
 
 def test_refused_no_norm():
-    refused("no RMSNorm follows", lambda x, r: r + all_reduce(x), values(8, H), values(8, H))
+    refused("no RMSNorm or LayerNorm follows", lambda x, r: r + all_reduce(x), values(8, H), values(8, H))
 
 
 def test_refused_no_norm_and_no_residual():
     refused(
-        "no RMSNorm follows; the reduced value goes to aten.relu.default", lambda x: all_reduce(x).relu(), values(8, H)
+        "no RMSNorm or LayerNorm follows; the reduced value goes to aten.relu.default", lambda x: all_reduce(x).relu(), values(8, H)
     )
 
 
-def test_refused_layer_norm():
-    refused("a LayerNorm follows, not an RMSNorm", lambda x, r, w: F.layer_norm(r + all_reduce(x), (H,), w), *inputs(torch.float32))
+def mean(row):
+    return row.mean(-1, keepdim=True)
+
+
+def variance(row):
+    return row.var(-1, keepdim=True, unbiased=False)
+
+
+def quotient(row, centered, variance):
+    return centered * torch.rsqrt(variance + 1e-5)
+
+
+def in_parts(mean=mean, variance=variance, quotient=quotient):
+    """A LayerNorm without casts, by its parts."""
+
+    def block(x, r, w):
+        row = r + all_reduce(x)
+        return quotient(row, row - mean(row), variance(row)) * w
+
+    return block
+
+
+def mean_of_squares(row):
+    return (row * row).mean(-1, keepdim=True)
+
+
+INCOMPLETE = "x * rsqrt(variance + eps) is not complete"
+NOT_QUITE = {  # what is not quite a LayerNorm: a block, and why it is none
+    "unbiased": (in_parts(variance=lambda row: row.var(-1, keepdim=True)), "the variance is divided by H - 1, not by H (unbiased=False)"),
+    "of all": (in_parts(variance=lambda row: row.var(unbiased=False)), "the variance is over dimensions [0, 1], not the last one"),
+    "of columns": (in_parts(variance=lambda row: row.var(0, unbiased=False)), "the variance is over dimensions [0], not the last one"),
+    "less the mean of columns": (in_parts(mean=lambda row: row.mean(0, keepdim=True)), INCOMPLETE),
+    "less twice the mean": (in_parts(mean=lambda row: mean(row) * 2), INCOMPLETE),
+    "of the row as it is": (in_parts(quotient=lambda row, _, v: row * torch.rsqrt(v + 1e-5)), INCOMPLETE),
+    "upside down": (in_parts(quotient=lambda _, c, v: torch.sqrt(v + 1e-5) / c), INCOMPLETE),
+    "eps outside": (in_parts(quotient=lambda _, c, v: c / (torch.sqrt(v) + 1e-5)), "the variance is not followed by + eps"),
+    "E(x²) - E(x)²": (
+        in_parts(variance=lambda row: mean_of_squares(row) - mean(row) ** 2), "the mean of squares is not followed by + eps",
+    ),
+    "by the mean of squares": (in_parts(variance=mean_of_squares), "x * rsqrt(mean of squares + eps) is not complete"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block, reason", NOT_QUITE.values(), ids=NOT_QUITE)
+def test_refused_what_is_not_quite_a_layer_norm(block, reason):
+    refused(reason, block, *inputs(torch.float32))
+
+
+def test_a_layer_norm_in_parts():
+    assert match_in(in_parts(), *inputs(torch.float32)).norm.center
+
+
+def test_refused_layer_norm_over_part_of_the_row_or_more_than_it():
+    x, r, w = inputs(torch.float32)
+    none = "no RMSNorm or LayerNorm follows"
+    refused(none, lambda x, r, w: layer_norm((r + all_reduce(x)).view(8, 2, H // 2), w), x, r, w[: H // 2].clone())
+    both = "the variance is over dimensions [0, 1], not the last one"
+    refused(both, lambda x, r, w: F.layer_norm(r + all_reduce(x), (8, H)) * w, x, r, w)
+
+
+def test_refused_layer_norm_that_is_not_in_float32():
+    refused("no RMSNorm or LayerNorm follows", in_parts(), *inputs())
+
+
+def test_refused_layer_norm_that_changes_the_dtype():
+    x, r, w = inputs()
+    refused(
+        "the norm of a torch.bfloat16 value leaves as torch.float32 (its weight is torch.float32)",
+        lambda x, r, w, b: layer_norm((r + all_reduce(x)).float(), w, b),
+        x, r, w.float(), bias(torch.float32),
+    )  # fmt: skip
+
+
+def test_refused_bias_of_a_layer_norm_of_another_half_precision():
+    refused(
+        "the norm's bias is torch.float16, its input torch.bfloat16",
+        lambda x, r, w, b: (layer_norm((r + all_reduce(x)).float(), w.float()) + b).to(x.dtype),
+        *inputs(), bias(torch.float16),
+    )  # fmt: skip
+
+
+def test_a_refused_norm_is_the_reason_also_without_a_residual():
+    def block(x):
+        row = all_reduce(x)
+        return quotient(row, row - mean(row), row.var(-1, keepdim=True))
+
+    refused("the variance is divided by H - 1, not by H (unbiased=False)", block, values(8, H))
 
 
 def test_refused_mean_over_another_dimension():
@@ -353,7 +500,7 @@ def test_refused_norm_over_part_of_the_row():
         return hf_norm(heads, w)
 
     x, r, w = inputs(torch.float32)
-    refused("no RMSNorm follows", block, x, r, w[: H // 2].clone())
+    refused("no RMSNorm or LayerNorm follows", block, x, r, w[: H // 2].clone())
 
 
 def test_refused_norm_without_eps():
@@ -377,7 +524,7 @@ def test_refused_norm_of_something_else_by_this_root():
         total = r + all_reduce(x)
         return r * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5) * w
 
-    refused("x * rsqrt(mean(x²) + eps) is not complete", block, *inputs(torch.float32))
+    refused("x * rsqrt(mean of squares + eps) is not complete", block, *inputs(torch.float32))
 
 
 def test_refused_reduced_value_added_to_itself():

@@ -4,7 +4,7 @@ import expecttest
 import pytest
 import torch
 from graphs import all_reduces, rewrite, text
-from sites import H, NORMS, all_reduce, hf_norm, in_place, torch_norm, values
+from sites import H, LAYER_NORMS, NORMS, all_reduce, hf_norm, in_place, layer_norm, torch_norm, values
 
 from tw_compile import ops
 
@@ -26,6 +26,20 @@ class Snapshot(expecttest.TestCase):
 return %1, %2
 """)
 
+    def test_a_layer_norm_brings_its_own_bias(self):
+        def block(x, residual, weight, bias):
+            residual = residual + all_reduce(x)
+            return layer_norm(residual, weight, bias), residual
+
+        given = [values(*shape, dtype=torch.bfloat16) for shape in ((8, H), (8, H), (H,), (H,))]
+        fused = rewrite(block, *given, mode="fuse")
+        self.assertExpectedInline(text(fused.after, "x residual weight bias"), """\
+%0 = tokenweave.fused(x, residual, weight, shift=bias, center=True, slot=2) : (bf16[8, 16], bf16[8, 16])
+%1 = getitem(%0, 0) : bf16[8, 16]
+%2 = getitem(%0, 1) : bf16[8, 16]
+return %1, %2
+""")
+
 
 def check(function, *inputs, sites=1, **kwargs):
     fused = rewrite(function, *inputs, mode="fuse", **kwargs)
@@ -39,6 +53,33 @@ def check(function, *inputs, sites=1, **kwargs):
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_form_of_norm_computes_the_same(norm, dynamic):
     check(lambda x, r, w: NORMS[norm](r + all_reduce(x), w), values(2, 4, H), values(2, 4, H), values(H), dynamic=dynamic)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("norm", LAYER_NORMS)
+def test_every_form_of_layer_norm_computes_the_same(norm, dynamic):
+    site = lambda x, r, w, b: LAYER_NORMS[norm](r + all_reduce(x), w, b)  # noqa: E731
+    check(site, values(2, 4, H), values(2, 4, H), values(H), values(H), dynamic=dynamic)
+
+
+def test_a_layer_norm_with_all_that_a_site_can_have():
+    def block(x, b, r, w, c):
+        total = (all_reduce(x).view(2, 4, H) + b) * 0.5 + r
+        return layer_norm(total.view(8, H), w, c), total
+
+    check(block, values(8, H), values(H), values(2, 4, H), values(H), values(H))
+
+
+def test_a_weight_and_a_bias_made_of_the_residual_are_left_to_the_graph():
+    def block(x, r, w):
+        total = r + all_reduce(x)
+        return layer_norm(total, total.mean(0), w), hf_norm(total, total.mean(0)), layer_norm(total, w, total.mean(0))
+
+    check(block, values(8, H), values(8, H), values(H))
+
+
+def test_a_vector_behind_an_rms_norm_is_added_by_the_graph():
+    check(lambda x, r, w, b: hf_norm(r + all_reduce(x), w) + b, values(8, H), values(8, H), values(H), values(H))
 
 
 def test_without_a_residual():

@@ -56,7 +56,7 @@ class Block:
             x = all_reduce(x)
         for layer in self.layers:
             x = _layer(layer, x, weights, escaped)
-        out = _norm("torch", x, next(weights))
+        out = _norm("torch", x, next(weights), None)
         return {"norm": (out,), "both": (out, x), "last": (out[:, -1],)}[self.ends] + tuple(escaped)
 
     def inputs(self):
@@ -64,12 +64,19 @@ class Block:
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
         weights = []
         for _ in self.layers:
-            weights += [draw(H), draw(3 * H, H) / H**0.5, draw(H, H) / H**0.5, draw(H)]
+            weights += [draw(H), draw(H), draw(3 * H, H) / H**0.5, draw(H, H) / H**0.5, draw(H)]
         return draw(self.batch, self.tokens, H), *weights, draw(H)
 
 
-def _norm(form, x, weight):
+def _norm(form, x, weight, shift):
+    if form == "layer":
+        return F.layer_norm(x, (H,), weight, shift)
+    if form == "layer, bare":
+        return F.layer_norm(x, (H,))
     wide = x.float()
+    if form == "layer, by hand":
+        wide = wide - wide.mean(-1, keepdim=True)
+        return weight * (wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype) + shift
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
     if form == "hf":
         return weight * wide.to(x.dtype)
@@ -81,8 +88,8 @@ def _norm(form, x, weight):
 
 
 def _layer(layer, x, weights, escaped):
-    norm_weight, wide, out, bias = (next(weights) for _ in range(4))
-    h = x if layer.post_norm else _norm(layer.norm, x, norm_weight)
+    norm_weight, shift, wide, out, bias = (next(weights) for _ in range(5))
+    h = x if layer.post_norm else _norm(layer.norm, x, norm_weight, shift)
     y = _mix(layer.mix, h, wide) @ out.t()
     if layer.flat:
         y = y.reshape(-1, H)
@@ -95,7 +102,7 @@ def _layer(layer, x, weights, escaped):
         y = y + bias
     y = y * 0.5 if layer.halved else y
     if layer.post_norm:
-        y = _norm(layer.norm, y, norm_weight)
+        y = _norm(layer.norm, y, norm_weight, shift)
     r = x + y if layer.residual_first else y + x
     if layer.second_reader == "norm":
         escaped.append(h.sigmoid())
@@ -148,7 +155,7 @@ def check(block: Block):
 LAYERS = st.builds(
     Layer,
     mix=st.sampled_from(("mlp", "causal", "grouped", "masked", "window", "full", "written", "cumulative")),
-    norm=st.sampled_from(("hf", "torch", "gemma", "bare")),
+    norm=st.sampled_from(("hf", "torch", "gemma", "bare", "layer", "layer, bare", "layer, by hand")),
     residual_first=st.booleans(),
     halved=st.booleans(),
     bias=st.booleans(),

@@ -48,7 +48,19 @@ def disassemble(cubin: bytes, directory: Path) -> str:
 @pytest.mark.parametrize("kernel", ("two_shot", "one_shot"))
 @pytest.mark.parametrize("arch", ("sm_90a", "sm_100a"))
 def test_sass(arch, kernel, dtype, transport, tmp_path):
-    command = nvrtc.options(arch, macros(dtype, 8192, 8, transport))
+    check_sass(arch, kernel, dtype, transport, False, tmp_path)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "kernel, dtype, transport", [("two_shot", torch.bfloat16, "peer"), ("one_shot", torch.float32, "multimem")], ids=str
+)
+def test_sass_of_a_layer_norm(kernel, dtype, transport, tmp_path):
+    check_sass("sm_90a", kernel, dtype, transport, True, tmp_path)
+
+
+def check_sass(arch, kernel, dtype, transport, center, tmp_path):
+    command = nvrtc.options(arch, macros(dtype, 8192, 8, transport, center))
     cubin, messages = nvrtc.compile_kernel(kernel, [*command, "--ptxas-options=-v"])
     assert set(re.findall(r"(\d+) bytes spill", messages)) == {"0"}, messages
     sass = disassemble(cubin, tmp_path)
@@ -75,8 +87,19 @@ def test_sass(arch, kernel, dtype, transport, tmp_path):
 @pytest.mark.parametrize("world, dtype", [(2, torch.bfloat16), (5, torch.float32), (8, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_no_spills_at_any_size(hidden, world, dtype):
+    check_no_spills(hidden, world, dtype, False)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("world, dtype", [(2, torch.bfloat16), (5, torch.float32), (8, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("hidden", (64, 8192, 32768))
+def test_no_spills_in_a_layer_norm(hidden, world, dtype):
+    check_no_spills(hidden, world, dtype, True)
+
+
+def check_no_spills(hidden, world, dtype, center):
     for kernel in ("two_shot", "one_shot"):
-        command = nvrtc.options("sm_90a", macros(dtype, hidden, world, "peer"))
+        command = nvrtc.options("sm_90a", macros(dtype, hidden, world, "peer", center))
         _, messages = nvrtc.compile_kernel(kernel, [*command, "--ptxas-options=-v"])
         assert set(re.findall(r"(\d+) bytes spill", messages)) == {"0"}, messages
 
@@ -84,7 +107,7 @@ def test_no_spills_at_any_size(hidden, world, dtype):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("kernel", ("two_shot", "one_shot"))
 def test_nvcc_compiles_too(kernel, tmp_path):
-    defines = [f"-D{name}={value}" for name, value in macros(torch.bfloat16, 4096, 4, "multimem").items()]
+    defines = [f"-D{name}={value}" for name, value in macros(torch.bfloat16, 4096, 4, "multimem", True).items()]
     source = nvrtc.SOURCES / f"{kernel}.cu"
     command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", "-o", tmp_path / "k.cubin", *defines, source]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -94,7 +117,7 @@ def test_nvcc_compiles_too(kernel, tmp_path):
 @needs_nvrtc
 def test_cubins_are_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("TW_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
-    wanted = macros(torch.bfloat16, 64, 2, "peer")
+    wanted = macros(torch.bfloat16, 64, 2, "peer", False)
     first = nvrtc.cubin("one_shot", "sm_90a", wanted)
     assert len(list((tmp_path / "cache").iterdir())) == 1
     monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: pytest.fail("compiled again"))
@@ -107,13 +130,13 @@ def test_cubins_are_cached(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TW_COMPILE_CACHE_DIR", str(tmp_path / "file"))
-    assert nvrtc.cubin("one_shot", "sm_90a", macros(torch.bfloat16, 64, 2, "peer"))
+    assert nvrtc.cubin("one_shot", "sm_90a", macros(torch.bfloat16, 64, 2, "peer", False))
 
 
 @needs_nvrtc
 def test_a_compile_error_shows_the_compilers_message():
     with pytest.raises(RuntimeError, match="whole number of vectors"):
-        nvrtc.compile_kernel("one_shot", nvrtc.options("sm_90a", {**macros(torch.bfloat16, 64, 2, "peer"), "TW_HIDDEN": 12}))
+        nvrtc.compile_kernel("one_shot", nvrtc.options("sm_90a", {**macros(torch.bfloat16, 64, 2, "peer", False), "TW_HIDDEN": 12}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -224,6 +247,7 @@ inline void store(void* p, uint4 v) { memcpy(p, &v, 16); }
 inline uint4 load_sys(const void* p) { cpu::pause(); return load(p); }
 inline void store_sys(void* p, uint4 v) { cpu::pause(); store(p, v); }
 inline uint4 load_constant(const void* p) { return load(p); }
+inline void prefetch(const void* p) { load(p); }  // must be there to be read
 inline void fence_alias() {}
 inline u32 load_acquire_sys(const u32* p) { cpu::yield(); return *(const volatile u32*)p; }
 inline void store_release_sys(u32* p, u32 v) { cpu::yield(); *(volatile u32*)p = v; }
@@ -299,8 +323,8 @@ struct Recorder : tw::TW_TRANSPORT<Element, kWorld> {
   }
 };
 
-static void two_shot(const void* site) { tw::two_shot<Recorder, Layout, kWorld, TW_DEPTH>(*(const Site*)site); }
-static void one_shot(const void* site) { tw::one_shot<Recorder, Layout, kWorld>(*(const Site*)site); }
+static void two_shot(const void* site) { tw::two_shot<Recorder, tw::TW_NORM, Layout, kWorld, TW_DEPTH>(*(const Site*)site); }
+static void one_shot(const void* site) { tw::one_shot<Recorder, tw::TW_NORM, Layout, kWorld>(*(const Site*)site); }
 
 // One call of one rank: what a stream does before, the launch, what it does after.
 struct Copy { char *to; const char *from; u64 bytes; };
@@ -414,17 +438,17 @@ class Machine:
     CTAS = 32
     MULTICAST = 1 << 60
 
-    def __init__(self, directory: Path, dtype, hidden, world, transport):
-        self.dtype, self.hidden, self.world, self.transport = dtype, hidden, world, transport
+    def __init__(self, directory: Path, dtype, hidden, world, transport, center=False):
+        self.dtype, self.hidden, self.world, self.transport, self.center = dtype, hidden, world, transport, center
         shared = Layout.of(hidden, dtype.itemsize, world).shared_bytes(dtype.itemsize)
         # a name of its own, as the loader takes one file for another of the same name
-        self.library = directory / f"{dtype}-{hidden}-{world}-{transport}".replace("torch.", "")
+        self.library = directory / f"{dtype}-{hidden}-{world}-{transport}-{center}".replace("torch.", "")
         if not self.library.exists():
             for path in nvrtc.SOURCES.glob("*.cuh"):
                 shutil.copy(path, directory)
             (directory / "ptx.cuh").write_text(STAND_IN)
             (directory / "driver.cpp").write_text(DRIVER)
-            defines = [f"-D{k}={v}" for k, v in {**macros(dtype, hidden, world, transport), "TW_SHARED": shared}.items()]
+            defines = [f"-D{k}={v}" for k, v in {**macros(dtype, hidden, world, transport, center), "TW_SHARED": shared}.items()]
             command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *defines, "driver.cpp", "-o", self.library]
             subprocess.run(command, check=True, cwd=directory)
         self.run_steps = ctypes.CDLL(str(self.library))
@@ -462,7 +486,7 @@ class Machine:
     def run(self, calls, seed=0, one_shot=None, ctas=3, whole=True, carried=False, timeout_s=1e3, lost=()):
         """Run calls back to back on all ranks, without any meeting between them other than the kernels' own.
 
-        calls: dicts of partials [W][T, H], residual, weight, bias, eps, scale, offset
+        calls: dicts of partials [W][T, H], residual, weight, bias, shift, eps, scale, offset, center, which is that of the kernels
         whole:   whether the last residual leaves whole, and not carried
         carried: whether all calls but the last carry their residual to the next, whatever that has as ``residual``
         lost:    ranks that never come
@@ -482,18 +506,19 @@ class Machine:
                 norm_out = torch.full_like(x, torch.nan)
                 residual_out = torch.full((rows, self.hidden), torch.nan, dtype=residual.dtype)
                 arguments = self.arguments(rank, timeout_s)
-                mine = [call[name] for name in ("residual", "bias", "weight")]
+                mine = [call[name] for name in ("residual", "bias", "weight", "shift")]
                 if takes_carried:
                     mine[0] = kept
                 elif mine[0] is not None:  # of others' rows nothing may be read
                     mine[0] = torch.full_like(mine[0], torch.nan)
                     mine[0][begin:end] = call["residual"][begin:end]
                 alive += [arguments, *mine]
-                pointers = [0 if t is None else t.data_ptr() for t in mine]
-                weight = call["weight"]
+                *pointers, shift = [0 if t is None else t.data_ptr() for t in mine]
+                weight_is_float, shift_is_float = (t is not None and t.dtype == torch.float32 for t in mine[2:])
+                assert call["center"] == self.center
                 arguments.set(
                     rows, x.data_ptr(), *pointers, x.data_ptr(), residual.data_ptr(), 7,
-                    weight is not None and weight.dtype == torch.float32, takes_carried, is_whole, call["eps"], call["scale"], call["offset"],
+                    weight_is_float, takes_carried, is_whole, call["eps"], call["scale"], call["offset"], shift_is_float, shift,
                 )  # fmt: skip
                 step = steps[rank * len(calls) + number]
                 step.site = ctypes.addressof(arguments._buffer)
@@ -520,7 +545,7 @@ def machine(tmp_path_factory):
     return lambda *args: Machine(directory, *args)
 
 
-def example(dtype, hidden, world, rows, seed=0, residual=True, bias=False, weight="same", scale=1.0, offset=0.0):
+def example(dtype, hidden, world, rows, seed=0, residual=True, bias=False, weight="same", scale=1.0, offset=0.0, shift=None, center=False):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     return {
@@ -528,9 +553,11 @@ def example(dtype, hidden, world, rows, seed=0, residual=True, bias=False, weigh
         "residual": draw(rows, hidden).to(dtype) if residual else None,
         "bias": draw(hidden).to(dtype) if bias else None,
         "weight": {"same": draw(hidden).to(dtype), "float": draw(hidden), None: None}[weight],
+        "shift": {"same": draw(hidden).to(dtype), "float": draw(hidden), None: None}[shift],
         "eps": 1e-5,
         "scale": scale,
         "offset": offset,
+        "center": center,
     }
 
 
@@ -540,7 +567,8 @@ def assert_right(results, call, world, whole=True, one_shot=False):
     norms = torch.stack([of_rank[0] for of_rank in results])
     assert (norms.view(torch.uint8) == norms[:1].view(torch.uint8)).all(), "ranks differ"
     tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6}[norm.dtype]
-    torch.testing.assert_close(norms[0].float(), norm.float(), rtol=2 * tolerance, atol=tolerance / 16)
+    lost = 1e-6 if call["center"] else 0.0  # where a difference, or a sum with the shift, is small
+    torch.testing.assert_close(norms[0].float(), norm.float(), rtol=2 * tolerance, atol=tolerance / 16 + lost)
     for rank, (_, mine) in enumerate(results):
         begin, end = (0, rows) if whole or one_shot else own_rows(rank, world, rows)
         assert mine.dtype == (norm.dtype if whole else torch.float32)
@@ -565,6 +593,51 @@ def test_numbers(machine, dtype, world):
             (result,) = kernels.run([call], seed, whole=whole)
             assert kernels.status == 0
             assert_right(result, call, world, whole, rows < TWO_SHOT_ROWS)
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_of_a_layer_norm(machine, dtype):
+    world = 3
+    kernels = machine(dtype, 64, world, "peer", True)
+    for seed, rows in enumerate((1, 7, 31, 32, 33, 64)):
+        variant = dict(
+            residual=seed % 2 == 0,
+            bias=seed % 3 == 0,
+            weight=("same", "float", None)[seed % 3],
+            shift=("float", None, "same", "same")[seed % 4],
+            scale=(1.0, 0.5)[seed % 2],
+            offset=(0.0, 1.0)[seed // 2 % 2],
+        )
+        call = example(dtype, 64, world, rows, seed, **variant, center=True)
+        for whole in (True, False):
+            (result,) = kernels.run([call], seed, whole=whole)
+            assert kernels.status == 0
+            assert_right(result, call, world, whole, rows < TWO_SHOT_ROWS)
+
+
+@needs_gxx
+@pytest.mark.parametrize("hidden, dtype", [(72, torch.bfloat16), (9216, torch.bfloat16), (4104, torch.float32)], ids=str)
+def test_layouts_of_a_layer_norm(machine, hidden, dtype):
+    kernels = machine(dtype, hidden, 2, "peer", True)
+    for rows, one_shot in ((3, True), (7, False)):
+        call = example(dtype, hidden, 2, rows, bias=True, weight="float", offset=1.0, shift="same", center=True)
+        (result,) = kernels.run([call], one_shot=one_shot, ctas=2)
+        assert kernels.status == 0
+        assert_right(result, call, 2)
+
+
+@needs_gxx
+@pytest.mark.parametrize("one_shot", (True, False))
+def test_a_layer_norm_of_a_large_mean(machine, one_shot):
+    """What is left of the row after its mean is as exact as the row: E(x²) - E(x)² would be wrong in its first digit."""
+    kernels = machine(torch.float32, 520, 2, "peer", True)
+    call = example(torch.float32, 520, 2, 5, residual=False, shift="same", center=True)
+    call["partials"] = [partial + 2.0**10 for partial in call["partials"]]
+    (results,) = kernels.run([call], one_shot=one_shot)
+    right = torch.nn.functional.layer_norm(sum(call["partials"]).double(), (520,), call["weight"].double(), call["shift"].double())
+    for norm, _ in results:
+        torch.testing.assert_close(norm.double(), right, rtol=1e-4, atol=1e-3)
 
 
 @needs_gxx
@@ -610,10 +683,11 @@ def test_a_residual_is_carried_unrounded(machine, dtype, rows, one_shot):
 
 
 @needs_gxx
-def test_bits_of_a_row_depend_on_its_data_alone(machine):
+@pytest.mark.parametrize("center", (False, True), ids=("RMSNorm", "LayerNorm"))
+def test_bits_of_a_row_depend_on_its_data_alone(machine, center):
     world, rows = 3, 50
-    kernels = machine(torch.bfloat16, 520, world, "peer")
-    call = example(torch.bfloat16, 520, world, rows)
+    kernels = machine(torch.bfloat16, 520, world, "peer", center)
+    call = example(torch.bfloat16, 520, world, rows, shift="same" if center else None, center=center)
     (((norm, residual), *_),) = kernels.run([call])
     for part in (slice(0, 1), slice(17, 20), slice(3, 50)):
         of_part = {**call, "partials": [p[part].contiguous() for p in call["partials"]]}

@@ -39,7 +39,17 @@ SIZES = [  # dtype, hidden, ranks: each is two kernels to compile
     *((FP16, 8, 2), (FP16, 5120, 3), (FP16, 4096, 4), (FP16, 32768, 2)),
     *((FP32, 64, 5), (FP32, 4096, 4), (FP32, 8192, 8), (FP32, 32768, 2)),
 ]
+LAYER_NORM_SIZES = [  # some of them
+    *((BF16, 8192, world) for world in (2, 8)),
+    *((BF16, hidden, 8) for hidden in (64, 5120, 32768)),
+    *((FP16, 5120, 3), (FP32, 4096, 4), (FP32, 32768, 2)),
+]
 CTAS = 4
+
+
+def site(shift=None, eps=1e-5, scale=1.0, offset=0.0, center=False):
+    """What an op takes between ``bias`` and ``ctas``."""
+    return shift, eps, scale, offset, center
 
 
 class Ranks:
@@ -106,9 +116,9 @@ class Ranks:
                 caller.wait_stream(stream)
         return results
 
-    def workspaces(self, dtype, hidden, rows, slot=2):
-        """Make sure of the workspaces, so that nothing is allocated or loaded while a kernel waits for another."""
-        self.each(lambda s, rank: s._call(slot, dtype, torch.Size((rows, hidden))))
+    def workspaces(self, dtype, hidden, rows, slot=2, center=False):
+        """Make sure of workspaces and kernels, so that nothing is allocated or loaded while a kernel waits for another."""
+        self.each(lambda s, rank: s._call(slot, dtype, torch.Size((rows, hidden))).kernel(center))
 
     def poison(self):
         """NaN over everything but the epochs."""
@@ -117,18 +127,18 @@ class Ranks:
             for workspace in implementation._workspaces.values():
                 workspace.memory[: workspace.bytes - 4 * workspace.max_ctas].fill_(255)
 
-    def fused(self, x, residual, weight, bias, eps=1e-5, scale=1.0, offset=0.0, shard=False, borrow=False, ctas=CTAS, slot=2):
-        """x: [W, T, H]. Returns [(norm, residual)] of all ranks."""
-        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot)
+    def fused(self, x, residual, weight, bias, shard=False, borrow=False, ctas=CTAS, slot=2, **numerics):
+        """x: [W, T, H]; numerics: what ``site`` takes. Returns [(norm, residual)] of all ranks."""
+        shift, *rest = site(**numerics)
+        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1])
         return self.each(
-            lambda s, rank: s.fused(
-                x[rank], residual, weight, bias, eps, scale, offset, ctas, slot, 0, shard, shard, borrow
-            )
+            lambda s, rank: s.fused(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, shard, shard, borrow)
         )
 
-    def overlapped(self, x, residual, weight, bias, eps=1e-5, scale=1.0, offset=0.0, shard=False, borrow=False, ctas=CTAS, slot=0):
-        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot)
-        self.each(lambda s, rank: s.start(x[rank], residual, weight, bias, eps, scale, offset, ctas, slot, 0, shard, shard))
+    def overlapped(self, x, residual, weight, bias, shard=False, borrow=False, ctas=CTAS, slot=0, **numerics):
+        shift, *rest = site(**numerics)
+        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1])
+        self.each(lambda s, rank: s.start(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, shard, shard))
         return self.each(lambda s, rank: s.wait(slot, borrow))
 
 
@@ -160,8 +170,9 @@ def prepared():
     """All kernels, compiled in parallel."""
     arch = nvrtc.architecture(torch.cuda.get_device_capability())
     jobs = [
-        (kernel, arch, symmetric.macros(dtype, hidden, world, "peer"))
-        for (dtype, hidden, world), kernel in itertools.product(SIZES, ("two_shot", "one_shot"))
+        (kernel, arch, symmetric.macros(dtype, hidden, world, "peer", center))
+        for center, sizes in ((False, SIZES), (True, LAYER_NORM_SIZES))
+        for (dtype, hidden, world), kernel in itertools.product(sizes, ("two_shot", "one_shot"))
     ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: nvrtc.cubin(*job), jobs))
@@ -184,10 +195,12 @@ def data(dtype, hidden, world, rows=max(TOKENS), seed=0):
         "weight": draw(hidden).to(dtype),
         "float_weight": draw(hidden),
         "bias": draw(hidden).to(dtype),
+        "shift": draw(hidden).to(dtype),
+        "float_shift": draw(hidden),
     }
 
 
-def expected(x, residual, weight, bias, eps=1e-5, scale=1.0, offset=0.0):
+def expected(x, residual, weight, bias, shift=None, eps=1e-5, scale=1.0, offset=0.0, center=False):
     """In float64, unrounded."""
     r = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
     for partial in x:
@@ -197,8 +210,10 @@ def expected(x, residual, weight, bias, eps=1e-5, scale=1.0, offset=0.0):
     r *= scale
     if residual is not None:
         r += residual.double()
-    norm = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + eps)
-    return norm if weight is None else norm * (weight.double() + offset), r
+    row = r - r.mean(-1, keepdim=True) if center else r
+    norm = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + eps)
+    norm = norm if weight is None else norm * (weight.double() + offset)
+    return norm if shift is None else norm + shift.double(), r
 
 
 def assert_close(got, wanted):
@@ -224,18 +239,29 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("dtype, hidden, world", SIZES, ids=str)
 def test_numbers(dtype, hidden, world):
+    check_numbers(dtype, hidden, world, False)
+
+
+@pytest.mark.parametrize("dtype, hidden, world", LAYER_NORM_SIZES, ids=str)
+def test_numbers_of_a_layer_norm(dtype, hidden, world):
+    check_numbers(dtype, hidden, world, True)
+
+
+def check_numbers(dtype, hidden, world, center):
     """Every token count, the options in turn, against float64; over poisoned memory."""
     group, d = ranks(world), data(dtype, hidden, world)
     for i, rows in enumerate(TOKENS):
         residual = d["residual"][:rows] if i % 4 != 3 else None
         weight = (d["weight"], d["float_weight"], None)[i % 3]
         bias = d["bias"] if i % 5 == 2 else None
-        options = dict(scale=(1.0, 0.25)[i // 2 % 2], offset=(0.0, 1.0)[i % 2])
+        options = dict(scale=(1.0, 0.25)[i // 2 % 2], offset=(0.0, 1.0)[i % 2], center=center)
+        if center:
+            options["shift"] = (d["shift"], d["shift"], d["float_shift"], None)[i % 4]
         shard, borrow = i % 3 == 0, i % 2 == 0
         x = d["x"][:, :rows]
         norm, r = expected(x, residual, weight, bias, **options)
         for run in (group.fused, group.overlapped):
-            group.workspaces(dtype, hidden, rows, 2 if run == group.fused else 0)
+            group.workspaces(dtype, hidden, rows, 2 if run == group.fused else 0, center)
             group.poison()
             results = run(x, residual, weight, bias, **options, shard=shard, borrow=borrow)
             assert_close(results[0][0], norm)
@@ -246,16 +272,24 @@ def test_numbers(dtype, hidden, world):
                     assert_same(residual_of_rank, results[0][1])
 
 
-@pytest.mark.parametrize("dtype, hidden, world", [(BF16, 8192, 8), (BF16, 5120, 8), (FP16, 5120, 3), (FP32, 64, 5)], ids=str)
-def test_bits_of_a_row_depend_on_its_data_alone(dtype, hidden, world):
+@pytest.mark.parametrize(
+    "dtype, hidden, world, center",
+    [
+        *((BF16, 8192, 8, False), (BF16, 5120, 8, False), (FP16, 5120, 3, False), (FP32, 64, 5, False)),
+        *((BF16, 8192, 8, True), (FP32, 32768, 2, True)),
+    ],
+    ids=str,
+)
+def test_bits_of_a_row_depend_on_its_data_alone(dtype, hidden, world, center):
     """Not on the batch, the kernel, the number of CTAs, or the run."""
     group, d = ranks(world), data(dtype, hidden, world)
-    norm, residual = group.fused(d["x"], d["residual"], d["weight"], d["bias"])[0]
+    norms = dict(shift=d["shift"], center=True) if center else {}
+    norm, residual = group.fused(d["x"], d["residual"], d["weight"], d["bias"], **norms)[0]
     for begin, rows, ctas in [(0, 1, 0), (5, 31, 8), (5, 32, 1), (5, 32, 4), (40, 33, 2), (511, 257, 3), (0, 1024, 5)]:
         end = begin + rows
         for _ in range(3):
             for result in group.fused(
-                d["x"][:, begin:end], d["residual"][begin:end], d["weight"], d["bias"], ctas=ctas
+                d["x"][:, begin:end], d["residual"][begin:end], d["weight"], d["bias"], ctas=ctas, **norms
             ):
                 assert_same(result[0], norm[begin:end])
                 assert_same(result[1], residual[begin:end])
@@ -277,7 +311,7 @@ def test_200_calls_back_to_back(world):
         results.append(
             group.each(
                 lambda s, rank: s.fused(
-                    d["x"][rank, :rows], d["residual"][:rows], d["weight"], None, 1e-5, 1.0, 0.0, 2, 2, i, False, False, False
+                    d["x"][rank, :rows], d["residual"][:rows], d["weight"], None, *site(), 2, 2, i, False, False, False
                 )[0],
                 begin=False,
                 end=False,
@@ -299,17 +333,46 @@ def test_carried_residual_through_consecutive_sites(dtype, rows):
     b = (torch.randn(world, 64, hidden, device="cuda") / 8).to(dtype)
     group.workspaces(dtype, hidden, rows, 0)
     total, residuals = d["residual"].double(), [d["residual"]] * world
-    for site, carry in enumerate((True, True, True, False)):
+    for number, carry in enumerate((True, True, True, False)):
         xs = group.each(lambda s, rank: s.linear(a[rank], b[rank], None, 0))
         partials = torch.stack(xs)
         norm, total = expected(partials, total, d["weight"], None)
-        group.each(lambda s, rank: s.start(xs[rank], residuals[rank], d["weight"], None, 1e-5, 1.0, 0.0, CTAS, 0, site, carry, carry))
+        group.each(lambda s, rank: s.start(xs[rank], residuals[rank], d["weight"], None, *site(), CTAS, 0, number, carry, carry))
         results = group.each(lambda s, rank: s.wait(0, True))
         residuals = [result[1] for result in results]
         for rank, (norm_of_rank, residual) in enumerate(results):
             assert_close(norm_of_rank, norm)
             assert_carried_or_whole(residual, total, carry, rank, world)
             assert_same(norm_of_rank, results[0][0])
+
+
+@pytest.mark.parametrize("rows", (5, 100))
+def test_both_norms_carry_their_residual_through_one_slot(rows):
+    """A model may have both: their kernels work on the same workspace."""
+    world, hidden = 2, 8192
+    group, d = ranks(world), data(BF16, hidden, world, rows)
+    for center in (False, True):
+        group.workspaces(BF16, hidden, rows, 0, center)
+    total, residuals = d["residual"].double(), [d["residual"]] * world
+    for number, center in enumerate((False, True, True, False)):
+        norms = dict(shift=d["shift"], center=True) if center else {}
+        carry = number < 3
+        norm, total = expected(d["x"], total, d["weight"], None, **norms)
+        here = CTAS, 0, number, carry, carry
+        group.each(lambda s, rank: s.start(d["x"][rank], residuals[rank], d["weight"], None, *site(**norms), *here))
+        results = group.each(lambda s, rank: s.wait(0, False))
+        residuals = [result[1] for result in results]
+        for rank, (norm_of_rank, residual) in enumerate(results):
+            assert_close(norm_of_rank, norm)
+            assert_carried_or_whole(residual, total, carry, rank, world)
+
+
+def test_a_capture_loads_no_kernel():
+    """The workspace is there, but so far without LayerNorms."""
+    group, x = ranks(4), torch.zeros(40, 4096, dtype=FP16, device="cuda")
+    group.workspaces(FP16, 4096, 40)
+    with pytest.raises(RuntimeError, match="no kernel yet for a LayerNorm"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        group.ranks[0].fused(x, None, None, None, *site(center=True), 0, 2, 0, False, False, False)
 
 
 @pytest.mark.parametrize("rows", (5, 100))
@@ -325,7 +388,7 @@ def test_cuda_graphs(rows):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=group.streams[rank]):
                 for _ in range(3):
-                    s.start(x[rank], d["residual"], d["weight"], None, 1e-5, 1.0, 0.0, CTAS, 1, 0, False, False)
+                    s.start(x[rank], d["residual"], d["weight"], None, *site(), CTAS, 1, 0, False, False)
                     output = s.wait(1, False)
             graphs.append(graph)
             outputs.append(output)
@@ -367,7 +430,7 @@ def test_a_start_without_wait_is_forgotten():
     world, rows = 2, 40
     group, d = ranks(world), data(BF16, 8192, 2, rows)
     group.workspaces(BF16, 8192, rows, 0)
-    group.each(lambda s, rank: s.start(d["x"][rank], None, None, None, 1e-5, 1.0, 0.0, CTAS, 0, 0, False, False))
+    group.each(lambda s, rank: s.start(d["x"][rank], None, None, None, *site(), CTAS, 0, 0, False, False))
     results = group.overlapped(d["x"], d["residual"], d["weight"], None)
     assert_close(results[0][0], expected(d["x"], d["residual"], d["weight"], None)[0])
     with pytest.raises(RuntimeError, match="nothing was started"):
@@ -382,6 +445,8 @@ def test_what_it_refuses():
         ("residual is", dict(residual=torch.zeros(40, 8192, device="cuda"))),
         ("weight is", dict(weight=torch.zeros(8192, dtype=FP16, device="cuda"))),
         ("bias is", dict(bias=torch.zeros(8192, device="cuda"))),
+        ("shift is", dict(shift=torch.zeros(8192, dtype=FP16, device="cuda"), center=True)),
+        ("only a LayerNorm has a shift", dict(shift=torch.zeros(8192, dtype=BF16, device="cuda"))),
         ("signal pad", dict(ctas=100_000)),
         ("residual is", dict(residual=torch.zeros(40, 8192, device="cuda"), shard=True)),
     ]:
@@ -392,17 +457,17 @@ def test_what_it_refuses():
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="run once un-captured"), group.stand_ins(), torch.cuda.graph(graph):
         group.ranks[0].fused(
-            torch.zeros(40, 8192, dtype=BF16, device="cuda"), None, None, None, 1e-5, 1.0, 0.0, 0, 7, 0, False, False, False
+            torch.zeros(40, 8192, dtype=BF16, device="cuda"), None, None, None, *site(), 0, 7, 0, False, False, False
         )
 
 
 LOST = """
 import torch
-from tests.test_kernel_gpu import Ranks, BF16
+from tests.test_kernel_gpu import Ranks, BF16, site
 group = Ranks(2, timeout_s=0.3)
 x = torch.zeros(40, 8192, dtype=BF16, device="cuda")
 group.workspaces(BF16, 8192, 40)
-first = lambda: group.ranks[0].fused(x, None, None, None, 1e-5, 1.0, 0.0, 0, 2, 11, False, False, True)
+first = lambda: group.ranks[0].fused(x, None, None, None, *site(), 0, 2, 11, False, False, True)
 with group.stand_ins():
     first()
     try:

@@ -13,8 +13,8 @@ from tw_compile.ops.reference import add_norm, all_reduce_add_norm
 EPS = 1e-5
 
 
-def site(x, residual=None, weight=None, bias=None, scale=1.0, offset=0.0):
-    return x, residual, weight, bias, EPS, scale, offset
+def site(x, residual=None, weight=None, bias=None, scale=1.0, offset=0.0, shift=None, center=False):
+    return x, residual, weight, bias, shift, EPS, scale, offset, center
 
 
 def where(slot=0, wide=False):
@@ -28,6 +28,9 @@ SITES = {
     "bias, factor and offset": lambda d: site(*(values(2, 3, H, dtype=d) for _ in range(2)), values(H, dtype=d), values(H, dtype=d), 0.5, 1.0),
     "weight in float32": lambda d: site(values(6, H, dtype=d), values(6, H, dtype=d), values(H)),
     "not contiguous": lambda d: site(values(H, 6, dtype=d).t(), values(H, 6, dtype=d).t(), values(H, dtype=d)),
+    "layer norm": lambda d: site(values(6, H, dtype=d), None, values(H, dtype=d), shift=values(H, dtype=d), center=True),
+    "layer norm and all": lambda d: site(*(values(6, H, dtype=d) for _ in range(2)), values(H), values(H, dtype=d), 0.5, 1.0, values(H), True),
+    "layer norm of x alone": lambda d: site(values(6, H, dtype=d), center=True),
     "no tokens": lambda d: site(values(0, H, dtype=d), values(0, H, dtype=d), values(H, dtype=d)),
 }
 every_site = pytest.mark.parametrize("inputs", SITES.values(), ids=SITES)
@@ -65,10 +68,10 @@ def test_opcheck_start(implementation, inputs):
 @every_site
 @either_residual
 def test_opcheck_wait(implementation, inputs, wide):
-    x, residual, weight, bias, *_ = given = inputs(torch.bfloat16)
+    given = inputs(torch.bfloat16)
     token = ops.start(*given, *where(wide=wide))
     group, name, _, slot, _, *flags = where(wide=wide)
-    torch.library.opcheck(ops.wait, (token, x, residual, weight, bias, None, group, name, slot, *flags, False))
+    torch.library.opcheck(ops.wait, (token, *given[:5], None, group, name, slot, *flags, False))
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(5)], ids=["no bias", "bias"])
@@ -92,13 +95,15 @@ def test_ops_promise_no_aliases_and_no_mutation(op):
 # --- the specification -----------------------------------------------------------------------------------------------
 
 
-def exact(total, residual, weight, bias, scale, offset):
+def exact(total, residual, weight, bias, shift, eps, scale, offset, center):
     """In float64, by the book."""
     r = total.double()
     r = (r if bias is None else r + bias.double()) * scale
     r = r if residual is None else r + residual.double()
-    norm = r / (r.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
-    return norm if weight is None else norm * (weight.double() + offset), r
+    row = r - r.mean(-1, keepdim=True) if center else r
+    norm = row / (row.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    norm = norm if weight is None else norm * (weight.double() + offset)
+    return norm if shift is None else norm + shift.double(), r
 
 
 def same_in_float32(actual, expected):
@@ -109,10 +114,10 @@ def same_in_float32(actual, expected):
 @every_dtype
 @every_site
 def test_the_reference_is_exact_in_float32(inputs, dtype):
-    total, residual, weight, bias, eps, scale, offset = inputs(dtype)
-    norm, r = add_norm(total, residual, weight, bias, eps, scale, offset)
-    assert norm.shape == r.shape == total.shape
-    for actual, expected in zip((norm, r), exact(total, residual, weight, bias, scale, offset)):
+    given = inputs(dtype)
+    norm, r = add_norm(*given)
+    assert norm.shape == r.shape == given[0].shape
+    for actual, expected in zip((norm, r), exact(*given)):
         same_in_float32(actual, expected)
 
 
@@ -120,8 +125,9 @@ def test_the_reference_is_exact_in_float32(inputs, dtype):
 def test_the_reference_of_a_whole_site_sums_in_float32(dtype):
     partials = [values(6, H, dtype=dtype) for _ in range(8)]
     residual, weight = values(6, H, dtype=dtype), values(H, dtype=dtype)
-    norm, r = all_reduce_add_norm(partials, residual, weight, None, EPS, 1.0, 0.0)
-    expected = exact(sum(p.double() for p in partials), residual, weight, None, 1.0, 0.0)
+    _, *rest = site(None, residual, weight)
+    norm, r = all_reduce_add_norm(partials, *rest)
+    expected = exact(sum(p.double() for p in partials), *rest)
     rounded = torch.finfo(dtype).eps / 2
     torch.testing.assert_close(norm.double(), expected[0], rtol=rounded + 1e-5, atol=1e-5)
     same_in_float32(r, expected[1])
@@ -129,8 +135,8 @@ def test_the_reference_of_a_whole_site_sums_in_float32(dtype):
 
 def test_the_reference_sums_in_rank_order():
     big, one = torch.full((1, 4), 2.0**24), torch.ones(1, 4)
-    _, first = all_reduce_add_norm([big, one, -big], None, None, None, EPS, 1.0, 0.0)
-    _, last = all_reduce_add_norm([big, -big, one], None, None, None, EPS, 1.0, 0.0)
+    _, first = all_reduce_add_norm(*site([big, one, -big]))
+    _, last = all_reduce_add_norm(*site([big, -big, one]))
     assert first[0, 0] == 0.0 and last[0, 0] == 1.0
 
 
@@ -146,7 +152,7 @@ def site_on_a_rank(name, dtype, wide):
     fused = ops.fused(x, *rest, *where(ops.SLOT_WHOLE, wide), False)
     token = ops.start(x, *rest, *where(wide=wide))
     group, transport_name, _, slot, _, *flags = where(wide=wide)
-    waited = ops.wait(token, x, *rest[:3], None, group, transport_name, slot, *flags, False)
+    waited = ops.wait(token, x, *rest[:4], None, group, transport_name, slot, *flags, False)
     assert torch.equal(x, before), "the inputs are left alone"
     return fused, waited, x, rest
 
@@ -176,8 +182,8 @@ def two_slots_under_way():
     group, name, _, _, _, *flags = where()
     first = ops.start(*site(a), *where(0))
     second = ops.start(*site(b), *where(1))
-    _, total_b = ops.wait(second, b, None, None, None, None, group, name, 1, *flags, False)
-    _, total_a = ops.wait(first, a, None, None, None, None, group, name, 0, *flags, False)
+    _, total_b = ops.wait(second, b, *[None] * 5, group, name, 1, *flags, False)
+    _, total_a = ops.wait(first, a, *[None] * 5, group, name, 0, *flags, False)
     return total_a, total_b
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from graphs import without_codegen
-from models import STYLES, VOCAB, parallel, whole
+from models import NORMS, STYLES, VOCAB, parallel, whole
 from test_weave import designed
 
 import tw_compile
@@ -25,7 +25,7 @@ def logged():
     log, start, wait = [], ProcessGroup.start, ProcessGroup.wait
 
     def logging_start(self, *args):
-        log.append(f"S{args[8]}")
+        log.append(f"S{args[10]}")
         return start(self, *args)
 
     def logging_wait(self, slot, *args):
@@ -75,6 +75,7 @@ def check(run, style, norm, dynamic, batch, codegen):
     results = run(style, norm, dynamic, batch, codegen, "weave")
     for error, out, report, order in results:
         assert report.mode == "weave" and report.transport == "process_group"
+        assert {site.norm for site in report.sites} == {"LayerNorm" if norm == "layer" else "RMSNorm"}
         assert [site.residual for site in report.sites] == [False] * STYLES[style].embedding + [True] * 2 * LAYERS
         assert all(site.woven for site in report.sites)
         assert not report.refusals and not report.joins
@@ -92,10 +93,15 @@ def test_llama(run, style, norm, dynamic, batch):
     check(run, style, norm, dynamic, batch, codegen=False)
 
 
+@pytest.mark.parametrize("style, dynamic, batch", [("functional", False, 1), ("in_place", True, 4), ("dtensor", True, 1)])
+def test_llama_with_layer_norms(run, style, dynamic, batch):
+    check(run, style, "layer", dynamic, batch, codegen=False)
+
+
 # Inductor takes half a minute for each: all of them with TW_FULL=1.
-THROUGH_INDUCTOR = [("functional", "hf", False, 1), ("in_place", "torch", True, 1), ("dtensor", "hf", True, 4)]
+THROUGH_INDUCTOR = [("functional", "hf", False, 1), ("in_place", "layer", True, 1), ("dtensor", "torch", True, 4)]
 if os.environ.get("TW_FULL"):
-    THROUGH_INDUCTOR = list(itertools.product(STYLES, ("hf", "torch"), (False, True), (1, 4)))
+    THROUGH_INDUCTOR = list(itertools.product(STYLES, NORMS, (False, True), (1, 4)))
 
 
 @pytest.mark.parametrize("style, norm, dynamic, batch", THROUGH_INDUCTOR)

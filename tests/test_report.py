@@ -29,10 +29,10 @@ def a_report():
         transport="peer",
         split=(512, 1536),
         sites=[
-            Site("all_reduce", shape=(1, 2048, 8192), residual=True, woven=True, **site),
-            Site("all_reduce_1", shape=(1, "s27", 8192), residual=False, woven=False, **site),
+            Site("all_reduce", shape=(1, 2048, 8192), residual=True, norm="RMSNorm", woven=True, **site),
+            Site("all_reduce_1", shape=(1, "s27", 8192), residual=False, norm="LayerNorm", woven=False, **site),
         ],
-        refusals=[Refusal("all_reduce_2", "model.py:9, in forward: y = reduce(z)", "no RMSNorm follows")],
+        refusals=[Refusal("all_reduce_2", "model.py:9, in forward: y = reduce(z)", "no RMSNorm or LayerNorm follows")],
         joins=[Join("aten.fft", "model.py:8, in forward: f(x)", "no token-axis rule for this op")],
         reasons=["multimem: no multicast"],
     )
@@ -44,9 +44,9 @@ class AsText(expecttest.TestCase):
 tokenweave: weave (requested: mode=weave, split=512), transport peer, split 512 | 1536
   2 sites, 1 refused, 1 joins
   because multimem: no multicast
-  woven    1×2048×8192 bfloat16  model.py:7, in forward: x = x + self.attention(h)  all-reduce + add + norm
-  fused    1×s27×8192 bfloat16   model.py:7, in forward: x = x + self.attention(h)  all-reduce + norm
-  refused  all_reduce_2          model.py:9, in forward: y = reduce(z)              no RMSNorm follows
+  woven    1×2048×8192 bfloat16  model.py:7, in forward: x = x + self.attention(h)  all-reduce + add + RMSNorm
+  fused    1×s27×8192 bfloat16   model.py:7, in forward: x = x + self.attention(h)  all-reduce + LayerNorm
+  refused  all_reduce_2          model.py:9, in forward: y = reduce(z)              no RMSNorm or LayerNorm follows
   joined   aten.fft              model.py:8, in forward: f(x)                       no token-axis rule for this op""")
 
     def test_nothing_found(self):

@@ -13,7 +13,6 @@ def call(rows, shape):
         carried=torch.zeros(64, 16),
         whole_residual=torch.zeros(64, 16, dtype=torch.bfloat16),
         arguments=None,
-        kernels={"one_shot": None, "two_shot": None},
         max_ctas=8,
     )
     return workspace, _Call(SimpleNamespace(world=2), workspace, torch.Size(shape), rows)

@@ -9,6 +9,7 @@ from sites import H, all_reduce, hf_norm, values
 from test_split import mlp, mlp_inputs
 
 from tw_compile import ops
+from tw_compile.passes.graph_utils import arguments
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -54,11 +55,11 @@ class Logging(Plain):
         self.log = []
 
     def start(self, x, *site):
-        self.log.append(f"S{site[9]}")
+        self.log.append(f"S{site[11]}")
         return super().start(x, *site)
 
     def wait(self, token, *site):
-        self.log.append(f"W{site[7]}")
+        self.log.append(f"W{site[8]}")
         return super().wait(token, *site)
 
 
@@ -105,8 +106,8 @@ def test_the_other_halfs_work_lies_between_a_start_and_its_wait():
 def test_a_wait_holds_everything_its_start_reads():
     woven = rewrite(mlp, *mlp_inputs(8), mode="weave")
     for wait in (n for n in woven.after.nodes if n.target is ops.wait):
-        token, *inputs = wait.args[:5]
-        assert token.target is ops.start and list(token.args[:4]) == inputs
+        token, *inputs = wait.args[:6]
+        assert token.target is ops.start and list(token.args[:5]) == inputs
 
 
 def test_a_wait_also_waits_for_the_newest_tensor_of_the_other_half():
@@ -115,15 +116,14 @@ def test_a_wait_also_waits_for_the_newest_tensor_of_the_other_half():
     for node in woven.after.nodes:
         half = node.meta.get("half")
         if node.target is ops.wait:
-            assert node.args[5] is newest[1 - half]
+            assert arguments(node)["after"] is newest[1 - half]
         elif half is not None:
             newest[half] = node
 
 
 def test_each_half_has_its_slot():
     woven = rewrite(mlp, *mlp_inputs(8), mode="weave")
-    assert all(n.args[10] == n.meta["half"] for n in woven.after.nodes if n.target is ops.start)
-    assert all(n.args[8] == n.meta["half"] for n in woven.after.nodes if n.target is ops.wait)
+    assert all(arguments(n)["slot"] == n.meta["half"] for n in woven.after.nodes if n.target in (ops.start, ops.wait))
 
 
 def test_a_joined_op_waits_for_both_halves_and_both_for_it():

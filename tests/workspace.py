@@ -28,19 +28,20 @@ class Workspace:
         self.lent["linear"] += 1
         return self._slot(group, slot).write(a @ b if bias is None else a @ b + bias)
 
-    def start(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard):
-        self._slot(group, slot).start(x, residual, (weight, bias, eps, scale, offset))
+    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, wide, shard):
+        self._slot(group, slot).start(x, residual, (weight, bias, shift, eps, scale, offset, center))
         return x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, after, group, transport, slot, wide, shard, borrow):
+    def wait(self, token, x, residual, weight, bias, shift, after, group, transport, slot, wide, shard, borrow):
         assert wide == shard
         self.lent["borrow"] += borrow
         self.lent["shard"] += shard
         return self._slot(group, slot).finish(shard, borrow)
 
-    def fused(self, x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard, borrow):
-        self.start(x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard)
-        return self.wait(None, x, residual, weight, bias, None, group, transport, slot, wide, shard, borrow)
+    def fused(self, *site):
+        group, transport, _, slot, _, *flags = site[9:]
+        self.start(*site[:-1])
+        return self.wait(None, *site[:5], None, group, transport, slot, *flags)
 
 
 class _Slot:

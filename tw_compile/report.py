@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class Site:
-    """An all-reduce -> residual add -> RMSNorm that one op carries.
+    """An all-reduce -> residual add -> norm that one op carries.
 
     all_reduce: name of the all-reduce in the post-grad graph
     source:     ``file:line, in function: code`` of the model, '' where torch did not keep it
     shape:      of the reduced value; symbolic sizes as text
+    residual:   whether one is added
+    norm:       ``RMSNorm`` or ``LayerNorm``
     woven:      whether it is cut in two halves
     """
 
@@ -23,6 +25,7 @@ class Site:
     shape: tuple
     dtype: str
     residual: bool
+    norm: str
     woven: bool = False
 
 
@@ -105,7 +108,7 @@ def _short(source: str) -> str:
 
 
 def _form(site: Site) -> str:
-    return "all-reduce + add + norm" if site.residual else "all-reduce + norm"
+    return f"all-reduce + add + {site.norm}" if site.residual else f"all-reduce + {site.norm}"
 
 
 _reports: list[Report] = []

@@ -15,12 +15,12 @@
 
 namespace tw {
 
-template <template <class, int> class TransportOf, class Layout, int kWorld>
+template <template <class, int> class TransportOf, class Norm, class Layout, int kWorld>
 __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
-  Rows<Layout, Transport, kWorld> rows(site);
+  Rows<Norm, Layout, Transport, kWorld> rows(site);
 
   for (u32 row = blockIdx.x; row < site.rows; row += gridDim.x) {
     const u64 at = row * Layout::kRowBytes;
@@ -39,6 +39,7 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
       }
     }
     rows.fetch_weight();
+    if constexpr (Norm::kCenters) rows.prefetch_shift();
     if constexpr (Transport::kAliases) ptx::fence_alias();
     barrier.arrive_and_wait(0);
     if constexpr (Transport::kAliases) ptx::fence_alias();

@@ -46,6 +46,9 @@ struct Vector {
       for (int w = 0; w < kWords; ++w) raw[w] = fetch(row + (v * kWords + w) * 16ull);
     }
   }
+  static __device__ __forceinline__ void prefetch(const char* row, bool is_float, int v) {
+    ptx::prefetch(row + v * (is_float ? 4ull * Layout::kVector : 16ull));
+  }
   // with(i, element i); in float32 one word at a time, to be easy on registers.
   template <class With>
   __device__ __forceinline__ void each(bool is_float, With with) const {
@@ -168,8 +171,16 @@ __device__ __forceinline__ void store_floats(char* row, int v, const float (&r)[
   }
 }
 
+// The norms: row / sqrt(mean(row²) + eps), where the row of a LayerNorm is r - mean(r), and that of an RMSNorm is r.
+struct RmsNorm {
+  static constexpr bool kCenters = false;
+};
+struct LayerNorm {
+  static constexpr bool kCenters = true;
+};
+
 // Rows, one after the other: for each, add() its chunks in order, then normalise().
-template <class Layout, class Transport, int kWorld>
+template <class Norm, class Layout, class Transport, int kWorld>
 class Rows {
  public:
   using Element = typename Layout::Element;
@@ -185,7 +196,7 @@ class Rows {
   // r = scale * (sum + bias) + residual of one chunk. store(number of the vector in the row, its floats) takes r.
   template <class Store>
   __device__ __forceinline__ void add(const Chunk<Layout, Transport>& in, int chunk, Store store) {
-    if (chunk == 0) squares_ = 0.0f;
+    if (chunk == 0) sum_ = 0.0f;
     float r[Layout::kUnroll][Layout::kVector];
     add_in_rank_order<Element>(in.parts, first_, r);
 #pragma unroll
@@ -203,7 +214,9 @@ class Rows {
         in.residual[u].each(site_.takes_carried != 0, [&](int i, float before) { r[u][i] = __fadd_rn(r[u][i], before); });
       }
 #pragma unroll
-      for (int i = 0; i < Layout::kVector; ++i) squares_ = __fmaf_rn(r[u][i], r[u][i], squares_);
+      for (int i = 0; i < Layout::kVector; ++i) {
+        sum_ = Norm::kCenters ? __fadd_rn(sum_, r[u][i]) : __fmaf_rn(r[u][i], r[u][i], sum_);
+      }
       kept_.put(chunk, u, r[u]);
       store(v, r[u]);
     }
@@ -219,12 +232,22 @@ class Rows {
     }
   }
 
-  // store(byte offset in the row, vector) takes norm = r / sqrt(mean(r²) + eps) * (weight + offset).
+  // Likewise the shift, for which no registers are left.
+  __device__ __forceinline__ void prefetch_shift() {
+    if (site_.shift == nullptr) return;
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      const int v = Layout::vector(0, u);
+      if (Layout::holds(v)) Vector<Layout>::prefetch(site_.shift, site_.shift_is_float != 0, v);
+    }
+  }
+
+  // store(byte offset in the row, vector) takes norm = row / sqrt(mean(row²) + eps) * (weight + offset) + shift.
   template <bool kWeightIsFetched, class Store>
   __device__ __forceinline__ void normalise(Store store) {
     const bool is_float = site_.weight_is_float != 0;
-    const float mean = __fmul_rn(row_sum(squares_), 1.0f / Layout::kHidden);
-    const float factor = ptx::rsqrt(__fadd_rn(mean, site_.eps));
+    if constexpr (Norm::kCenters) sum_ = center(row_mean(sum_));
+    const float factor = ptx::rsqrt(__fadd_rn(row_mean(sum_), site_.eps));
 #pragma unroll 1
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
 #pragma unroll
@@ -244,12 +267,44 @@ class Rows {
           }
           weight.each(is_float, [&](int i, float w) { r[i] = __fmul_rn(r[i], __fadd_rn(w, site_.offset)); });
         }
+        if constexpr (Norm::kCenters) add_shift(v, r);
         store(v * 16ull, Element::pack(r));
       }
     }
   }
 
  private:
+  // Takes the mean off the kept row. Returns the sum of the thread's squares: taken from what is left of the row, it loses
+  // nothing where the mean is large.
+  __device__ __forceinline__ float center(float mean) {
+    float squares = 0.0f;
+#pragma unroll 1
+    for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+#pragma unroll
+      for (int u = 0; u < Layout::kUnroll; ++u) {
+        if (!Layout::holds(Layout::vector(chunk, u))) continue;
+        float r[Layout::kVector];
+        kept_.get(chunk, u, r);
+#pragma unroll
+        for (int i = 0; i < Layout::kVector; ++i) {
+          r[i] = __fadd_rn(r[i], -mean);
+          squares = __fmaf_rn(r[i], r[i], squares);
+        }
+        kept_.put(chunk, u, r);
+      }
+    }
+    return squares;
+  }
+
+  __device__ __forceinline__ void add_shift(int v, float (&r)[Layout::kVector]) {
+    if (site_.shift == nullptr) return;
+    Vector<Layout> shift;
+    shift.load(site_.shift, site_.shift_is_float != 0, v, ptx::load_constant);
+    shift.each(site_.shift_is_float != 0, [&](int i, float s) { r[i] = __fadd_rn(r[i], s); });
+  }
+
+  __device__ __forceinline__ float row_mean(float value) { return __fmul_rn(row_sum(value), 1.0f / Layout::kHidden); }
+
   // The sum of one value of every thread, in an order that is always the same. One __syncthreads: a warp that runs ahead
   // writes its next value into the other half, and cannot come round to this one before all have read it.
   __device__ __forceinline__ float row_sum(float value) {
@@ -269,7 +324,7 @@ class Rows {
   const int first_;
   Kept<Layout> kept_;
   Vector<Layout> weight_[Layout::kUnroll];
-  float squares_ = 0.0f;
+  float sum_ = 0.0f;  // of the thread's squares; for a LayerNorm, of its elements first
   u32 half_ = 0;
 };
 

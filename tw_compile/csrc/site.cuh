@@ -1,4 +1,4 @@
-// The one argument of every kernel. The host packs it (ops/symmetric.py, Launch): keep the two in step.
+// The one argument of every kernel. The host packs it (ops/symmetric.py, Arguments): keep the two in step.
 #pragma once
 #include "ptx.cuh"
 
@@ -32,6 +32,10 @@ struct Site {
   u32 takes_carried;
   u32 whole_residual;  // do not carry the new residual, but round it; two_shot gives it to the workspaces of all ranks
   float eps, scale, offset;
+
+  // Of a LayerNorm.
+  u32 shift_is_float;
+  const char* shift;  // [H] or null: zeros
 };
 
 }  // namespace tw

@@ -34,12 +34,12 @@ struct Cursor {
 //
 // kDepth: chunks that a thread has in flight. A chunk's registers are loaded anew as soon as it is summed, so that the wire
 // stays busy through the norm and the stores.
-template <template <class, int> class TransportOf, class Layout, int kWorld, int kDepth>
+template <template <class, int> class TransportOf, class Norm, class Layout, int kWorld, int kDepth>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
-  Rows<Layout, Transport, kWorld> rows(site);
+  Rows<Norm, Layout, Transport, kWorld> rows(site);
 
   const u32 per_rank = (site.rows + kWorld - 1) / kWorld;  // the last ranks may have fewer rows, or none
   const u32 begin = site.rank * per_rank;

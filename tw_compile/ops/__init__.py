@@ -30,20 +30,21 @@ from .reference import empty_results
 
 SLOT_WHOLE = 2
 
-_SITE = "float eps, float scale, float offset, str group, str transport, int ctas, int slot, int site, bool wide, bool shard"
-_INPUTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias"
+_INPUTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? shift"
+_NUMERICS = "float eps, float scale, float offset, bool center"
+_SITE = f"{_INPUTS}, {_NUMERICS}, str group, str transport, int ctas, int slot, int site, bool wide, bool shard"
 
 _lib = torch.library.Library("tokenweave", "DEF")
 # Without this tag every op that takes an unrealised pointwise value gets a copy of its own.
 _tags = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 _lib.define("linear(Tensor a, Tensor b, Tensor? bias, str group, str transport, int slot) -> Tensor", tags=_tags)
-_lib.define(f"start({_INPUTS}, {_SITE}) -> Tensor", tags=_tags)
+_lib.define(f"start({_SITE}) -> Tensor", tags=_tags)
 _lib.define(
     f"wait(Tensor token, {_INPUTS}, Tensor? after, str group, str transport, int slot, bool wide, bool shard, bool borrow)"
     " -> (Tensor, Tensor)",
     tags=_tags,
 )
-_lib.define(f"fused({_INPUTS}, {_SITE}, bool borrow) -> (Tensor, Tensor)", tags=_tags)
+_lib.define(f"fused({_SITE}, bool borrow) -> (Tensor, Tensor)", tags=_tags)
 
 linear = torch.ops.tokenweave.linear.default
 start = torch.ops.tokenweave.start.default
@@ -59,20 +60,22 @@ def _linear(a, b, bias, group, transport, slot):
     return _implementation(transport, group, a).linear(a, b, bias, slot)
 
 
-def _start(x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard):
+def _start(x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, wide, shard):
     _implementation(transport, group, x).start(
-        x, residual, weight, bias, eps, scale, offset, ctas, slot, site, wide, shard
+        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard
     )
     return x.new_empty(0)
 
 
-def _wait(token, x, residual, weight, bias, after, group, transport, slot, wide, shard, borrow):
+def _wait(token, x, residual, weight, bias, shift, after, group, transport, slot, wide, shard, borrow):
     return _implementation(transport, group, x).wait(slot, borrow)
 
 
-def _fused(x, residual, weight, bias, eps, scale, offset, group, transport, ctas, slot, site, wide, shard, borrow):
+def _fused(
+    x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, wide, shard, borrow
+):
     return _implementation(transport, group, x).fused(
-        x, residual, weight, bias, eps, scale, offset, ctas, slot, site, wide, shard, borrow
+        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard, borrow
     )
 
 

@@ -26,7 +26,7 @@ class ProcessGroup:
     def linear(self, a: Tensor, b: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
-    def start(self, x, residual, weight, bias, eps, scale, offset, ctas, slot, site, wide, shard) -> None:
+    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard) -> None:
         total = torch.empty_like(x, memory_format=torch.contiguous_format)  # of the compute stream, for CUDA graphs
         if self.stream is None:
             total.copy_(x)
@@ -37,7 +37,7 @@ class ProcessGroup:
                 total.copy_(x)
                 dist.all_reduce(total, group=self.group)
                 done = self.stream.record_event()
-        self.pending[slot] = done, total, (residual, weight, bias, eps, scale, offset, wide)
+        self.pending[slot] = done, total, (residual, weight, bias, shift, eps, scale, offset, center, wide)
 
     def wait(self, slot: int, borrow: bool) -> tuple[Tensor, Tensor]:
         done, total, site = self.pending.pop(slot)
@@ -47,23 +47,26 @@ class ProcessGroup:
             torch.cuda.current_stream().wait_event(done)
         return _add_norm(total, *site)
 
-    def fused(self, x, residual, weight, bias, eps, scale, offset, ctas, slot, site, wide, shard, borrow):
+    def fused(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard, borrow):
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
-        return _add_norm(total, residual, weight, bias, eps, scale, offset, wide)
+        return _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, wide)
 
     def workspace_bytes(self) -> int:
         return 0
 
 
-def _add_norm(total, residual, weight, bias, eps, scale, offset, wide):
+def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, wide):
     dtype, of_residual = total.dtype, torch.float32 if wide else total.dtype
     plain = weight is not None and weight.dtype == dtype and offset == 0.0 and bias is None and scale == 1.0
+    plain = plain and (shift is None or shift.dtype == dtype)
     if not (total.is_cuda and plain):
-        norm, total = add_norm(total, residual, weight, bias, eps, scale, offset)
+        norm, total = add_norm(total, residual, weight, bias, shift, eps, scale, offset, center)
         return norm.to(dtype), total.to(of_residual)
     # Three kernels in place of the reference's dozen; the norm's input is rounded first, as eager does it.
     if residual is not None:
         total = total + residual
     rounded = total.to(dtype)
-    return F.rms_norm(rounded, weight.shape, weight, eps), total if wide and residual is not None else rounded.to(of_residual)
+    shape = weight.shape
+    norm = F.layer_norm(rounded, shape, weight, shift, eps) if center else F.rms_norm(rounded, shape, weight, eps)
+    return norm, total if wide and residual is not None else rounded.to(of_residual)

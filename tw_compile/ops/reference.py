@@ -15,17 +15,21 @@ def add_norm(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     scale: float,
     offset: float,
+    center: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Residual add and RMSNorm of an all-reduced value, in float32.
+    """Residual add and norm of an all-reduced value, in float32.
 
     total:    [..., H] the sum over the ranks, any floating dtype
     residual: [..., H] or None, any floating dtype
     weight:   [H] or None (ones); used as ``weight + offset``
     bias:     [H] or None, added to the sum
+    shift:    [H] or None, added to the norm; only with ``center``
     scale:    factor on the sum, after the bias
+    center:   LayerNorm, which is that of the row less its mean; otherwise RMSNorm
     Returns (norm, residual), both [..., H] in float32: a site rounds each once, to the dtype of the model.
     """
     r = total.float()
@@ -35,13 +39,18 @@ def add_norm(
         r = r * scale
     if residual is not None:
         r = r + residual.float()
-    norm = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + eps)
+    row = r - r.mean(-1, keepdim=True) if center else r
+    norm = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         norm = norm * (weight.float() + offset)
+    if shift is not None:
+        norm = norm + shift.float()
     return norm, r
 
 
-def all_reduce_add_norm(partials: list[Tensor], residual, weight, bias, eps, scale, offset) -> tuple[Tensor, Tensor]:
+def all_reduce_add_norm(
+    partials: list[Tensor], residual, weight, bias, shift, eps, scale, offset, center
+) -> tuple[Tensor, Tensor]:
     """The whole site, given what every rank contributes.
 
     partials: one [..., H] tensor a rank, in rank order; the sum is taken in float32 in that order, so that every rank
@@ -51,5 +60,5 @@ def all_reduce_add_norm(partials: list[Tensor], residual, weight, bias, eps, sca
     total = partials[0].float()
     for partial in partials[1:]:
         total = total + partial.float()
-    norm, r = add_norm(total, residual, weight, bias, eps, scale, offset)
+    norm, r = add_norm(total, residual, weight, bias, shift, eps, scale, offset, center)
     return norm.to(partials[0].dtype), r

@@ -11,6 +11,7 @@ all for itself. Which rank owns which row: ``own_rows``.
 
 import concurrent.futures
 import ctypes
+import functools
 import os
 import struct
 from dataclasses import dataclass
@@ -94,14 +95,15 @@ class Layout:
         return 2 * 32 * 4 + row
 
 
-def macros(dtype: torch.dtype, hidden: int, world: int, transport: str) -> dict[str, object]:
-    """What a kernel is compiled for. transport: "peer" or "multimem"."""
+def macros(dtype: torch.dtype, hidden: int, world: int, transport: str, center: bool) -> dict[str, object]:
+    """What a kernel is compiled for. transport: "peer" or "multimem"; center: LayerNorm, not RMSNorm."""
     layout = Layout.of(hidden, dtype.itemsize, world)
     return {
         "TW_ELEMENT": _ELEMENTS[dtype],
         "TW_HIDDEN": hidden,
         "TW_WORLD": world,
         "TW_TRANSPORT": transport.capitalize(),
+        "TW_NORM": "LayerNorm" if center else "RmsNorm",
         "TW_THREADS": layout.threads,
         "TW_UNROLL": layout.unroll,
         "TW_CHUNKS": layout.chunks,
@@ -116,7 +118,7 @@ class Arguments:
     All pointers are addresses; ``workspaces`` and ``pads`` in rank order.
     """
 
-    _CALL = struct.Struct("<I6Q4I3f4x")
+    _CALL = struct.Struct("<I6Q4I3fIQ")
 
     def __init__(self, rank, workspaces, pads, multicast, epochs, error, timeout_s, whole_residual_at, staging_at):
         world = len(workspaces)
@@ -145,11 +147,12 @@ class Arguments:
         return struct.calcsize(f"<{2 * world + 6}QI") + cls._CALL.size
 
     def set(
-        self, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, carried, whole, eps, scale, offset
-    ) -> None:
+        self, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, carried, whole, eps, scale, offset,
+        shift_is_float, shift,
+    ) -> None:  # fmt: skip
         self._CALL.pack_into(
             self._buffer, self._at, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float,
-            carried, whole, eps, scale, offset,
+            carried, whole, eps, scale, offset, shift_is_float, shift,
         )  # fmt: skip
 
 
@@ -225,8 +228,14 @@ class _Workspace:
             whole_residual_at,
             staging_at,
         )
-        names = ("two_shot", "one_shot") if one_shot else ("two_shot",)
-        self.kernels = {name: owner.kernel(name, dtype, hidden) for name in names}
+        self._names = ("two_shot", "one_shot") if one_shot else ("two_shot",)
+        self._load = functools.partial(owner.kernel, dtype=dtype, hidden=hidden)
+        self._kernels = {}  # center -> name -> Kernel
+
+    def kernel(self, name: str, center: bool) -> nvrtc.Kernel:
+        if center not in self._kernels:  # all of them: a CUDA graph of another number of rows may be captured next
+            self._kernels[center] = {each: self._load(each, center=center) for each in self._names}
+        return self._kernels[center][name]
 
 
 class _Call:
@@ -242,7 +251,6 @@ class _Call:
         self.partials, self.norm, self._carried, self._other_carried = tensors
         self.whole_residual = workspace.whole_residual[:rows].view(shape)
         self.one_shot = rows < TWO_SHOT_ROWS
-        self.kernel = workspace.kernels["one_shot" if self.one_shot else "two_shot"]
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
 
@@ -250,6 +258,9 @@ class _Call:
         """The carried residual, as another tensor than the last time, which may be what the site has taken."""
         self._carried, self._other_carried = self._other_carried, self._carried
         return self._carried
+
+    def kernel(self, center: bool) -> nvrtc.Kernel:
+        return self.workspace.kernel("one_shot" if self.one_shot else "two_shot", center)
 
     def grid(self, ctas: int, otherwise: int) -> int:
         """The number of CTAs, the same on all ranks. ctas: the caller's wish, 0 for none."""
@@ -281,7 +292,7 @@ class Symmetric:
         self.error = _ErrorRecord(timeout_s)
         self._workspaces = {}  # (slot, dtype, hidden, rows) -> _Workspace
         self._calls = {}  # (slot, dtype, shape) -> _Call
-        self._kernels = {}  # (name, dtype, hidden) -> Kernel
+        self._kernels = {}  # (name, dtype, hidden, center) -> Kernel
         self._pending = {}  # slot -> what wait() needs of start()
         self._ctas_beside_gemms = ctas_beside_gemms(self.world)
         self._driver, _ = nvrtc._bindings()
@@ -333,9 +344,11 @@ class Symmetric:
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        shift: Tensor | None,
         eps: float,
         scale: float,
         offset: float,
+        center: bool,
         ctas: int,
         slot: int,
         site: int,
@@ -349,6 +362,8 @@ class Symmetric:
                   Or what the slot's last site left with ``shard``
         weight:   [H], of x's dtype or float32, or None for ones; used as ``weight + offset``
         bias:     [H], of x's dtype, or None; added to the sum, which then is multiplied by ``scale``
+        shift:    [H], of x's dtype or float32, or None; added to the norm. Only with ``center``
+        center:   LayerNorm; otherwise RMSNorm
         ctas:     CTAs of the kernel; 0 leaves it open
         site:     number for error messages
         wide:     the new residual is float32; possible together with ``shard`` only
@@ -364,13 +379,14 @@ class Symmetric:
             call = self._call(slot, x.dtype, x.shape)
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             held = self._prepare(
-                call, x, residual, weight, bias, eps, scale, offset, site, wide, shard, call.activations_at, call.whole_residual
-            )
+                call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, call.activations_at,
+                call.whole_residual,
+            )  # fmt: skip
             driver, side = self._driver, self._side.cuda_stream
             fork, done = self._events.get(slot) or self._make_events(slot)
             self._check(driver.cuEventRecord(fork, stream))
             self._check(driver.cuStreamWaitEvent(side, fork, 0))
-            call.kernel.launch(call.grid(ctas, self._ctas_beside_gemms), side, call.arguments.address)
+            call.kernel(center).launch(call.grid(ctas, self._ctas_beside_gemms), side, call.arguments.address)
             self._check(driver.cuEventRecord(done, side))
             self._pending[slot] = call, x, shard, held
         except RuntimeError as error:
@@ -403,9 +419,11 @@ class Symmetric:
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        shift: Tensor | None,
         eps: float,
         scale: float,
         offset: float,
+        center: bool,
         ctas: int,
         slot: int,
         site: int,
@@ -426,10 +444,11 @@ class Symmetric:
                 norm = norm if borrow else _like(x)
                 whole_residual = whole_residual if shard else _like(x)
             held = self._prepare(
-                call, x, residual, weight, bias, eps, scale, offset, site, wide, shard, norm.data_ptr(), whole_residual
-            )
+                call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, norm.data_ptr(),
+                whole_residual,
+            )  # fmt: skip
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-            call.kernel.launch(call.grid(ctas, CTAS_ALONE), stream, call.arguments.address)
+            call.kernel(center).launch(call.grid(ctas, CTAS_ALONE), stream, call.arguments.address)
             del held  # what reuses its memory runs later on this stream
             if not call.one_shot:
                 norm = norm if borrow else norm.clone()
@@ -445,11 +464,16 @@ class Symmetric:
 
     # ---- Behind them
 
-    def kernel(self, name: str, dtype: torch.dtype, hidden: int) -> nvrtc.Kernel:
-        key = name, dtype, hidden
+    def kernel(self, name: str, dtype: torch.dtype, hidden: int, center: bool) -> nvrtc.Kernel:
+        key = name, dtype, hidden, center
         if key not in self._kernels:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"no kernel yet for a {'LayerNorm' if center else 'RMSNorm'} of {dtype} [{hidden}], and none can be loaded "
+                    "while a CUDA graph is captured: run once un-captured at this size first"
+                )
             arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
-            image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.name))
+            image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.name, center))
             layout = Layout.of(hidden, dtype.itemsize, self.world)
             self._kernels[key] = nvrtc.Kernel(image, name, layout.threads, layout.shared_bytes(dtype.itemsize))
         return self._kernels[key]
@@ -483,8 +507,9 @@ class Symmetric:
         return self._workspaces[key]
 
     def _prepare(
-        self, call, x, residual, weight, bias, eps, scale, offset, site, wide, shard, norm_out: int, whole_residual: Tensor
-    ) -> tuple:
+        self, call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, norm_out: int,
+        whole_residual: Tensor,
+    ) -> tuple:  # fmt: skip
         """Bring the inputs to where the kernel reads them, on the current stream, and pack its arguments.
 
         Returns what must stay alive until the kernel has run.
@@ -494,15 +519,18 @@ class Symmetric:
         carried = residual is not None and residual.data_ptr() == call.carried_at
         if residual is not None and not carried and (residual.dtype is not x.dtype or residual.shape != x.shape):
             raise RuntimeError(f"residual is {residual.dtype} {[*residual.shape]}, but x {x.dtype} {[*x.shape]}")
-        if weight is not None and weight.dtype is not x.dtype and weight.dtype is not torch.float32:
-            raise RuntimeError(f"weight is {weight.dtype}; beside {x.dtype} it must be that, or float32")
+        for name, vector in (("weight", weight), ("shift", shift)):
+            if vector is not None and vector.dtype is not x.dtype and vector.dtype is not torch.float32:
+                raise RuntimeError(f"{name} is {vector.dtype}; beside {x.dtype} it must be that, or float32")
+        if shift is not None and not center:
+            raise RuntimeError("only a LayerNorm has a shift")
         if bias is not None and bias.dtype is not x.dtype:
             raise RuntimeError(f"bias is {bias.dtype}; beside {x.dtype} it must be the same")
         if call.one_shot:
             x = _readable(x)
         elif x.data_ptr() != call.activations_at or not x.is_contiguous():
             call.partials.copy_(x)
-        residual, weight, bias = _readable(residual), _readable(weight), _readable(bias)
+        residual, weight, bias, shift = map(_readable, (residual, weight, bias, shift))
         call.arguments.set(
             call.rows,
             x.data_ptr(),
@@ -518,8 +546,10 @@ class Symmetric:
             eps,
             scale,
             offset,
+            shift is not None and shift.dtype is torch.float32,
+            0 if shift is None else shift.data_ptr(),
         )
-        return x, residual, weight, bias
+        return x, residual, weight, bias, shift
 
     def _make_events(self, slot: int) -> tuple:
         flags = self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING

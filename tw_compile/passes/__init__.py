@@ -73,6 +73,5 @@ def _site(match: Match, woven: bool = False) -> Site:
     total = value(match.total)
     shape = tuple(size if isinstance(size, int) else str(size) for size in total.shape)
     dtype = str(total.dtype).removeprefix("torch.")
-    return Site(
-        str(match.all_reduce), match.source, match.group, str(total.device), shape, dtype, match.residual is not None, woven
-    )
+    device, has_residual = str(total.device), match.residual is not None
+    return Site(str(match.all_reduce), match.source, match.group, device, shape, dtype, has_residual, match.norm.kind, woven)

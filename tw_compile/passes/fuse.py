@@ -6,7 +6,7 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from .find import WAIT, Match
-from .graph_utils import VIEWS, aten, calls, same_shape, sort_and_clean, value
+from .graph_utils import VIEWS, aten, calls, in_order, same_shape, sort_and_clean, value
 
 
 def fuse(graph: Graph, matches: list[Match], transport: str, ctas: int) -> list[Node]:
@@ -31,11 +31,13 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
         x, done = match.x, _sum(match.all_reduce)
         for step in match.linear:
             x, done = emit(step.target, *[x if a is done else a for a in step.args], meta=step), step
-        numerics = norm.eps, match.scale, norm.offset
-        where = match.group, transport, ctas, ops.SLOT_WHOLE, index, False, False, False
-        call = emit(
-            ops.fused, x, match.residual, norm.weight, match.bias, *numerics, *where, meta=total
-        )
+        named = dict(
+            x=x, residual=match.residual, weight=norm.weight, bias=match.bias, shift=norm.shift,
+            eps=norm.eps, scale=match.scale, offset=norm.offset, center=norm.center,
+            group=match.group, transport=transport, ctas=ctas, slot=ops.SLOT_WHOLE, site=index,
+            wide=False, shard=False, borrow=False,
+        )  # fmt: skip
+        call = emit(ops.fused, *in_order(ops.fused, named), meta=total)
         call.meta["val"] = (value(total), value(total))
         normed = emit(operator.getitem, call, 0, meta=total)
         residual = emit(operator.getitem, call, 1, meta=total)

@@ -47,6 +47,16 @@ def other_operand(node: Node, operand: Node):
     return node.args[1] if node.args[0] is operand else node.args[0]
 
 
+def arguments(call: Node) -> dict[str, object]:
+    """The arguments of a call of one of our own ops, which all stand by position, by their names."""
+    return {a.name: given for a, given in zip(call.target._schema.arguments, call.args, strict=True)}
+
+
+def in_order(op, named: dict[str, object]) -> tuple:
+    """Those of the named arguments that ``op`` takes, by position."""
+    return tuple(named[a.name] for a in op._schema.arguments)
+
+
 def keeps_rows(view: Node) -> bool:
     """Whether a view leaves the last dimension, so the rows, as they are."""
     return same_size(value(view).shape[-1], value(view.args[0]).shape[-1])

@@ -18,7 +18,7 @@ import operator
 from torch.fx import Graph, Node
 
 from .. import ops
-from .graph_utils import VIEWS, Ancestors, aten, calls, keeps_rows, same_shape, value
+from .graph_utils import VIEWS, Ancestors, arguments, aten, calls, in_order, keeps_rows, same_shape, value
 
 _VIEWS = (*VIEWS, aten.slice.Tensor, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
 _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear)
@@ -52,8 +52,7 @@ class _Site:
     def __init__(self, node: Node):
         self.node = node
         self.done = node if calls(node, ops.fused) else next(u for u in node.users if calls(u, ops.wait) and u.args[0] is node)
-        where = node.args[7:]
-        self.group, self.transport, self.slot = where[0], where[1], where[3]
+        self.group, self.transport, self.slot = map(arguments(node).get, ("group", "transport", "slot"))
         self.writer = node  # what writes the slot first: the site, which copies its input in, or its linear
 
     def result(self, index: int) -> Node | None:
@@ -64,9 +63,8 @@ class _Site:
         return value(self.node.args[0]).shape
 
     def set_flags(self, wide: bool, shard: bool, borrow: bool) -> None:
-        if self.done is not self.node:
-            self.node.args = (*self.node.args[:-2], wide, shard)
-        self.done.args = (*self.done.args[:-3], wide, shard, borrow)
+        for node in {self.node, self.done}:
+            node.args = in_order(node.target, arguments(node) | {"wide": wide, "shard": shard, "borrow": borrow})
         norm, residual = value(self.done)
         if wide:
             residual = residual.float()

@@ -20,7 +20,7 @@ from ..planning import first_half, min_tokens
 from ..report import Join
 from . import attention
 from .emit import Emitter
-from .graph_utils import Ancestors, aten, calls, is_one, same_shape, source_of, value
+from .graph_utils import Ancestors, arguments, aten, calls, in_order, is_one, same_shape, source_of, value
 from .token_axis import Split, TokenAxis, expr, expr_of, split_rule
 
 
@@ -166,14 +166,13 @@ class _Splitter:
     def _site(self, node: Node) -> None:
         """A fused call for each half, and its results."""
         axis = TokenAxis(self.cut.dim)
-        x, residual, weight, bias, *rest = node.args
-        slot = len(rest) - 5  # (..., slot, site, wide, shard, borrow)
+        given = arguments(node)
         results = {user.args[1]: user for user in node.users}
         made = {index: [] for index in results}
         for half in (0, 1):
-            inputs = [None if a is None else self._half(a, half, axis) for a in (x, residual)]
-            inputs += [None if a is None else self._join(a) for a in (weight, bias)]
-            call = self._in_half(half, ops.fused, *inputs, *rest[:slot], half, *rest[slot + 1 :])
+            rows = {name: self._half(given[name], half, axis) for name in ("x", "residual") if given[name] is not None}
+            whole = {name: self._join(a) for name, a in given.items() if isinstance(a, Node) and name not in rows}
+            call = self._in_half(half, ops.fused, *in_order(ops.fused, given | rows | whole | {"slot": half}))
             for index in results:
                 made[index].append(self._in_half(half, operator.getitem, call, index))
         for index, user in results.items():

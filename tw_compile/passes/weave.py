@@ -14,7 +14,7 @@ import operator
 from torch.fx import Graph, Node
 
 from .. import ops
-from .graph_utils import calls, is_tensor, value
+from .graph_utils import arguments, calls, in_order, is_tensor, value
 
 
 def weave(graph: Graph) -> Graph:
@@ -66,17 +66,16 @@ class _Weaver:
             self._put(node, self._wait(node))
 
     def _start(self, node: Node) -> Node:
-        inputs = [None if a is None else self.env[a] for a in node.args[:4]]
-        start = self.new.call_function(ops.start, (*inputs, *node.args[4:-1]))
+        given = {name: self.env[a] if isinstance(a, Node) else a for name, a in arguments(node).items()}
+        start = self.new.call_function(ops.start, in_order(ops.start, given))
         start.meta = {**node.meta, "val": value(node)[0].new_empty(0)}
         self._newest(start)
         return start
 
     def _wait(self, node: Node) -> Node:
         start, half = self.starts[node], node.meta["half"]
-        group, transport, _, slot, _, *flags = node.args[-8:]
-        where = group, transport, slot, *flags
-        wait = self.new.call_function(ops.wait, (start, *start.args[:4], self.newest[1 - half], *where))
+        named = arguments(node) | arguments(start) | {"token": start, "after": self.newest[1 - half]}
+        wait = self.new.call_function(ops.wait, in_order(ops.wait, named))
         wait.meta = dict(node.meta)
         return wait
 
