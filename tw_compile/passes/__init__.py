@@ -10,10 +10,11 @@ from .find import Match, find
 from .fuse import fuse
 from .graph_utils import value
 from .place import place
+from .sequence_parallel import unshard
 from .split import Cut, choose_cut, split
 from .weave import weave
 
-__all__ = ["rewrite", "find", "fuse", "choose_cut", "split", "weave", "place"]
+__all__ = ["rewrite", "unshard", "find", "fuse", "choose_cut", "split", "weave", "place"]
 
 
 def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Report]:
@@ -24,7 +25,8 @@ def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Re
     on a cache hit this does not run.
     """
     report = Report(requested=asdict(options))
-    found = find(graph)
+    whole, refused = unshard(graph)
+    found = [*refused, *find(whole)]
     matches = [f for f in found if isinstance(f, Match)]
     report.refusals = [f for f in found if isinstance(f, Refusal)]
     rows = [_site(match) for match in matches]
@@ -34,7 +36,7 @@ def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Re
 
     device = value(matches[0].total).device  # asked now: the passes below replace the node
     ctas = 0 if options.ctas == "auto" else options.ctas
-    sites = fuse(graph, matches, options.transport, ctas)
+    graph, sites = whole, fuse(whole, matches, options.transport, ctas)
     report.mode, cut = "fuse", "mode is fuse"
     if options.mode != "fuse":
         cut = choose_cut(sites, options)
