@@ -1,4 +1,4 @@
-"""sequence parallel: a reduce-scatter, an add and norm of a shard and an all-gather are the site that an all-reduce begins."""
+"""unshard: a reduce-scatter, an add and norm of a shard and an all-gather are the site that an all-reduce begins."""
 
 import expecttest
 import pytest
@@ -169,6 +169,16 @@ def test_a_reshape_a_bias_and_a_factor_in_a_shard():
     assert (found, refusals, count(new, GATHER)) == (1, [], 1)  # the residual
 
 
+def test_parts_that_are_slices():
+    def block(x, weight):
+        parts = torch.cat((x[:, :4], x[:, 4:]))
+        both = gather(hf_norm(scatter(parts), weight))
+        return torch.cat((both[:3], both[3:]), 1)
+
+    graph = sites_in(block, values(3, 8, H), values(H))[2]
+    assert [count(graph, op) for op in (SCATTER, GATHER, torch.ops.aten.cat.default)] == [0, 0, 0]
+
+
 def test_collectives_in_place():
     def block(x, residual, weight):
         shard, whole = torch.empty_like(residual), torch.empty_like(x)
@@ -248,7 +258,8 @@ def test_refused_a_reshape_that_mixes_the_rows_of_ranks():
 
 
 def test_refused_second_of_one_norm():
-    found, refusals, _ = sites_in(lambda x, y, w: gather(hf_norm(scatter(x) + scatter(y), w)), values(8, H), values(8, H), values(H))
+    block = lambda x, y, w: gather(hf_norm(scatter(x) + scatter(y), w))
+    found, refusals, _ = sites_in(block, values(8, H), values(8, H), values(H))
     assert (found, refusals) == (1, ["its residual add and norm are fused with reduce_scatter_tensor already"])
 
 
@@ -290,15 +301,17 @@ def test_refused_rows_that_do_not_divide_by_the_ranks(dim):
 def test_a_block_in_every_mode(mode):
     new = rewrite(two_sites, *inputs(8), mode=mode)
     assert new.report.mode == mode and len(new.report.sites) == 2 and not new.report.joins
-    assert [new.count(op) for op in (ops.fused, ops.start, SCATTER)] == {"off": [0, 0, 2], "fuse": [2, 0, 0], "weave": [0, 4, 0]}[mode]
+    counts = {"off": [0, 0, 2], "fuse": [2, 0, 0], "weave": [0, 4, 0]}
+    assert [new.count(op) for op in (ops.fused, ops.start, SCATTER)] == counts[mode]
     if mode == "off":
         assert text(new.after, "x weight up") == text(new.before, "x weight up")
 
 
-@pytest.mark.parametrize("style, norm, batch", [("dtensor_sequence", "hf", 1), ("functional_sequence", "torch", 4)])
-def test_the_residual_stays_with_its_ranks(style, norm, batch):
+@pytest.mark.parametrize("style, batch, dynamic", [("dtensor_sequence", 1, False), ("functional_sequence", 4, True)])
+def test_the_residual_stays_with_its_ranks(style, batch, dynamic):
     """From site to site it is in the workspace, each rank having its own rows: the layout that the model asked for."""
-    new = rewrite(parallel(style, 1, norm), torch.zeros(batch, 8, dtype=torch.long), mode="weave", symmetric=True)
+    ids = torch.zeros(batch, 8, dtype=torch.long)
+    new = rewrite(parallel(style, 1), ids, mode="weave", symmetric=True, dynamic=dynamic)
     waits = new.after.find_nodes(op="call_function", target=ops.wait)
     assert len(waits) == 2 * 3 and not new.report.joins and not new.report.refusals
     assert all(node.args[-2] for node in waits), "shard"
@@ -349,11 +362,9 @@ def test_blocks_on_four_ranks(four_ranks):
     assert [done for done, _ in four_ranks(compare, "weave", "torch", False)] == [[("weave", 2, 0)] * 3] * 4
 
 
-@pytest.mark.parametrize(
-    "style, norm, dynamic, batch", [("dtensor_sequence", "hf", False, 1), ("functional_sequence", "torch", True, 4)]
-)
-def test_llama(run, style, norm, dynamic, batch):  # noqa: F811
-    check(run, style, norm, dynamic, batch, codegen=False)
+@pytest.mark.parametrize("norm, batch", [("hf", 1), ("torch", 4)])
+def test_llama(run, norm, batch):  # noqa: F811
+    check(run, "dtensor_sequence", norm, False, batch, codegen=False)
 
 
 def test_llama_fused_only(run):  # noqa: F811

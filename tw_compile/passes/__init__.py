@@ -10,8 +10,8 @@ from .find import Match, find
 from .fuse import fuse
 from .graph_utils import value
 from .place import place
-from .sequence_parallel import unshard
 from .split import Cut, choose_cut, split
+from .unshard import unshard
 from .weave import weave
 
 __all__ = ["rewrite", "unshard", "find", "fuse", "choose_cut", "split", "weave", "place"]
@@ -19,6 +19,8 @@ __all__ = ["rewrite", "unshard", "find", "fuse", "choose_cut", "split", "weave",
 
 def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Report]:
     """Find the sites of a graph and do what the options ask for. Returns the new graph, and what was done.
+
+    Sequence-parallel sites are found in the form that ``unshard`` gives them; ``graph`` keeps its own where nothing is done.
 
     may_be_symmetric: (group name, device) -> whether its sites may run over symmetric memory, so that values should live there
     Raises TokenWeaveError where ``mode`` asks for what the graph does not allow. Free of side effects but on ``graph``:

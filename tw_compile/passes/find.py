@@ -5,6 +5,7 @@ A site, in post-grad ATen, where every way of writing a tensor-parallel model lo
     all_reduce(x, "sum", group) -> wait_tensor -> [reshape] -> [+ bias] -> [* scale] -> [+ residual] -> RMSNorm
 
 A reshape, or a factor that is a tensor of one number, may as well be applied to each rank's part of the sum: it is moved there.
+Sequence-parallel sites get this form from ``unshard``.
 
 The residual comes in either order, or not at all (the norm after a vocabulary-parallel embedding). RMSNorm is any of
 

@@ -9,7 +9,7 @@ It is the same site, on the *whole* of the rows::
     all_reduce(x) -> [reshape, bias, scale] -> [+ residual] -> norm
 
 The residual is the whole total of the site before, or gathered where it is no site's; what else reads a shard gets it as a
-slice of the whole. Only complete sites are rewritten: it takes one op for all of it not to do the same work on every rank.
+slice of the whole. Only complete sites are rewritten: what is not fused afterwards would do the work of all ranks on each.
 """
 
 import operator
@@ -52,7 +52,7 @@ class _Site:
 
     scatter:  the reduce-scatter, along its first dimension
     x:        what it scatters, in the order of the rows
-    steps:    the reduce-scatter, and what is done to its result up to the norm -> where the rows lie, and other inputs have them
+    steps:    the reduce-scatter, and what is done to its result up to the norm -> where the rows lie
     gathered: the values that hold all rows of the norm -> the step whose rows they gather
     """
 
@@ -158,14 +158,14 @@ def _part(node: Node) -> tuple[Node, int, object] | None:
     """Of a part of a value along a dimension: (the value, the dimension, the entry with which the part begins)."""
     if calls(node, operator.getitem) and calls(node.args[0], aten.split.Tensor):
         whole, step, *dim = node.args[0].args
-        return whole, dim[0] % value(whole).dim() if dim else 0, _value(step) * node.args[1]
+        return whole, dim[0] % value(whole).dim() if dim else 0, _number(step) * node.args[1]
     if calls(node, aten.slice.Tensor) and len(node.args) == 4:
         whole, dim, first, _ = node.args
-        return whole, dim % value(whole).dim(), _value(first)
+        return whole, dim % value(whole).dim(), _number(first)
     return None
 
 
-def _value(argument):
+def _number(argument):
     return value(argument) if isinstance(argument, Node) else argument
 
 
@@ -174,7 +174,10 @@ def _cat_dim(cat: Node) -> int:
 
 
 def _is_padded(x: Node) -> bool:
-    """Whether rows are added to make equal parts: the ranks take them off again, not all of them as many."""
+    """Whether rows were added to make equal parts.
+
+    The last ranks take them off again, which the graphs of the others do not show; but all ranks must decide alike.
+    """
     parts = x.args[0] if calls(x, aten.cat.default) else [x]
     return any(calls(part, aten.constant_pad_nd.default) for part in parts)
 
@@ -232,7 +235,7 @@ class _Unsharder:
         self.old = graph
         self.emit = Emitter(Graph(graph.owning_module), detect_fake_mode([value(sites[0].x)]))
         self.site_of = {node: site for site in sites for node in site.steps}
-        self.gathered = {node: (step, site.steps[step].axis) for site in sites for node, step in site.gathered.items()}
+        self.gathered = {node: (s, site.steps[s].axis) for site in sites for node, s in site.gathered.items()}
         self.env: dict[Node, Node] = {}
         self.wholes: dict[tuple[Node, TokenAxis], Node] = {}  # a shard of the old graph, and where its rows lie -> all rows
         self.lengths: dict[sympy.Expr, sympy.Expr] = {}  # of a shard -> as a fraction of the whole's
@@ -296,7 +299,7 @@ class _Unsharder:
         return self.emit(aten.slice.Tensor, self.wholes[node, axis], axis.dim, first, end)
 
     def _copy(self, node: Node) -> Node:
-        resized = any(not _alike(value(a), _value(self._argument(a))) for a in node.all_input_nodes)
+        resized = any(not _alike(value(a), _number(self._argument(a))) for a in node.all_input_nodes)
         is_call = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
         if not (resized and is_call) or _is_size(node):
             return self.emit.graph.node_copy(node, self._argument)
