@@ -126,7 +126,7 @@ return %14, %15
 
 
 def sites_in(function, *inputs, dynamic=False):
-    """How many sites a graph has, and why the other reduce-scatters are none; that each is one or the other is part of it."""
+    """(number of sites, why other reduce-scatters are none, the new graph). That each is one or the other is part of it."""
     graph = capture(function, *inputs, dynamic=dynamic)
     names = " ".join(f"i{i}" for i in range(9))
     before = text(graph, names)
@@ -329,7 +329,7 @@ def many_uses(x, residual, weight, up, norm, dim):
 
 
 def compare(mode, norm, dynamic):
-    """On a rank: the block in every layout, as it is and compiled. Returns (mode, sites, refusals) of each, and the wholes."""
+    """On a rank: the block in every layout, compiled and not. Returns (mode, sites, refusals) of each, and the wholes."""
     done, wholes = [], []
     for batch in (), (1,), (3,):
         torch._dynamo.reset()

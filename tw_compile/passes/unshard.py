@@ -211,7 +211,7 @@ def _is_size(node: Node) -> bool:
 
 
 def _in_order(user: Node, wait: Node, dim: int, gather: Node) -> Node | None:
-    """What a user makes of shards that lie one after the other along the first dimension, if it is the whole along ``dim``."""
+    """What a user makes of shards one after the other along the first dimension, if it is the whole along ``dim``."""
     if calls(user, *VIEWS) and all(map(is_one, value(gather.args[0]).shape[:dim])):
         return user
     parts = user.users if calls(user, aten.split.Tensor) else [user]
