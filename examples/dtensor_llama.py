@@ -1,34 +1,65 @@
 """The Llama of llama.py as a plain model, made tensor-parallel by ``parallelize_module``.
 
-    torchrun --nproc-per-node 2 examples/dtensor_llama.py
+    torchrun --nproc-per-node 2 examples/dtensor_llama.py [--sequence-parallel]
 
-Takes the same arguments as llama.py and prints the same.
+Takes the same arguments as llama.py and prints the same. With --sequence-parallel each rank has its own tokens of what goes
+from layer to layer.
 """
+
+import sys
 
 import torch.distributed as dist
 from llama import Llama, main
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 
-def parallel_llama(config, device):
+def parallel_llama(config, device, between=Replicate()):
+    """between: how what goes from layer to layer lies on the ranks."""
     model = Llama(config)  # whole, on the meta device: nothing is allocated before it is sharded
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layer = {
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(),
+        "self_attn.o_proj": RowwiseParallel(output_layouts=between),
         "mlp.gate_proj": ColwiseParallel(),
         "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=between),
     }
     plan = {f"layers.*.{name}": style for name, style in layer.items()}
-    plan["embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
+    plan["embed_tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
     plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
     return parallelize_module(model, mesh, plan)
 
 
+def sequence_parallel_llama(config, device):
+    tokens = Shard(1)
+    model = parallel_llama(config, device, between=tokens)
+    mesh = model.lm_head.weight.device_mesh
+    norms = "layers.*.input_layernorm", "layers.*.post_attention_layernorm", "norm"
+    parallelize_module(model, mesh, {name: SequenceParallel() for name in norms})
+    gather = {
+        "layers.*.self_attn": PrepareModuleInput(
+            input_layouts=(tokens, None, None), desired_input_layouts=(Replicate(), None, None)
+        ),
+        "layers.*.mlp": PrepareModuleInput(input_layouts=tokens, desired_input_layouts=Replicate()),
+        "norm": PrepareModuleOutput(output_layouts=tokens, desired_output_layouts=Replicate()),
+    }
+    return parallelize_module(model, mesh, gather)
+
+
 if __name__ == "__main__":
-    main(parallel_llama)
+    if "--sequence-parallel" in sys.argv:
+        sys.argv.remove("--sequence-parallel")
+        main(sequence_parallel_llama)
+    else:
+        main(parallel_llama)

@@ -85,8 +85,11 @@ def copy(graph: Graph, order=None) -> Graph:
 
 
 def all_reduces(graph: Graph) -> list[Node]:
-    """Every all-reduce of a graph and of the graphs inside it."""
-    kinds = (c10d.all_reduce.default, c10d.all_reduce_.default, c10d.all_reduce_coalesced.default)
+    """Every all-reduce and reduce-scatter of a graph and of the graphs inside it."""
+    kinds = (
+        c10d.all_reduce.default, c10d.all_reduce_.default, c10d.all_reduce_coalesced.default,
+        c10d.reduce_scatter_tensor.default, c10d.reduce_scatter_tensor_coalesced.default,
+    )  # fmt: skip
     inner = [g for _, g in subgraphs(graph)]
     return [node for g in (graph, *inner) for node in g.nodes if node.target in kinds]
 

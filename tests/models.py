@@ -8,14 +8,29 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 HIDDEN, HEAD, HEADS, KV_HEADS, INNER, VOCAB, EPS = 64, 16, 4, 2, 128, 64, 1e-5
 
 
 def functional(x):
     return funcol.all_reduce(x, "sum", dist.group.WORLD)
+
+
+def scatter(x):
+    return funcol.reduce_scatter_tensor(x, "sum", 1, dist.group.WORLD)
+
+
+def gather(norm, inputs, x):
+    """A forward hook of a norm."""
+    return funcol.all_gather_tensor(x, 1, dist.group.WORLD)
 
 
 def in_place(x):
@@ -136,16 +151,52 @@ def rotate(x, rope):
 
 @dataclass(frozen=True)
 class Style:
-    """How a model is made parallel. embedding: whether its table is split over the ranks too, so that it is a site."""
+    """How a model is made parallel.
+
+    embedding: whether its table is split over the ranks too, so that it is a site
+    plan:      for parallelize_module
+    sequence:  whether what goes from block to block is split over the ranks
+    """
 
     reduce: object
     embedding: bool
+    plan: object = None
+    sequence: bool = False
+
+
+COLUMNS = "attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up"
+ROWS = "attention.o", "mlp.down"
+
+
+def _replicated():
+    """A plan for parallelize_module: what goes from block to block is on all ranks."""
+    columns = {f"layers.*.{name}": ColwiseParallel() for name in COLUMNS}
+    rows = {f"layers.*.{name}": RowwiseParallel() for name in ROWS}
+    return columns | rows | {"embedding": RowwiseParallel(input_layouts=Replicate())}
+
+
+def _sequence():
+    """A plan for parallelize_module, as in torch's tutorial: each rank has its tokens of what goes from block to block."""
+    columns = {f"layers.*.{name}": ColwiseParallel() for name in COLUMNS}
+    rows = {f"layers.*.{name}": RowwiseParallel(output_layouts=Shard(1)) for name in ROWS}
+    norms = {name: SequenceParallel() for name in ("layers.*.attention_norm", "layers.*.mlp_norm", "norm")}
+    gathers = {
+        "layers.*.attention": PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
+        "layers.*.mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+    }
+    ends = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    return columns | rows | norms | gathers | ends
 
 
 STYLES = {
     "functional": Style(functional, embedding=True),
     "in_place": Style(in_place, embedding=False),
-    "dtensor": Style(nothing, embedding=True),
+    "dtensor": Style(nothing, embedding=True, plan=_replicated),
+    "functional_sequence": Style(scatter, embedding=True, sequence=True),
+    "dtensor_sequence": Style(nothing, embedding=True, plan=_sequence, sequence=True),
 }
 
 
@@ -162,8 +213,9 @@ def whole(layers=2, norm="hf", dtype=torch.bfloat16) -> Llama:
 def parallel(style, layers=2, norm="hf", dtype=torch.bfloat16, mesh=None) -> Llama:
     """The same model, tensor-parallel over the default process group; with DTensor, over another mesh where it is given."""
     model = whole(layers, norm, dtype)
-    if style == "dtensor":
-        return _with_dtensor(model, mesh or init_device_mesh("cpu", (dist.get_world_size(),)))
+    if STYLES[style].plan is not None:
+        mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+        return parallelize_module(model, mesh, STYLES[style].plan())
     rank, world = dist.get_rank(), dist.get_world_size()
     sharded = Llama(layers, norm, STYLES[style].reduce).eval().to(dtype)
     state = {name: _shard(name, value, rank, world) for name, value in model.state_dict().items()}
@@ -173,6 +225,9 @@ def parallel(style, layers=2, norm="hf", dtype=torch.bfloat16, mesh=None) -> Lla
         state["embedding.weight"] = state["embedding.weight"].chunk(world, 0)[rank]
     for name, parameter in sharded.named_parameters():
         parameter.data = state[name].clone()
+    for name, module in sharded.named_modules():
+        if STYLES[style].sequence and name.endswith("norm"):
+            module.register_forward_hook(gather)
     return sharded
 
 
@@ -181,10 +236,3 @@ def _shard(name, value, rank, world):
     if kind in ("q", "k", "v", "gate", "up"):
         return value.chunk(world, 0)[rank]
     return value.chunk(world, 1)[rank] if kind in ("o", "down") else value
-
-
-def _with_dtensor(model, mesh):
-    columns = {f"layers.*.{name}": ColwiseParallel() for name in ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")}
-    rows = {f"layers.*.{name}": RowwiseParallel() for name in ("attention.o", "mlp.down")}
-    table = {"embedding": RowwiseParallel(input_layouts=Replicate())}
-    return parallelize_module(model, mesh, columns | rows | table)

@@ -326,7 +326,7 @@ def test_refused_weight_of_another_half_precision():
 def test_refused_cast_before_the_add():
     x, r, w = inputs()
     refused(
-        "a cast to torch.float32 stands between the all-reduce and the residual add",
+        "a cast to torch.float32 stands before the residual add",
         lambda x, r, w: torch_norm(r + all_reduce(x).float(), w),
         x, r.float(), w.float(),
     )  # fmt: skip

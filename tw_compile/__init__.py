@@ -3,7 +3,7 @@
 The pipeline, in the order in which a graph meets it::
 
     backend.py     torch.compile's entry: options, training check, Inductor with our pass in it
-    passes/        find -> fuse -> split -> weave -> place, on post-grad ATen
+    passes/        unshard -> find -> fuse -> split -> weave -> place, on post-grad ATen
     ops/           the ops that the rewritten graph calls, and how they communicate
     report.py      what was found, what was done, why not
 """

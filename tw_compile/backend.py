@@ -122,7 +122,8 @@ class _Pass(CustomGraphPass):
             return None  # what a plain function does cannot be part of a cache key: no cache
         then = [other.uuid() for other in self.then]
         files = sorted(str(path) for path in Path(__file__).parent.rglob("*.py"))
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        # The rank too: where a shard is cut from a whole, each rank cuts out its own.
+        world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return get_hash_for_files(tuple(files), repr((self.options, then, world, torch.cuda.device_count())))
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 class Site:
     """An all-reduce -> residual add -> norm that one op carries.
 
-    all_reduce: name of the all-reduce in the post-grad graph
+    all_reduce: name of the all-reduce in the post-grad graph, or of the reduce-scatter of a sequence-parallel site
     source:     ``file:line, in function: code`` of the model, '' where torch did not keep it
     shape:      of the reduced value; symbolic sizes as text
     residual:   whether one is added
@@ -31,7 +31,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An all-reduce that is left as it is, and why."""
+    """An all-reduce or a reduce-scatter that is left as it is, and why."""
 
     all_reduce: str
     source: str

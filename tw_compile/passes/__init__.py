@@ -11,20 +11,24 @@ from .fuse import fuse
 from .graph_utils import value
 from .place import place
 from .split import Cut, choose_cut, split
+from .unshard import unshard
 from .weave import weave
 
-__all__ = ["rewrite", "find", "fuse", "choose_cut", "split", "weave", "place"]
+__all__ = ["rewrite", "unshard", "find", "fuse", "choose_cut", "split", "weave", "place"]
 
 
 def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Report]:
     """Find the sites of a graph and do what the options ask for. Returns the new graph, and what was done.
+
+    Sequence-parallel sites are found in the form that ``unshard`` gives them; ``graph`` keeps its own where nothing is done.
 
     may_be_symmetric: (group name, device) -> whether its sites may run over symmetric memory, so that values should live there
     Raises TokenWeaveError where ``mode`` asks for what the graph does not allow. Free of side effects but on ``graph``:
     on a cache hit this does not run.
     """
     report = Report(requested=asdict(options))
-    found = find(graph)
+    whole, refused = unshard(graph)
+    found = [*refused, *find(whole)]
     matches = [f for f in found if isinstance(f, Match)]
     report.refusals = [f for f in found if isinstance(f, Refusal)]
     rows = [_site(match) for match in matches]
@@ -34,7 +38,7 @@ def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Re
 
     device = value(matches[0].total).device  # asked now: the passes below replace the node
     ctas = 0 if options.ctas == "auto" else options.ctas
-    sites = fuse(graph, matches, options.transport, ctas)
+    graph, sites = whole, fuse(whole, matches, options.transport, ctas)
     report.mode, cut = "fuse", "mode is fuse"
     if options.mode != "fuse":
         cut = choose_cut(sites, options)

@@ -5,6 +5,7 @@ A site, in post-grad ATen, where every way of writing a tensor-parallel model lo
     all_reduce(x, "sum", group) -> wait_tensor -> [reshape] -> [+ bias] -> [* scale] -> [+ residual] -> norm
 
 A reshape, or a factor that is a tensor of one number, may as well be applied to each rank's part of the sum: it is moved there.
+Sequence-parallel sites get this form from ``unshard``.
 
 The residual comes in either order, or not at all (the norm after a vocabulary-parallel embedding). The norm is an RMSNorm, any of
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..report import Refusal
 from .graph_utils import (
@@ -32,7 +34,6 @@ from .graph_utils import (
     keeps_rows,
     other_operand,
     prims,
-    same_shape,
     same_size,
     source_of,
     subgraphs,
@@ -152,16 +153,20 @@ def find(graph: Graph) -> list[Match | Refusal]:
 
 
 def _match(node: Node) -> Match | Refusal:
+    if node.target in _REFUSED:
+        return Refusal(str(node), source_of(node), _REFUSED[node.target])
+    return match_site(node, _ALL_REDUCES[node.target](node))
+
+
+def match_site(node: Node, call: AllReduce) -> Match | Refusal:
+    """What follows a node whose result is a sum over ranks, as ``call`` says: a whole site, or the reason why it is none."""
     try:
-        return _site(node)
+        return _site(node, call)
     except _Refused as refused:
         return Refusal(str(node), source_of(node), str(refused))
 
 
-def _site(node: Node) -> Match:
-    if node.target in _REFUSED:
-        raise _Refused(_REFUSED[node.target])
-    call = _ALL_REDUCES[node.target](node)
+def _site(node: Node, call: AllReduce) -> Match:
     if call.reduce_op != "sum":
         raise _Refused(f"reduce op {call.reduce_op!r}, not 'sum'")
     if _resolve_process_group(call.group).size() == 1:
@@ -172,7 +177,7 @@ def _site(node: Node) -> Match:
     if not isinstance(hidden, int) or hidden % 8 or hidden > MAX_HIDDEN:
         raise _Refused(f"shape {list(value(node).shape)}: the last dimension must be a multiple of 8 up to {MAX_HIDDEN}")
 
-    total = _sole_user(node, "all-reduce") if any(calls(user, WAIT) for user in node.users) else node
+    total = _sole_user(node, "sum") if any(calls(user, WAIT) for user in node.users) else node
     linear, bias, scale, residual = [], None, 1.0, None
     while True:
         norm = match_norm(total)
@@ -198,7 +203,7 @@ def _site(node: Node) -> Match:
             else:
                 residual = _checked_residual(other, total)
         elif calls(user, prims.convert_element_type.default):
-            raise _Refused(f"a cast to {user.args[1]} stands between the all-reduce and the residual add")
+            raise _Refused(f"a cast to {user.args[1]} stands before the residual add")
         else:
             raise _Refused(f"{norm}; the reduced value goes to {user.target}")
         total = user
@@ -231,7 +236,7 @@ def _checked_residual(residual: Node, total: Node) -> Node:
     theirs, ours = value(residual), value(total)
     if theirs.dtype != ours.dtype:
         raise _Refused(f"the residual is {theirs.dtype}, the reduced value {ours.dtype}")
-    if not same_shape(theirs.shape, ours.shape):
+    if not (theirs.dim() == ours.dim() and all(statically_known_true(a == b) for a, b in zip(theirs.shape, ours.shape))):
         raise _Refused(f"the residual has shape {list(theirs.shape)}, the reduced value {list(ours.shape)}")
     return residual
 

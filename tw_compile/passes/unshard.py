@@ -1,0 +1,346 @@
+"""graph -> the same graph with its sequence-parallel sites in the form that ``find`` knows.
+
+There a site is in two parts, and add and norm see this rank's rows alone, a *shard*::
+
+    reduce_scatter(x) -> [reshape, bias, scale] -> [+ shard of the residual] -> norm -> all_gather
+
+It is the same site, on the *whole* of the rows::
+
+    all_reduce(x) -> [reshape, bias, scale] -> [+ residual] -> norm
+
+The residual is the whole total of the site before, or gathered where it is no site's; what else reads a shard gets it as a
+slice of the whole. Only complete sites are rewritten: what is not fused afterwards would do the work of all ranks on each.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch._dynamo.utils import detect_fake_mode
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
+
+from ..report import Refusal
+from .emit import Emitter
+from .find import WAIT, AllReduce, c10d, match_site
+from .graph_utils import (
+    VIEWS,
+    Ancestors,
+    aten,
+    calls,
+    is_one,
+    same_shape,
+    same_size,
+    sort_and_clean,
+    source_of,
+    subgraphs,
+    value,
+)
+from .token_axis import Split, TokenAxis, expr, split_rule
+
+SCATTER = c10d.reduce_scatter_tensor.default
+GATHER = c10d.all_gather_into_tensor.default
+_REFUSED = {c10d.reduce_scatter_tensor_coalesced.default: "reduce_scatter_tensor_coalesced reduces several tensors at once"}
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A sequence-parallel site.
+
+    scatter:  the reduce-scatter, along its first dimension
+    x:        what it scatters, in the order of the rows
+    steps:    the reduce-scatter, and what is done to its result up to the norm -> where the rows lie
+    gathered: the values that hold all rows of the norm -> the step whose rows they gather
+    """
+
+    scatter: Node
+    x: Node
+    steps: dict[Node, Split]
+    gathered: dict[Node, Node]
+
+    @property
+    def ranks(self) -> int:
+        return self.scatter.args[2]
+
+    @property
+    def group(self) -> str:
+        return self.scatter.args[3]
+
+
+def unshard(graph: Graph) -> tuple[Graph, list[Refusal]]:
+    """Put the sequence-parallel sites of a post-grad graph in the form of an all-reduce.
+
+    Returns (new graph, or ``graph`` itself where it has no such site; a Refusal for each reduce-scatter that stays). Changes
+    nothing in ``graph``.
+    """
+    kinds = (SCATTER, *_REFUSED)
+    scatters = [node for node in graph.nodes if calls(node, *kinds)]
+    before = Ancestors(graph) if scatters else None
+    sites, refusals, owner = [], [], {}
+    for node in scatters:
+        site = _site(node, before, owner)
+        if isinstance(site, _Site):
+            sites.append(site)
+        else:
+            refusals.append(Refusal(str(node), source_of(node), site))
+    for name, inner in subgraphs(graph):
+        reason = f"inside {name}, the graph of a higher-order op"
+        refusals += [Refusal(str(node), source_of(node), reason) for node in inner.nodes if calls(node, *kinds)]
+    return _Unsharder(graph, sites).run() if sites else graph, refusals
+
+
+# --- recognising a site ----------------------------------------------------------------------------------------------
+
+
+def _site(node: Node, before: Ancestors, owner: dict[Node, Node]) -> _Site | str:
+    """owner: the total of each site found so far -> its reduce-scatter; this one is added."""
+    if node.target in _REFUSED:
+        return _REFUSED[node.target]
+    scattered, reduce_op, ranks, group = node.args
+    match = match_site(node, AllReduce(scattered, reduce_op, group))
+    if isinstance(match, Refusal):
+        return match.reason
+    if match.total in owner:
+        return f"its residual add and norm are fused with {owner[match.total]} already"
+    x, dim = _unscattered(scattered, ranks)
+    if dim == value(x).dim() - 1:
+        return f"it scatters dimension {dim}, over which the norm is"
+    if value(x).shape[dim] % ranks != 0 or _is_padded(x):
+        return f"its rows do not divide by {ranks} ranks"
+
+    norm = match.norm.output
+    outputs = [norm, *(user for user in norm.users if calls(user, *VIEWS))]
+    steps = _steps(node, TokenAxis(dim), outputs, before)
+    if isinstance(steps, str):
+        return steps
+    gathered = {}
+    for output in (o for o in outputs if o in steps):
+        for gather in (user for user in output.users if calls(user, GATHER)):
+            if gather.args[2] != group:
+                return f"the sum is scattered over group {group}, the norm gathered over group {gather.args[2]}"
+            wholes = _gathered(gather, steps[output].axis.dim)
+            if None in wholes:
+                return f"the norm is not gathered along the dimension that is scattered, {steps[output].axis.dim}"
+            gathered |= dict.fromkeys(wholes, output)
+    if not gathered:
+        return "no all-gather of the norm follows"
+    owner[match.total] = node
+    return _Site(node, x, steps, gathered)
+
+
+def _unscattered(x: Node, ranks: int) -> tuple[Node, int]:
+    """What a reduce-scatter of ``x`` along the first dimension scatters, and along which of its own dimensions.
+
+    That is ``x`` itself, or where it is the ranks' equal parts of another value one after the other, that value.
+    """
+    if calls(x, aten.cat.default) and _cat_dim(x) == 0 and len(x.args[0]) == ranks:
+        return _cut_evenly(x.args[0]) or (x, 0)
+    return x, 0
+
+
+def _cut_evenly(nodes: list[Node]) -> tuple[Node, int] | None:
+    """The value of which ``nodes`` are all parts, in order and of equal length, and the dimension along which it is cut."""
+    parts = [_part(node) for node in nodes]
+    if None in parts or len({part[:2] for part in parts}) > 1:
+        return None
+    whole, dim, _ = parts[0]
+    length, count = value(whole).shape[dim], len(nodes)
+    for i, (node, (_, _, first)) in enumerate(zip(nodes, parts)):
+        if first * count != i * length or value(node).shape[dim] * count != length:
+            return None
+    return whole, dim
+
+
+def _part(node: Node) -> tuple[Node, int, object] | None:
+    """Of a part of a value along a dimension: (the value, the dimension, the entry with which the part begins)."""
+    if calls(node, operator.getitem) and calls(node.args[0], aten.split.Tensor):
+        whole, step, *dim = node.args[0].args
+        return whole, dim[0] % value(whole).dim() if dim else 0, _number(step) * node.args[1]
+    if calls(node, aten.slice.Tensor) and len(node.args) == 4:
+        whole, dim, first, _ = node.args
+        return whole, dim % value(whole).dim(), _number(first)
+    return None
+
+
+def _number(argument):
+    return value(argument) if isinstance(argument, Node) else argument
+
+
+def _cat_dim(cat: Node) -> int:
+    return cat.args[1] % value(cat).dim() if len(cat.args) > 1 else 0
+
+
+def _is_padded(x: Node) -> bool:
+    """Whether rows were added to make equal parts.
+
+    The last ranks take them off again, which the graphs of the others do not show; but all ranks must decide alike.
+    """
+    parts = x.args[0] if calls(x, aten.cat.default) else [x]
+    return any(calls(part, aten.constant_pad_nd.default) for part in parts)
+
+
+def _steps(scatter: Node, axis: TokenAxis, outputs: list[Node], before: Ancestors) -> dict[Node, Split] | str:
+    """What is done to a shard to make the norm of it, and the views of that: what can as well be done to the whole."""
+    steps, node, left = {scatter: Split(axis)}, scatter, set(outputs)
+    while left:
+        node = node.next
+        left.discard(node)
+        if not before(scatter, node) or not (node in outputs or before(node, outputs[0])):
+            continue
+        rule = split_rule(node, {a: steps[a].axis for a in node.all_input_nodes if a in steps})
+        if isinstance(rule, Split):
+            steps[node] = rule
+        elif node not in outputs[1:]:
+            return f"{node.target} stands between reduce-scatter and all-gather: {rule}"
+    return steps
+
+
+def _gathered(gather: Node, dim: int) -> list[Node | None]:
+    """The values that an all-gather of shards along ``dim`` becomes; None for one that has not its rows in their order."""
+    waits = [user for user in gather.users if calls(user, WAIT)]
+    if dim == 0:
+        return waits
+    return [_in_order(user, wait, dim, gather) for wait in waits for user in wait.users if not _is_size(user)]
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(value(node), torch.SymInt)
+
+
+def _in_order(user: Node, wait: Node, dim: int, gather: Node) -> Node | None:
+    """What a user makes of shards one after the other along the first dimension, if it is the whole along ``dim``."""
+    if calls(user, *VIEWS) and all(map(is_one, value(gather.args[0]).shape[:dim])):
+        return user
+    parts = user.users if calls(user, aten.split.Tensor) else [user]
+    cats = {cat for part in parts for cat in part.users}
+    cat = cats.pop() if len(cats) == 1 else None
+    in_order = calls(cat, aten.cat.default) and len(cat.args[0]) == gather.args[1] and _cut_evenly(cat.args[0]) == (wait, 0)
+    return cat if in_order and _cat_dim(cat) == dim else None
+
+
+# --- rewriting -------------------------------------------------------------------------------------------------------
+
+
+class _Unsharder:
+    """Copies a graph, with its sites made whole.
+
+    Sizes become what they are of the whole: the length of a shard is a symbol of its own or a rounded quotient, of which no
+    other pass would know that so many of them make the length of the whole.
+    """
+
+    def __init__(self, graph: Graph, sites: list[_Site]):
+        self.old = graph
+        self.emit = Emitter(Graph(graph.owning_module), detect_fake_mode([value(sites[0].x)]))
+        self.site_of = {node: site for site in sites for node in site.steps}
+        self.gathered = {node: (s, site.steps[s].axis) for site in sites for node, s in site.gathered.items()}
+        self.env: dict[Node, Node] = {}
+        self.wholes: dict[tuple[Node, TokenAxis], Node] = {}  # a shard of the old graph, and where its rows lie -> all rows
+        self.lengths: dict[sympy.Expr, sympy.Expr] = {}  # of a shard -> as a fraction of the whole's
+
+    def run(self) -> Graph:
+        for node in self.old.nodes:
+            self.emit.like = node
+            if node in self.site_of:
+                self._lift(node, self.site_of[node])
+            elif node in self.gathered:
+                self.env[node] = self._shaped(self.wholes[self.gathered[node]], value(node).shape)
+            else:
+                self.env[node] = self._copy(node)
+        sort_and_clean(self.emit.graph)
+        return self.emit.graph
+
+    # --- nodes -------------------------------------------------------------------------------------------------------
+
+    def _lift(self, node: Node, site: _Site) -> None:
+        """What a site does to a shard, done to the whole."""
+        rule = site.steps[node]
+        if node is site.scatter:
+            whole = self.emit(c10d.all_reduce.default, self._argument(site.x), "sum", site.group)
+            whole._rename(node.name)  # by which the report goes
+        else:
+            axes = {a: site.steps[a].axis for a in node.all_input_nodes if a in site.steps}
+            wholes = {a: self.wholes[a, axis] for a, axis in axes.items()}
+            length = next(value(wholes[a]).shape[axis.dim] for a, axis in axes.items())
+            wholes |= {a: self._gather(a, axis, length, site) for a, axis in rule.slices.items()}
+
+            def convert(a):
+                if isinstance(a, torch.SymInt):
+                    return self._size(a)
+                return wholes.get(a) or self._argument(a) if isinstance(a, Node) else a
+
+            args, kwargs = tree_map(convert, (node.args if rule.args is None else rule.args, node.kwargs))
+            whole = self.emit(node.target, *args, **kwargs)
+        self.wholes[node, rule.axis] = whole
+        self._learn(value(node).shape[rule.axis.dim], value(whole).shape[rule.axis.dim], site)
+
+    def _gather(self, shard: Node, axis: TokenAxis, length, site: _Site) -> Node:
+        """All rows of a shard, ``length`` of them."""
+        if (shard, axis) not in self.wholes:
+            shape = list(value(shard).shape)
+            self._learn(shape[axis.dim], length, site)
+            whole = self.emit(WAIT, self.emit(GATHER, self._argument(shard), site.ranks, site.group))
+            if axis.dim != 0:
+                split = self.emit(aten.split.Tensor, whole, self._size(shape[0]))
+                parts = [self.emit(operator.getitem, split, rank) for rank in range(site.ranks)]
+                whole = self.emit(aten.cat.default, parts, axis.dim)
+            shape[axis.dim] = length
+            self.wholes[shard, axis] = self._shaped(whole, shape)
+        return self.wholes[shard, axis]
+
+    def _shard(self, node: Node) -> Node:
+        """This rank's rows of a whole."""
+        site = self.site_of[node]
+        axis, rank = site.steps[node].axis, _resolve_process_group(site.group).rank()
+        length = expr(value(node).shape[axis.dim])
+        first, end = self.emit.size(length * rank), self.emit.size(length * (rank + 1))
+        return self.emit(aten.slice.Tensor, self.wholes[node, axis], axis.dim, first, end)
+
+    def _copy(self, node: Node) -> Node:
+        resized = any(not _alike(value(a), _number(self._argument(a))) for a in node.all_input_nodes)
+        is_call = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        if not (resized and is_call) or _is_size(node):
+            return self.emit.graph.node_copy(node, self._argument)
+        return self.emit(node.target, *map_arg(node.args, self._argument), **map_arg(node.kwargs, self._argument))
+
+    def _argument(self, node: Node):
+        """A node of the old graph as an argument in the new one."""
+        if _is_size(node):
+            changes = self._of_whole(value(node)) != expr(value(node))
+            return self._size(value(node)) if changes or calls(node, aten.sym_size.int) else self.env[node]
+        if node not in self.env:
+            self.env[node] = self._shard(node)
+        return self.env[node]
+
+    # --- sizes -------------------------------------------------------------------------------------------------------
+
+    def _learn(self, shard, whole, site: _Site) -> None:
+        """That ``shard`` is the length of a rank's part of ``whole``."""
+        if isinstance(shard, torch.SymInt):
+            self.lengths[expr(shard)] = expr(whole) / site.ranks
+
+    def _of_whole(self, size) -> sympy.Expr:
+        """A size, with the lengths of shards expressed by those of wholes; as it is where that gives no integer."""
+        known = sympy.expand(expr(size).xreplace(self.lengths))
+        return known if known.is_integer else expr(size)
+
+    def _size(self, size):
+        """A size as an argument."""
+        return self.emit.size(self._of_whole(size))
+
+    def _shaped(self, node: Node, shape) -> Node:
+        shape = [self._of_whole(size) for size in shape]
+        if shape == [expr(size) for size in value(node).shape]:
+            return node
+        return self.emit(aten.reshape.default, node, [self.emit.size(size) for size in shape])
+
+
+def _alike(a, b) -> bool:
+    """Whether two fake values have the same sizes."""
+    if isinstance(a, torch.Tensor):
+        return same_shape(a.shape, b.shape)
+    if isinstance(a, (tuple, list)):
+        return all(map(_alike, a, b))
+    return not isinstance(a, (int, torch.SymInt)) or same_size(a, b)
