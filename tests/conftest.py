@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # before torch reads it
+# Before torch reads them. The ranks of a test share few cores: threads that wait for each other would take them.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -19,10 +21,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Of several processes, one runs the tests of a file, which share what is slow to make; and one all that use GPUs."""
+    """Of several processes, one runs all that needs real ranks, or GPUs, and one the rest of a file."""
     for item in items:
-        on_gpu = item.get_closest_marker("gpu")
-        item.add_marker(pytest.mark.xdist_group("gpu" if on_gpu else item.path.name))
+        shared = item.get_closest_marker("gpu") or {"ranks", "four_ranks"} & set(item.fixturenames)
+        item.add_marker(pytest.mark.xdist_group("ranks" if shared else item.path.name))
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from tw_compile.options import Options
-from tw_compile.planning import TILE, WEAVE_MIN_TOKENS, first_half, min_tokens
+from tw_compile.planning import TILE, WEAVE_MIN_TOKENS, ctas_beside_gemms, first_half, loses, min_tokens
 
 
 def test_the_threshold():
@@ -20,6 +20,19 @@ def test_each_half_fills_the_gpu():
     assert min_tokens(Options(), 8192, 132) == 2048
     assert min_tokens(Options(), 4096, 132) == 4096
     assert all(min_tokens(Options(), hidden, 132) % (2 * TILE) == 0 for hidden in range(64, 32768, 8))
+
+
+# A layer's weights, hidden size and ranks; and whether weaving is ever faster than fusing on H200s, as it was measured.
+@pytest.mark.parametrize("weights, hidden, world, pays", [(855.6e6, 8192, 2, False), (855.6e6, 8192, 4, True), (218.1e6, 4096, 2, True)])
+def test_hiding_the_communication_must_be_worth_the_sms(weights, hidden, world, pays):
+    sites, bytes_of_element = 2, 2
+    wire_bytes = sites * 2 * (world - 1) / world * hidden * bytes_of_element
+    reason = loses(2 * weights / world, wire_bytes, 132, ctas_beside_gemms(world))
+    assert (reason is None) == pays, reason
+
+
+def test_compute_of_unknown_size_is_no_reason():
+    assert loses(0, 1e4, 132, 8) is None
 
 
 @pytest.mark.parametrize("options", [Options(), Options(mode="weave"), Options(min_tokens=2 * TILE)])

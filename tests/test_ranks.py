@@ -84,24 +84,23 @@ def check(run, style, norm, dynamic, batch, codegen):
     assert torch.equal(results[0][1], results[1][1]), "the ranks have the same bits"
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("norm", ["hf", "torch"])
-@pytest.mark.parametrize("style", [name for name, style in STYLES.items() if not style.sequence])
+# Style, norm, dynamic shapes, batch. Here each pair of choices; with TW_FULL=1 all combinations, also through Inductor, which
+# takes half a minute for each.
+COMBINATIONS = [
+    ("functional", "hf", False, 1), ("functional", "torch", True, 4), ("functional", "layer", False, 4),
+    ("in_place", "hf", True, 1), ("in_place", "torch", False, 4), ("in_place", "layer", True, 1),
+    ("dtensor", "hf", False, 4), ("dtensor", "torch", True, 1),
+]  # fmt: skip
+THROUGH_INDUCTOR = [("functional", "hf", False, 1), ("in_place", "torch", True, 4)]
+if os.environ.get("TW_FULL"):
+    plain = [name for name, style in STYLES.items() if not style.sequence]
+    COMBINATIONS = THROUGH_INDUCTOR = list(itertools.product(plain, NORMS, (False, True), (1, 4)))
+
+
+@pytest.mark.parametrize("style, norm, dynamic, batch", COMBINATIONS)
 def test_llama(run, style, norm, dynamic, batch):
     """The rewritten graph, run as it is."""
     check(run, style, norm, dynamic, batch, codegen=False)
-
-
-@pytest.mark.parametrize("style, dynamic, batch", [("functional", False, 1), ("in_place", True, 4), ("dtensor", True, 1)])
-def test_llama_with_layer_norms(run, style, dynamic, batch):
-    check(run, style, "layer", dynamic, batch, codegen=False)
-
-
-# Inductor takes half a minute for each: all of them with TW_FULL=1.
-THROUGH_INDUCTOR = [("functional", "hf", False, 1), ("in_place", "layer", True, 1), ("dtensor", "torch", True, 4)]
-if os.environ.get("TW_FULL"):
-    THROUGH_INDUCTOR = list(itertools.product(STYLES, NORMS, (False, True), (1, 4)))
 
 
 @pytest.mark.parametrize("style, norm, dynamic, batch", THROUGH_INDUCTOR)

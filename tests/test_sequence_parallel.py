@@ -212,7 +212,7 @@ def test_refused_other_reduce_op():
 
 
 def test_refused_no_norm():
-    refused("no RMSNorm follows", lambda x, r: gather(r + scatter(x)), values(8, H), values(4, H))
+    refused("no RMSNorm or LayerNorm follows", lambda x, r: gather(r + scatter(x)), values(8, H), values(4, H))
 
 
 def test_refused_a_norm_that_stays_a_shard():

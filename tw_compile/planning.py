@@ -14,6 +14,11 @@ TILE_COLUMNS = 256
 # more than what hides behind them (benchmarks/results/prefill-*.json: 70B shapes gain from 2048 tokens on).
 WAVES = 1.9
 
+# What an SM computes in large 16-bit GEMMs, in floating-point operations a second, and what the wire carries in each
+# direction, in bytes a second: of an H200 (benchmarks/results/), and only their ratio counts.
+SM_FLOPS = 4.9e12
+WIRE_BYTES = 310e9
+
 # Where the number of SMs is not known (TokenWeave, arXiv 2505.11329, weaves dense models from 1024 tokens on).
 WEAVE_MIN_TOKENS = 1024
 
@@ -31,6 +36,31 @@ def min_tokens(options: Options, hidden: int, sms: int | None) -> int:
     if sms is None:
         return WEAVE_MIN_TOKENS
     return 2 * TILE * math.ceil(WAVES * sms * TILE_COLUMNS / hidden)
+
+
+def ctas_beside_gemms(world: int) -> int:
+    """CTAs of a two-shot kernel beside GEMMs, if the caller leaves it open.
+
+    As few as keep the wire busy, since each takes an SM from them. The fewer the ranks, the more rows each has to norm for as
+    many bytes on the wire: with two ranks 8 CTAs reach 130 GB/s and 16 reach 250, with four ranks 8 reach 300 of the 330 that
+    an H200 can (benchmarks/results/kernel-*.json).
+    """
+    return max(8, 32 // world)
+
+
+def loses(flops: float, wire_bytes: float, sms: int, ctas: int) -> str | None:
+    """Why weaving is slower than fusing at any number of tokens; None where it is not.
+
+    Fused, the communication stands beside the compute. Woven, it is hidden, and takes ``ctas`` SMs from the compute.
+
+    flops, wire_bytes: of one token on one rank: in GEMMs, and over the wire in each direction
+    """
+    if not flops:
+        return None
+    hidden, given = wire_bytes / WIRE_BYTES * (SM_FLOPS * sms) / flops, ctas / (sms - ctas)
+    if hidden >= given:
+        return None
+    return f"communication takes {hidden:.0%} of the time of the compute, which would be {given:.0%} slower on the SMs left beside it"
 
 
 def first_half(length, tokens_per_step, options: Options, least: int):

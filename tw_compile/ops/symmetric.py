@@ -22,6 +22,7 @@ import torch.utils.dlpack
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..planning import ctas_beside_gemms
 from . import nvrtc
 from .reference import empty_results
 
@@ -38,16 +39,6 @@ _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32
 # csrc/sync.cuh, kErrorMagic
 _ERROR_MAGIC = 0x7457F417
 _ERROR_WORDS = 6
-
-
-def ctas_beside_gemms(world: int) -> int:
-    """CTAs of a two-shot kernel beside GEMMs, if the caller leaves it open.
-
-    As few as keep the wire busy, since each takes an SM from them. The fewer the ranks, the more rows each has to norm for as
-    many bytes on the wire: with two ranks 8 CTAs reach 130 GB/s and 16 reach 250, with four ranks 8 reach 300 of the 330 that
-    an H200 can (benchmarks/results/kernel-*.json).
-    """
-    return max(8, 32 // world)
 
 
 def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:

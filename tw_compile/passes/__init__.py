@@ -6,11 +6,12 @@ from torch.fx import Graph
 
 from ..options import Options, TokenWeaveError
 from ..report import Refusal, Report, Site
+from .cut import Cut, choose_cut
 from .find import Match, find
 from .fuse import fuse
 from .graph_utils import value
 from .place import place
-from .split import Cut, choose_cut, split
+from .split import split
 from .unshard import unshard
 from .weave import weave
 

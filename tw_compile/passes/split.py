@@ -15,26 +15,12 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from .. import ops
-from ..options import Options
-from ..planning import first_half, min_tokens
 from ..report import Join
 from . import attention
+from .cut import Cut
 from .emit import Emitter
-from .graph_utils import Ancestors, arguments, aten, calls, in_order, is_one, same_shape, source_of, value
+from .graph_utils import Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
 from .token_axis import Split, TokenAxis, expr, expr_of, split_rule
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where all sites of a graph are cut: dimension ``dim`` of their shape, ``first`` of its ``length`` entries in front."""
-
-    dim: int
-    length: object
-    first: object
-
-    @property
-    def halves(self) -> tuple:
-        return self.first, self.length - self.first
 
 
 @dataclass(frozen=True)
@@ -43,28 +29,6 @@ class Halves:
 
     nodes: tuple[Node, Node]
     axis: TokenAxis
-
-
-def choose_cut(sites: list[Node], options: Options) -> Cut | str:
-    """The cut for a graph's ``fused`` calls, or why there is none.
-
-    Compares symbolic sizes: this is where the threshold becomes a guard of the compiled graph.
-    """
-    shape = value(sites[0].args[0]).shape
-    dim = next((i for i, size in enumerate(shape[:-1]) if not is_one(size)), None)
-    if dim is None:
-        return "one token cannot be split"
-    device = value(sites[0].args[0]).device
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
-    tokens, per_step, least = 1, 1, min_tokens(options, shape[-1], sms)
-    for size in shape[:-1]:
-        tokens = tokens * size
-    for size in shape[dim + 1 : -1]:
-        per_step = per_step * size
-    if not tokens >= least:
-        return f"fewer than {least} tokens"
-    first = first_half(shape[dim], per_step, options, least)
-    return first if isinstance(first, str) else Cut(dim, shape[dim], first)
 
 
 def split(graph: Graph, sites: list[Node], cut: Cut) -> tuple[Graph, list[Node], list[Join]]:
