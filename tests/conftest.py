@@ -20,6 +20,7 @@ def pytest_configure(config):
         torch._dynamo.register_backend(backend.tokenweave, name="tokenweave")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Of several processes, one runs all that needs real ranks, or GPUs, and one the rest of a file."""
     for item in items:

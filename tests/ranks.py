@@ -1,5 +1,6 @@
 """Functions run on real ranks: processes that stay, so that the start-up is paid once."""
 
+import functools
 import os
 import tempfile
 import traceback
@@ -7,6 +8,7 @@ import traceback
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import device_mesh
 
 
 class Ranks:
@@ -56,6 +58,8 @@ def _serve(rank, world, store, pipe):
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    # Every mesh makes groups, and every gloo group has threads that hardly sleep: one mesh of a kind will do.
+    dist.init_device_mesh = device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
     while True:
         function, args = pipe.recv()
         try:
