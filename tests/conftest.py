@@ -1,6 +1,8 @@
 """What every test starts from: no caches, a fresh Dynamo, no reports left over, and a process group where one is asked for."""
 
+import fcntl
 import os
+import tempfile
 
 # Before torch reads them. The ranks of a test share few cores: threads that wait for each other would take them.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
@@ -20,12 +22,15 @@ def pytest_configure(config):
         torch._dynamo.register_backend(backend.tokenweave, name="tokenweave")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Of several processes, one runs all that needs real ranks, or GPUs, and one the rest of a file."""
-    for item in items:
-        shared = item.get_closest_marker("gpu") or {"ranks", "four_ranks"} & set(item.fixturenames)
-        item.add_marker(pytest.mark.xdist_group("ranks" if shared else item.path.name))
+@pytest.fixture(autouse=True)
+def one_at_a_time_on_gpus(request):
+    """Whichever processes test: kernels that wait for each other must not wait for another test's."""
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    with open(os.path.join(tempfile.gettempdir(), "tw_compile-gpu-tests.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(autouse=True)
