@@ -62,6 +62,8 @@ def build(device, dtype=torch.bfloat16):
 
 
 def compiled(model, backend="tokenweave", **options):
+    if backend == "tokenweave":
+        options = {"tokenweave.min_tokens": 1024, **options}  # whatever is faster here, it is to be woven
     return torch.compile(model, backend=backend, options=options, dynamic=True)
 
 
