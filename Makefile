@@ -29,7 +29,7 @@ demo: $(VENV)/package
 	$(PY) -m torch.distributed.run --nproc-per-node $(or $(TP),$$ranks) examples/llama.py $(or $(ARGS),$$args)
 
 test: $(VENV)/package $(VENV)/test-extras
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
