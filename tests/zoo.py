@@ -126,13 +126,13 @@ def loaded(path, dtype, device):
     return load(path, dtype).to(device), load(path, torch.float64, parallel=False).to(device)
 
 
-def forward(path, batch=1, tokens=32, dynamic=False, dtype=torch.float32, codegen=False, min_tokens=2, device="cpu") -> Outcome:
+def forward(path, batch=1, tokens=32, dynamic=False, dtype=torch.float32, codegen=False, device="cpu") -> Outcome:
     """On a rank: the model's forward pass without a cache, compiled."""
     torch._dynamo.reset()
     before = len(tw_compile.reports())
     model, reference = loaded(path, dtype, device)
     ids = torch.randint(3, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1)).to(device)
-    options = {"tokenweave.min_tokens": min_tokens}
+    options = {"tokenweave.min_tokens": 2}
     with torch.no_grad(), contextlib.nullcontext() if codegen else without_codegen():
         eager = model(ids, use_cache=False).logits
         compiled = torch.compile(model, backend=backend.tokenweave, dynamic=dynamic, fullgraph=True, options=options)
@@ -166,7 +166,7 @@ class Generated:
 PROMPT, NEW = 24, 6
 
 
-def generate(path, cache="dynamic", dtype=torch.float32, dynamic=None, device="cpu", **how) -> Generated:
+def generate(path, cache="dynamic", dtype=torch.float32, device="cpu", **how) -> Generated:
     """On a rank: two sequences, of which one is padded on the left, continued by NEW tokens.
 
     cache: ``dynamic``, or what ``generate`` calls ``cache_implementation``
@@ -192,7 +192,7 @@ def generate(path, cache="dynamic", dtype=torch.float32, dynamic=None, device="c
     with torch.no_grad(), without_codegen():
         eager_tokens, eager_error = run()
         options = {"tokenweave.min_tokens": 16}
-        model.forward = torch.compile(eager, backend=backend.tokenweave, dynamic=dynamic, fullgraph=True, options=options)
+        model.forward = torch.compile(eager, backend=backend.tokenweave, fullgraph=True, options=options)
         try:
             tokens, error = run()
         finally:

@@ -15,7 +15,8 @@ TILE_COLUMNS = 256
 WAVES = 1.9
 
 # What an SM computes in large 16-bit GEMMs, in floating-point operations a second, and what the wire carries in each
-# direction, in bytes a second: of an H200 (benchmarks/results/), and only their ratio counts.
+# direction, in bytes a second, on an H200; only their ratio counts. The wire as in benchmarks/results/kernel-*.json. The SM is
+# an estimate: whole layers without all-reduces reach 3.9e12 to 4.6e12 (prefill-*.json), with norms and attention in their time.
 SM_FLOPS = 4.9e12
 WIRE_BYTES = 310e9
 

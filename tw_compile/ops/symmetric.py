@@ -1,9 +1,9 @@
 """The sites over symmetric memory: one kernel launch each, in which the ranks read and write each other's memory.
 
 A *workspace* is memory that all ranks have mapped: ``rows`` rows of activations, where partial sums come in and norms go
-out; the residual, as it is carried from site to site and as it leaves; and what the kernels need themselves. There is one for each slot, dtype, hidden size and power
-of two of rows. It is made on first use, by all ranks together, and stays where it is for good: the pointers are in
-captured CUDA graphs.
+out; the residual, as it is carried from site to site and as it leaves; and what the kernels need themselves. There is one
+for each slot, dtype, hidden size and power of two of rows. It is made on first use, by all ranks together, and stays where
+it is for good: the pointers are in captured CUDA graphs.
 
 Two kernels (``csrc/``): from ``TWO_SHOT_ROWS`` tokens on each rank finishes a part of the rows for all; below, each finishes
 all for itself. Which rank owns which row: ``own_rows``.
