@@ -17,10 +17,18 @@ import torch
 
 from tw_compile.ops import nvrtc
 from tw_compile.ops.reference import all_reduce_add_norm
-from tw_compile.ops.symmetric import TWO_SHOT_ROWS, Arguments, Layout, macros, own_rows
+from tw_compile.ops import symmetric
+from tw_compile.ops.symmetric import TWO_SHOT_ROWS, Arguments, Layout, own_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNELS = ("two_shot", "one_shot", "one_shot_ll")
+SHARED = 227 * 1024  # of a CTA on sm_90 and sm_100
 HIDDEN = (8, 64, 4096, 5120, 8192, 16384, 32768)
+
+
+def macros(dtype, hidden, world, transport, center):
+    return symmetric.macros(dtype, hidden, world, transport, center, Layout.of(hidden, dtype.itemsize, world, transport, SHARED))
+
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"no NVRTC: {nvrtc.missing()}")
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -43,9 +51,11 @@ def disassemble(cubin: bytes, directory: Path) -> str:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("transport", ("peer", "multimem"))
+@pytest.mark.parametrize(
+    "transport, kernel",
+    [("peer", "two_shot"), ("peer", "one_shot"), ("peer", "one_shot_ll"), ("multimem", "two_shot"), ("multimem", "one_shot")],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", ("two_shot", "one_shot"))
 @pytest.mark.parametrize("arch", ("sm_90a", "sm_100a"))
 def test_sass(arch, kernel, dtype, transport, tmp_path):
     check_sass(arch, kernel, dtype, transport, False, tmp_path)
@@ -72,11 +82,14 @@ def check_sass(arch, kernel, dtype, transport, center, tmp_path):
     assert stores
     # All wide accesses are 16 bytes wide, and what is not wide is a flag, an epoch or an error word.
     assert set(re.findall(r"(?:LDG|STG)\.E\.(\d+|[A-Z])", sass)) <= {"128", "S"}
-    if transport == "peer":
+    if kernel == "one_shot_ll":
+        assert not multicast_loads and [load for load in loads if "128" in load]
+    elif transport == "peer":
         assert not multicast_loads
-        wide = [load for load in loads if "128" in load]
         # Each thread has a vector of each of the 8 ranks in flight, for each vector of its own part of the row.
-        assert len(wide) >= 8 * Layout.of(8192, dtype.itemsize, 8).unroll
+        copies = re.findall(r"LDGSTS\S*", sass)
+        assert len(copies) >= 8 * Layout.of(8192, dtype.itemsize, 8, transport, SHARED).unroll
+        assert all(".BYPASS." in copy and copy.endswith(".128") for copy in copies), set(copies)
     else:
         assert not [load for load in loads if "128" in load]
         expected = {torch.bfloat16: r"(F32|HP)ADD\.BF16x8", torch.float16: r"(F32|HP)ADD\.F16x8", torch.float32: r"ADD.*F32"}[dtype]
@@ -98,14 +111,14 @@ def test_no_spills_in_a_layer_norm(hidden, world, dtype):
 
 
 def check_no_spills(hidden, world, dtype, center):
-    for kernel in ("two_shot", "one_shot"):
+    for kernel in KERNELS:
         command = nvrtc.options("sm_90a", macros(dtype, hidden, world, "peer", center))
         _, messages = nvrtc.compile_kernel(kernel, [*command, "--ptxas-options=-v"])
         assert set(re.findall(r"(\d+) bytes spill", messages)) == {"0"}, messages
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("kernel", ("two_shot", "one_shot"))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_nvcc_compiles_too(kernel, tmp_path):
     defines = [f"-D{name}={value}" for name, value in macros(torch.bfloat16, 4096, 4, "multimem", True).items()]
     source = nvrtc.SOURCES / f"{kernel}.cu"
@@ -140,14 +153,18 @@ def test_a_compile_error_shows_the_compilers_message():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layout_covers_every_row_with_few_registers(dtype):
-    for hidden, world in itertools.product(range(8, 32768 + 1, 8), (2, 8)):
-        layout = Layout.of(hidden, dtype.itemsize, world)
+def test_layout_covers_every_row_within_shared_memory(dtype):
+    for hidden, world, limit in itertools.product(range(8, 32768 + 1, 8), (2, 8), (SHARED, 163 * 1024)):
+        layout = Layout.of(hidden, dtype.itemsize, world, "peer", limit)
         vectors = hidden * dtype.itemsize // 16
-        places = layout.threads * layout.unroll * layout.chunks
-        assert vectors <= places
-        assert layout.threads % 32 == 0 and layout.threads <= Layout.MAX_THREADS
-        assert layout.shared_bytes(dtype.itemsize) <= 160 * 1024
+        assert vectors <= layout.threads * layout.unroll * layout.chunks
+        assert layout.threads % 32 == 0 and layout.threads <= 512
+        assert layout.depth >= 1 and layout.shared[1] <= layout.shared[0] <= limit
+
+
+def test_a_row_that_shared_memory_cannot_hold_is_refused():
+    with pytest.raises(RuntimeError, match="use transport 'process_group'"):
+        Layout.of(32768, 2, 8, "peer", 99 * 1024)
 
 
 # ---- What they compute, on a CPU
@@ -193,6 +210,8 @@ struct Cta {
   std::vector<float> exchange;
   std::vector<float4> shared;
 };
+struct Copy { void* to; const void* from; };
+using Group = std::vector<Copy>;
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
@@ -200,6 +219,7 @@ struct Fiber {
   uint3 thread;
   const void* site;
   void (*kernel)(const void*);
+  std::vector<Group> groups;  // of copies that are still out, the open one last
   u32 stalled = 0;
   bool done;
 };
@@ -247,15 +267,44 @@ inline void store(void* p, uint4 v) { memcpy(p, &v, 16); }
 inline uint4 load_sys(const void* p) { cpu::pause(); return load(p); }
 inline void store_sys(void* p, uint4 v) { cpu::pause(); store(p, v); }
 inline uint4 load_constant(const void* p) { return load(p); }
+// Copies are made as late as they may be.
+inline void copy_async(void* shared, const void* p) {
+  if (cpu::self->groups.empty()) cpu::self->groups.emplace_back();
+  cpu::self->groups.back().push_back({shared, p});
+}
+inline void close_copies() {
+  if (cpu::self->groups.empty()) cpu::self->groups.emplace_back();
+  cpu::self->groups.emplace_back();
+}
+template <int kStillOut>
+void copies_arrived() {
+  auto& groups = cpu::self->groups;
+  for (; groups.size() > kStillOut + 1; groups.erase(groups.begin()))
+    for (const cpu::Copy& copy : groups.front()) { cpu::pause(); memcpy(copy.to, copy.from, 16); }
+}
 inline void prefetch(const void* p) { load(p); }  // must be there to be read
 inline void fence_alias() {}
+inline uint4 load_pairs(const void* p) {  // the halves at different times
+  uint4 v;
+  cpu::yield();
+  memcpy(&v.z, (const char*)p + 8, 8);
+  cpu::pause();
+  memcpy(&v, p, 8);
+  return v;
+}
+inline void store_pairs(void* p, uint4 v) {
+  cpu::pause();
+  memcpy((char*)p + 8, &v.z, 8);
+  cpu::pause();
+  memcpy(p, &v, 8);
+}
 inline u32 load_acquire_sys(const u32* p) { cpu::yield(); return *(const volatile u32*)p; }
 inline void store_release_sys(u32* p, u32 v) { cpu::yield(); *(volatile u32*)p = v; }
 inline u32 load_word(const u32* p) { return *p; }
 inline void store_word(u32* p, u32 v) { *p = v; }
 inline u64 global_timer() { static u64 t = 0; return t += 1000; }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
-inline float* shared_memory() { return reinterpret_cast<float*>(cpu::self->cta->shared.data()); }
+inline char* shared_memory() { return reinterpret_cast<char*>(cpu::self->cta->shared.data()); }
 
 inline u32 bf16_of(float f) {
   const u32 v = __float_as_uint(f);
@@ -300,6 +349,7 @@ inline void multimem_store(void* p, uint4 v) {
 
 DRIVER = r"""
 #include "one_shot.cuh"
+#include "one_shot_ll.cuh"
 #include "two_shot.cuh"
 
 constexpr int kWorld = TW_WORLD;
@@ -313,9 +363,10 @@ static std::vector<Access> accesses;
 template <class Element, int kWorld>
 struct Recorder : tw::TW_TRANSPORT<Element, kWorld> {
   using Base = tw::TW_TRANSPORT<Element, kWorld>;
-  void load_reduce(uint4 (&parts)[Base::kParts], u64 at) const {
+  template <class Places>
+  void load_reduce(typename Base::Pending& pending, Places places, u64 at) const {
     accesses.push_back({Base::site.rank, 0, at});
-    Base::load_reduce(parts, at);
+    Base::load_reduce(pending, places, at);
   }
   void store(u64 at, uint4 vector) const {
     accesses.push_back({Base::site.rank, 1, at});
@@ -325,10 +376,12 @@ struct Recorder : tw::TW_TRANSPORT<Element, kWorld> {
 
 static void two_shot(const void* site) { tw::two_shot<Recorder, tw::TW_NORM, Layout, kWorld, TW_DEPTH>(*(const Site*)site); }
 static void one_shot(const void* site) { tw::one_shot<Recorder, tw::TW_NORM, Layout, kWorld>(*(const Site*)site); }
+static void one_shot_ll(const void* site) { tw::one_shot_ll<tw::TW_NORM, Layout, kWorld>(*(const Site*)site); }
+static void (*const kernels[])(const void*) = {two_shot, one_shot, one_shot_ll};
 
 // One call of one rank: what a stream does before, the launch, what it does after.
 struct Copy { char *to; const char *from; u64 bytes; };
-struct Step { const void* site; u64 is_one_shot, grid; Copy before, after[2]; };
+struct Step { const void* site; u64 kernel, grid; Copy before, after[2]; };
 
 static void body() {
   cpu::self->kernel(cpu::self->site);
@@ -352,12 +405,12 @@ struct Stream {
     for (u32 b = 0; b < step.grid; ++b) {
       cpu::Cta& cta = ctas[b];
       cta.index = {b, 0, 0}, cta.grid = {u32(step.grid), 1, 1}, cta.threads = TW_THREADS;
-      cta.warps.resize(TW_THREADS / 32), cta.exchange.resize(TW_THREADS), cta.shared.resize(TW_SHARED / 16);
+      cta.warps.resize(TW_THREADS / 32), cta.exchange.resize(TW_THREADS), cta.shared.resize(TW_SHARED_BYTES / 16);
       for (u32 t = 0; t < TW_THREADS; ++t) {
         cpu::Fiber& fiber = fibers[b * TW_THREADS + t];
         fiber.stack.resize(48 * 1024);
         fiber.cta = &cta, fiber.thread = {t, 0, 0}, fiber.site = step.site, fiber.done = false;
-        fiber.kernel = step.is_one_shot ? one_shot : two_shot;
+        fiber.kernel = kernels[step.kernel];
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -420,7 +473,7 @@ class Copy(ctypes.Structure):
 class Step(ctypes.Structure):
     _fields_ = [
         ("site", ctypes.c_void_p),
-        ("is_one_shot", ctypes.c_uint64),
+        ("kernel", ctypes.c_uint64),
         ("grid", ctypes.c_uint64),
         ("before", Copy),
         ("after", Copy * 2),
@@ -440,7 +493,7 @@ class Machine:
 
     def __init__(self, directory: Path, dtype, hidden, world, transport, center=False):
         self.dtype, self.hidden, self.world, self.transport, self.center = dtype, hidden, world, transport, center
-        shared = Layout.of(hidden, dtype.itemsize, world).shared_bytes(dtype.itemsize)
+        defines = [f"-D{name}={value}" for name, value in macros(dtype, hidden, world, transport, center).items()]
         # a name of its own, as the loader takes one file for another of the same name
         self.library = directory / f"{dtype}-{hidden}-{world}-{transport}-{center}".replace("torch.", "")
         if not self.library.exists():
@@ -448,7 +501,6 @@ class Machine:
                 shutil.copy(path, directory)
             (directory / "ptx.cuh").write_text(STAND_IN)
             (directory / "driver.cpp").write_text(DRIVER)
-            defines = [f"-D{k}={v}" for k, v in {**macros(dtype, hidden, world, transport, center), "TW_SHARED": shared}.items()]
             command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *defines, "driver.cpp", "-o", self.library]
             subprocess.run(command, check=True, cwd=directory)
         self.run_steps = ctypes.CDLL(str(self.library))
@@ -459,7 +511,9 @@ class Machine:
         self.carried_at = self.ROWS * row
         self.whole_at = self.carried_at + self.ROWS * hidden * 4
         self.staging_at = self.whole_at + self.ROWS * row
-        self.workspaces = [torch.zeros(self.staging_at + 2 * self.CTAS * row, dtype=torch.uint8) for _ in range(world)]
+        self.ll_at = self.staging_at + 2 * self.CTAS * row
+        size = self.ll_at + 2 * self.CTAS * world * 2 * row
+        self.workspaces = [torch.full((size,), 90, dtype=torch.uint8) for _ in range(world)]  # is no epoch of these tests
         self.pads = [torch.zeros(self.CTAS * world, dtype=torch.int32) for _ in range(world)]
         self.epochs = [torch.full((self.CTAS,), -3, dtype=torch.int32) for _ in range(world)]  # soon wraps through 0
         for pad in self.pads:
@@ -477,16 +531,18 @@ class Machine:
             timeout_s,
             self.whole_at,
             self.staging_at,
+            self.ll_at,
         )
 
     def region(self, rank, begin, rows, dtype=None):
         dtype = dtype or self.dtype
         return self.workspaces[rank][begin : begin + rows * self.hidden * dtype.itemsize].view(dtype).view(rows, self.hidden)
 
-    def run(self, calls, seed=0, one_shot=None, ctas=3, whole=True, carried=False, timeout_s=1e3, lost=()):
+    def run(self, calls, seed=0, kernel=None, ctas=3, whole=True, carried=False, timeout_s=1e3, lost=()):
         """Run calls back to back on all ranks, without any meeting between them other than the kernels' own.
 
         calls: dicts of partials [W][T, H], residual, weight, bias, shift, eps, scale, offset, center, which is that of the kernels
+        kernel:  of all calls, or None for the one that each has on GPUs
         whole:   whether the last residual leaves whole, and not carried
         carried: whether all calls but the last carry their residual to the next, whatever that has as ``residual``
         lost:    ranks that never come
@@ -497,7 +553,8 @@ class Machine:
         for number, call in enumerate(calls):
             results.append([])
             rows = call["partials"][0].shape[0]
-            small = rows < TWO_SHOT_ROWS if one_shot is None else one_shot
+            name = kernel or symmetric.kernel_of(rows, self.world, self.transport)
+            small = name != "two_shot"
             for rank in range(self.world):
                 begin, end = (0, rows) if small else own_rows(rank, self.world, rows)
                 is_whole, takes_carried = whole and not (carried and number < len(calls) - 1), carried and number > 0
@@ -522,7 +579,7 @@ class Machine:
                 )  # fmt: skip
                 step = steps[rank * len(calls) + number]
                 step.site = ctypes.addressof(arguments._buffer)
-                step.is_one_shot = small
+                step.kernel = KERNELS.index(name)
                 step.grid = 0 if rank in lost else min(ctas, rows if small else -(-rows // self.world))
                 partial, size = call["partials"][rank], x.numel() * x.itemsize
                 step.before = Copy(x.data_ptr(), partial.data_ptr(), size)
@@ -620,21 +677,21 @@ def test_numbers_of_a_layer_norm(machine, dtype):
 @pytest.mark.parametrize("hidden, dtype", [(72, torch.bfloat16), (9216, torch.bfloat16), (4104, torch.float32)], ids=str)
 def test_layouts_of_a_layer_norm(machine, hidden, dtype):
     kernels = machine(dtype, hidden, 2, "peer", True)
-    for rows, one_shot in ((3, True), (7, False)):
+    for rows, kernel in ((3, "one_shot"), (3, "one_shot_ll"), (7, "two_shot")):
         call = example(dtype, hidden, 2, rows, bias=True, weight="float", offset=1.0, shift="same", center=True)
-        (result,) = kernels.run([call], one_shot=one_shot, ctas=2)
+        (result,) = kernels.run([call], kernel=kernel, ctas=2)
         assert kernels.status == 0
         assert_right(result, call, 2)
 
 
 @needs_gxx
-@pytest.mark.parametrize("one_shot", (True, False))
-def test_a_layer_norm_of_a_large_mean(machine, one_shot):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_layer_norm_of_a_large_mean(machine, kernel):
     """What is left of the row after its mean is as exact as the row: E(x²) - E(x)² would be wrong in its first digit."""
     kernels = machine(torch.float32, 520, 2, "peer", True)
     call = example(torch.float32, 520, 2, 5, residual=False, shift="same", center=True)
     call["partials"] = [partial + 2.0**10 for partial in call["partials"]]
-    (results,) = kernels.run([call], one_shot=one_shot)
+    (results,) = kernels.run([call], kernel=kernel)
     right = torch.nn.functional.layer_norm(sum(call["partials"]).double(), (520,), call["weight"].double(), call["shift"].double())
     for norm, _ in results:
         torch.testing.assert_close(norm.double(), right, rtol=1e-4, atol=1e-3)
@@ -645,9 +702,9 @@ def test_a_layer_norm_of_a_large_mean(machine, one_shot):
 def test_layouts(machine, hidden, dtype):
     """Rows that do not fill the last vectors, one chunk or several."""
     kernels = machine(dtype, hidden, 2, "peer")
-    for rows, one_shot in ((3, True), (7, False)):
+    for rows, kernel in ((3, "one_shot"), (3, "one_shot_ll"), (7, "two_shot")):
         call = example(dtype, hidden, 2, rows, bias=True, weight="float", offset=1.0)
-        (result,) = kernels.run([call], one_shot=one_shot, ctas=2)
+        (result,) = kernels.run([call], kernel=kernel, ctas=2)
         assert kernels.status == 0
         assert_right(result, call, 2)
 
@@ -667,18 +724,20 @@ def test_back_to_back_calls(machine, world):
 
 @needs_gxx
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, one_shot", [(1, True), (31, True), (7, False), (63, False), (64, False)])
-def test_a_residual_is_carried_unrounded(machine, dtype, rows, one_shot):
+@pytest.mark.parametrize(
+    "rows, kernel", [(1, "one_shot_ll"), (31, "one_shot"), (31, "one_shot_ll"), (7, "two_shot"), (63, "two_shot"), (64, "two_shot")]
+)
+def test_a_residual_is_carried_unrounded(machine, dtype, rows, kernel):
     """From site to site, until the last one rounds it."""
     world, total = 3, 4
     kernels = machine(dtype, 520, world, "peer")
     calls = [example(dtype, 520, world, rows, seed=seed, residual=seed != 0) for seed in range(total)]
-    results = kernels.run(calls, one_shot=one_shot, ctas=2, carried=True)
+    results = kernels.run(calls, kernel=kernel, ctas=2, carried=True)
     assert kernels.status == 0
     residual = None
     for number, (result, call) in enumerate(zip(results, calls)):
         call = {**call, "residual": residual}
-        assert_right(result, call, world, whole=number == total - 1, one_shot=one_shot)
+        assert_right(result, call, world, whole=number == total - 1, one_shot=kernel != "two_shot")
         _, residual = all_reduce_add_norm(**call)
 
 
@@ -692,22 +751,22 @@ def test_bits_of_a_row_depend_on_its_data_alone(machine, center):
     for part in (slice(0, 1), slice(17, 20), slice(3, 50)):
         of_part = {**call, "partials": [p[part].contiguous() for p in call["partials"]]}
         of_part["residual"] = call["residual"][part].contiguous()
-        for one_shot, ctas in itertools.product((True, False), (1, 3)):
-            (results,) = kernels.run([of_part], one_shot=one_shot, ctas=ctas)
+        for kernel, ctas in itertools.product(KERNELS, (1, 3)):
+            (results,) = kernels.run([of_part], kernel=kernel, ctas=ctas)
             for rank in range(world):
                 assert torch.equal(results[rank][0], norm[part]) and torch.equal(results[rank][1], residual[part])
 
 
 @needs_gxx
-@pytest.mark.parametrize("one_shot", (True, False))
-def test_both_transports_touch_every_vector_once_at_the_same_addresses(machine, one_shot):
+@pytest.mark.parametrize("kernel", ("one_shot", "two_shot"))
+def test_both_transports_touch_every_vector_once_at_the_same_addresses(machine, kernel):
     world, rows, hidden, dtype = 3, 31, 72, torch.float16
     row = hidden * dtype.itemsize
     call = example(dtype, hidden, world, rows)
     seen = {}
     for transport in ("peer", "multimem"):
         kernels = machine(dtype, hidden, world, transport)
-        (results,) = kernels.run([call], one_shot=one_shot)
+        (results,) = kernels.run([call], kernel=kernel)
         assert kernels.status == 0
         norm, _ = all_reduce_add_norm(**call)
         for rank in range(world):
@@ -718,7 +777,7 @@ def test_both_transports_touch_every_vector_once_at_the_same_addresses(machine, 
     loads = [(rank, at) for rank, is_store, at in seen["peer"] if not is_store]
     stores = [at for _, is_store, at in seen["peer"] if is_store]
     vectors = [at for at in range(0, rows * row, 16)]
-    if one_shot:
+    if kernel == "one_shot":
         assert not stores
         for rank in range(world):  # its staging places may be used again, by another row
             assert len([at for r, at in loads if r == rank]) == len(vectors)

@@ -165,14 +165,19 @@ def ranks(world) -> Ranks:
     return _worlds[world]
 
 
+def layout(dtype, hidden, world):
+    limit = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+    return symmetric.Layout.of(hidden, dtype.itemsize, world, "peer", limit)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def prepared():
     """All kernels, compiled in parallel."""
     arch = nvrtc.architecture(torch.cuda.get_device_capability())
     jobs = [
-        (kernel, arch, symmetric.macros(dtype, hidden, world, "peer", center))
+        (kernel, arch, symmetric.macros(dtype, hidden, world, "peer", center, layout(dtype, hidden, world)))
         for center, sizes in ((False, SIZES), (True, LAYER_NORM_SIZES))
-        for (dtype, hidden, world), kernel in itertools.product(sizes, ("two_shot", "one_shot"))
+        for (dtype, hidden, world), kernel in itertools.product(sizes, ("two_shot", "one_shot", "one_shot_ll"))
     ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: nvrtc.cubin(*job), jobs))

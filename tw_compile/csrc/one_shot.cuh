@@ -20,7 +20,9 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
-  Rows<Norm, Layout, Transport, kWorld> rows(site);
+  using AllRows = Rows<Norm, Layout, Transport, kWorld>;
+  AllRows rows(site, transport);
+  rows.fetch_weight();
 
   for (u32 row = blockIdx.x; row < site.rows; row += gridDim.x) {
     const u64 at = row * Layout::kRowBytes;
@@ -28,6 +30,7 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
     const u64 float_at = row * Layout::kFloatRowBytes;
     const char* residual = site.residual == nullptr ? nullptr : site.residual + (site.takes_carried ? float_at : at);
     Chunk<Layout, Transport> chunk;
+    chunk.lands_in(AllRows::memory_of_chunk(0));
 
     chunk.load_residual(residual, site.takes_carried, 0);  // arrives during the barrier
     for (int c = 0; c < Layout::kChunks; ++c) {
@@ -38,7 +41,6 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
         ptx::store_sys(site.workspace[0] + staging_at + v * 16ull, ptx::load(site.x + at + v * 16ull));
       }
     }
-    rows.fetch_weight();
     if constexpr (Norm::kCenters) rows.prefetch_shift();
     if constexpr (Transport::kAliases) ptx::fence_alias();
     barrier.arrive_and_wait(0);
@@ -48,6 +50,8 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
     for (int c = 0; c < Layout::kChunks; ++c) {
       chunk.load_parts(transport, staging_at, c);
       if (c > 0) chunk.load_residual(residual, site.takes_carried, c);
+      ptx::close_copies();
+      ptx::copies_arrived<0>();
       rows.add(chunk, c, [&](int v, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {
           ptx::store(site.residual_out + at + v * 16ull, Layout::Element::pack(r));
@@ -56,7 +60,7 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
         }
       });
     }
-    rows.template normalise<true>([&](u64 offset, uint4 norm) { ptx::store(site.norm_out + at + offset, norm); });
+    rows.normalise([&](u64 offset, uint4 norm) { ptx::store(site.norm_out + at + offset, norm); });
   }
   barrier.close();
 }

@@ -23,6 +23,20 @@ __device__ __forceinline__ void store_sys(void* p, uint4 v) {
                :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+// 16 bytes as two accesses of 8, neither of which is ever torn.
+
+__device__ __forceinline__ uint4 load_pairs(const void* p) {
+  uint4 v;
+  asm volatile("{ .reg .u64 a, b; ld.relaxed.sys.global.v2.u64 {a, b}, [%4]; mov.b64 {%0, %1}, a; mov.b64 {%2, %3}, b; }"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_pairs(void* p, uint4 v) {
+  asm volatile("{ .reg .u64 a, b; mov.b64 a, {%1, %2}; mov.b64 b, {%3, %4}; st.relaxed.sys.global.v2.u64 [%0], {a, b}; }"
+               :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 __device__ __forceinline__ uint4 load(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -41,6 +55,23 @@ __device__ __forceinline__ uint4 load_constant(const void* p) {
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
+}
+
+// ---- Copies of 16 bytes into shared memory that run while the thread goes on, past L1. They take no registers. A thread
+// reads what it copied itself, after copies_arrived; others would need a barrier too.
+
+__device__ __forceinline__ void copy_async(void* shared, const void* p) {
+  asm volatile("{ .reg .u64 to; cvta.to.shared.u64 to, %0; cp.async.cg.shared.global [to], [%1], 16; }"
+               :: "l"(shared), "l"(p) : "memory");
+}
+
+// Ends a group of copies; empty ones count too.
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all groups but the last kStillOut.
+template <int kStillOut>
+__device__ __forceinline__ void copies_arrived() {
+  asm volatile("cp.async.wait_group %0;" :: "n"(kStillOut) : "memory");
 }
 
 // Asks for a line of it, which comes to L2. Takes no register.
@@ -140,9 +171,9 @@ __device__ __forceinline__ float rsqrt(float x) {
 }
 
 // The CTA's dynamic shared memory.
-__device__ __forceinline__ float* shared_memory() {
+__device__ __forceinline__ char* shared_memory() {
   extern __shared__ float4 memory[];
-  return reinterpret_cast<float*>(memory);
+  return reinterpret_cast<char*>(memory);
 }
 
 }  // namespace ptx

@@ -69,17 +69,32 @@ struct Vector {
   }
 };
 
-// What a thread has in flight of a chunk.
+// What a thread has on its way of a chunk. Registers are few, and the wire is long: copies land in shared memory, each
+// thread having places of its own.
 template <class Layout, class Transport>
-struct Chunk {
-  uint4 parts[Layout::kUnroll][Transport::kParts];
-  Vector<Layout> residual[Layout::kUnroll];
+class Chunk {
+  static constexpr int kWords = Vector<Layout>::kWords;
+  static constexpr int kPlaces = Transport::kPlaces + kWords;  // of a vector: the parts, then the residual
+
+ public:
+  static constexpr int kBytes = Layout::kUnroll * kPlaces * Layout::kThreads * 16;
+
+  // memory: kBytes of shared memory
+  __device__ __forceinline__ void lands_in(char* memory) { places_ = {memory + threadIdx.x * 16}; }
 
   __device__ __forceinline__ void load_residual(const char* row, bool is_float, int chunk) {
+    if (row == nullptr) return;
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
       const int v = Layout::vector(chunk, u);
-      if (row != nullptr && Layout::holds(v)) residual[u].load(row, is_float, v, ptx::load);
+      if (!Layout::holds(v)) continue;
+      const Places<Layout::kThreads> places = residual_places(u);
+      if (kWords == 1 || !is_float) {
+        places.copy_here(row + v * 16ull);
+      } else {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) places.from(w).copy_here(row + (v * kWords + w) * 16ull);
+      }
     }
   }
 
@@ -88,36 +103,31 @@ struct Chunk {
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
       const int v = Layout::vector(chunk, u);
-      if (Layout::holds(v)) {
-        transport.load_reduce(parts[u], row_at + v * 16ull);
-      } else {
-#pragma unroll
-        for (int i = 0; i < Transport::kParts; ++i) parts[u][i] = make_uint4(0, 0, 0, 0);
-      }
+      if (Layout::holds(v)) transport.load_reduce(pending_[u], places_.from(u * kPlaces), row_at + v * 16ull);
     }
   }
-};
 
-// The sum over the ranks, in rank order. The parts start with this rank's; the part of rank 0 is number `first`, known
-// only at run time, and registers cannot be indexed: hence one copy of the sum for each place where it can be.
-template <class Element, int kParts, int kUnroll, int kFirst = 0>
-__device__ __forceinline__ void add_in_rank_order(const uint4 (&parts)[kUnroll][kParts], int first,
-                                                  float (&sum)[kUnroll][Element::kVector]) {
-  if constexpr (kFirst + 1 < kParts) {
-    if (first != kFirst) return add_in_rank_order<Element, kParts, kUnroll, kFirst + 1>(parts, first, sum);
+  __device__ __forceinline__ void total(const Transport& transport, int u, float (&sum)[Layout::kVector]) const {
+    transport.total(pending_[u], places_.from(u * kPlaces), sum);
   }
+
+  __device__ __forceinline__ Vector<Layout> residual(int u, bool is_float) const {
+    Vector<Layout> vector;
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    Element::unpack(parts[u][kFirst], sum[u]);
-#pragma unroll
-    for (int rank = 1; rank < kParts; ++rank) {
-      float part[Element::kVector];
-      Element::unpack(parts[u][(kFirst + rank) % kParts], part);
-#pragma unroll
-      for (int i = 0; i < Element::kVector; ++i) sum[u][i] = __fadd_rn(sum[u][i], part[i]);
+    for (int w = 0; w < kWords; ++w) {
+      if (w == 0 || is_float) vector.raw[w] = residual_places(u).from(w).get();
     }
+    return vector;
   }
-}
+
+ private:
+  __device__ __forceinline__ Places<Layout::kThreads> residual_places(int u) const {
+    return places_.from(u * kPlaces + Transport::kPlaces);
+  }
+
+  Places<Layout::kThreads> places_;
+  typename Transport::Pending pending_[Layout::kUnroll];
+};
 
 // The thread's part of the row in float32, between the sum and the norm: in registers if the row is one chunk, otherwise in
 // shared memory, where each thread reads only what it wrote.
@@ -128,7 +138,9 @@ template <class Layout>
 struct Kept<Layout, true> {
   float values[Layout::kUnroll][Layout::kVector];
 
-  __device__ __forceinline__ explicit Kept(float*) {}
+  static constexpr int kBytes = 0;
+
+  __device__ __forceinline__ explicit Kept(char*) {}
   __device__ __forceinline__ void put(int, int u, const float (&r)[Layout::kVector]) {
 #pragma unroll
     for (int i = 0; i < Layout::kVector; ++i) values[u][i] = r[i];
@@ -142,9 +154,10 @@ struct Kept<Layout, true> {
 template <class Layout>
 struct Kept<Layout, false> {
   static constexpr int kQuads = Layout::kVector / 4;
+  static constexpr int kBytes = Layout::kThreads * Layout::kUnroll * Layout::kChunks * Layout::kVector * 4;
   float4* memory;
 
-  __device__ __forceinline__ explicit Kept(float* shared) : memory(reinterpret_cast<float4*>(shared)) {}
+  __device__ __forceinline__ explicit Kept(char* shared) : memory(reinterpret_cast<float4*>(shared)) {}
   static __device__ __forceinline__ int index(int chunk, int u, int quad) {
     return ((chunk * Layout::kUnroll + u) * kQuads + quad) * Layout::kThreads + static_cast<int>(threadIdx.x);
   }
@@ -185,44 +198,48 @@ class Rows {
  public:
   using Element = typename Layout::Element;
 
-  // Floats of shared memory in front of what Kept has.
-  static constexpr int kScratch = 2 * 32;
+  __device__ __forceinline__ explicit Rows(const Site<kWorld>& site, const Transport& transport)
+      : site_(site), transport_(transport), kept_(ptx::shared_memory() + kScratchBytes) {}
 
-  __device__ __forceinline__ explicit Rows(const Site<kWorld>& site)
-      : site_(site),
-        first_(Transport::kParts == 1 ? 0 : (kWorld - static_cast<int>(site.rank)) % kWorld),
-        kept_(ptx::shared_memory() + kScratch) {}
+  // Behind what the rows need themselves.
+  static __device__ __forceinline__ char* memory_of_chunk(int i) {
+    return ptx::shared_memory() + kScratchBytes + Kept<Layout>::kBytes + i * Chunk<Layout, Transport>::kBytes;
+  }
+  static constexpr __device__ int shared_bytes(int chunks) {
+    return kScratchBytes + Kept<Layout>::kBytes + chunks * Chunk<Layout, Transport>::kBytes;
+  }
 
   // r = scale * (sum + bias) + residual of one chunk. store(number of the vector in the row, its floats) takes r.
-  template <class Store>
-  __device__ __forceinline__ void add(const Chunk<Layout, Transport>& in, int chunk, Store store) {
+  template <class In, class Store>
+  __device__ __forceinline__ void add(const In& in, int chunk, Store store) {
     if (chunk == 0) sum_ = 0.0f;
-    float r[Layout::kUnroll][Layout::kVector];
-    add_in_rank_order<Element>(in.parts, first_, r);
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
       const int v = Layout::vector(chunk, u);
       if (!Layout::holds(v)) continue;
+      float r[Layout::kVector];
+      in.total(transport_, u, r);
       if (site_.bias != nullptr) {
         Vector<Layout> bias;
         bias.load(site_.bias, false, v, ptx::load_constant);
-        bias.each(false, [&](int i, float b) { r[u][i] = __fadd_rn(r[u][i], b); });
+        bias.each(false, [&](int i, float b) { r[i] = __fadd_rn(r[i], b); });
       }
 #pragma unroll
-      for (int i = 0; i < Layout::kVector; ++i) r[u][i] = __fmul_rn(r[u][i], site_.scale);
+      for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(r[i], site_.scale);
       if (site_.residual != nullptr) {
-        in.residual[u].each(site_.takes_carried != 0, [&](int i, float before) { r[u][i] = __fadd_rn(r[u][i], before); });
+        const bool is_float = site_.takes_carried != 0;
+        in.residual(u, is_float).each(is_float, [&](int i, float before) { r[i] = __fadd_rn(r[i], before); });
       }
 #pragma unroll
       for (int i = 0; i < Layout::kVector; ++i) {
-        sum_ = Norm::kCenters ? __fadd_rn(sum_, r[u][i]) : __fmaf_rn(r[u][i], r[u][i], sum_);
+        sum_ = Norm::kCenters ? __fadd_rn(sum_, r[i]) : __fmaf_rn(r[i], r[i], sum_);
       }
-      kept_.put(chunk, u, r[u]);
-      store(v, r[u]);
+      kept_.put(chunk, u, r);
+      store(v, r);
     }
   }
 
-  // Fetch the weight of the first chunk early, for normalise<true>.
+  // Once, before the first row: the weight of the first chunk stays in registers.
   __device__ __forceinline__ void fetch_weight() {
     if (site_.weight == nullptr) return;
 #pragma unroll
@@ -243,7 +260,7 @@ class Rows {
   }
 
   // store(byte offset in the row, vector) takes norm = row / sqrt(mean(row²) + eps) * (weight + offset) + shift.
-  template <bool kWeightIsFetched, class Store>
+  template <class Store>
   __device__ __forceinline__ void normalise(Store store) {
     const bool is_float = site_.weight_is_float != 0;
     if constexpr (Norm::kCenters) sum_ = center(row_mean(sum_));
@@ -260,7 +277,7 @@ class Rows {
         for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(r[i], factor);
         if (site_.weight != nullptr) {
           Vector<Layout> weight;
-          if (kWeightIsFetched && chunk == 0) {
+          if (chunk == 0) {
             weight = weight_[u];
           } else {
             weight.load(site_.weight, is_float, v, ptx::load_constant);
@@ -310,7 +327,7 @@ class Rows {
   __device__ __forceinline__ float row_sum(float value) {
 #pragma unroll
     for (int lane = 16; lane > 0; lane /= 2) value = __fadd_rn(value, __shfl_xor_sync(0xffffffffu, value, lane));
-    float* of_warp = ptx::shared_memory() + half_ * 32;
+    float* of_warp = reinterpret_cast<float*>(ptx::shared_memory()) + half_ * 32;
     half_ ^= 1;
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
     __syncthreads();
@@ -320,8 +337,10 @@ class Rows {
     return sum;
   }
 
+  static constexpr int kScratchBytes = 2 * 32 * 4;
+
   const Site<kWorld>& site_;
-  const int first_;
+  const Transport& transport_;
   Kept<Layout> kept_;
   Vector<Layout> weight_[Layout::kUnroll];
   float sum_ = 0.0f;  // of the thread's squares; for a LayerNorm, of its elements first

@@ -42,6 +42,27 @@ __device__ __noinline__ void give_up(const Site<kWorld>& site, u32 peer, u32 epo
   __trap();
 }
 
+// Of a thread that polls: gives up when the time is over.
+template <int kWorld>
+class Patience {
+ public:
+  __device__ explicit Patience(const Site<kWorld>& site) : site_(site) {}
+
+  // After each look in vain.
+  __device__ __forceinline__ void lose(u32 peer, u32 epoch, u32 phase) {
+    constexpr u32 kPollsPerLookAtTheClock = 1024;
+    if (++polls_ % kPollsPerLookAtTheClock != 0) return;
+    const u64 now = ptx::global_timer();
+    if (begin_ == 0) begin_ = now;
+    if (now - begin_ > site_.timeout_ns) give_up(site_, peer, epoch, phase);
+  }
+
+ private:
+  const Site<kWorld>& site_;
+  u64 begin_ = 0;
+  u32 polls_ = 0;
+};
+
 template <int kWorld>
 class Barrier {
  public:
@@ -50,6 +71,9 @@ class Barrier {
 
   // Barriers passed by this CTA, in this and all earlier kernels.
   __device__ u32 epoch() const { return epoch_; }
+
+  // Counts on without a barrier; all ranks do.
+  __device__ u32 next_epoch() { return ++epoch_; }
 
   // phase: number of the barrier in the kernel, for the error message
   __device__ void arrive_and_wait(u32 phase) {
@@ -71,14 +95,8 @@ class Barrier {
 
  private:
   __device__ void wait_for(const u32* flag, u32 peer, u32 phase) const {
-    constexpr u32 kPollsPerLookAtTheClock = 1024;
-    u64 begin = 0;
-    for (u32 polls = 1; static_cast<int>(ptx::load_acquire_sys(flag) - epoch_) < 0; ++polls) {
-      if (polls % kPollsPerLookAtTheClock != 0) continue;
-      const u64 now = ptx::global_timer();
-      if (begin == 0) begin = now;
-      if (now - begin > site_.timeout_ns) give_up(site_, peer, epoch_, phase);
-    }
+    Patience<kWorld> patience(site_);
+    while (static_cast<int>(ptx::load_acquire_sys(flag) - epoch_) < 0) patience.lose(peer, epoch_, phase);
   }
 
   const Site<kWorld>& site_;

@@ -30,16 +30,17 @@ struct Cursor {
   }
 };
 
-// The weight is not fetched before it is needed: it is in L1 from the second row on, and registers are short.
-//
-// kDepth: chunks that a thread has in flight. A chunk's registers are loaded anew as soon as it is summed, so that the wire
-// stays busy through the norm and the stores.
+// kDepth: chunks that a thread has in flight. A chunk's places are filled anew as soon as it is summed, so that the wire stays
+// busy through the norm and the stores.
 template <template <class, int> class TransportOf, class Norm, class Layout, int kWorld, int kDepth>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
-  Rows<Norm, Layout, Transport, kWorld> rows(site);
+  using AllRows = Rows<Norm, Layout, Transport, kWorld>;
+  AllRows rows(site, transport);
+
+  static_assert(AllRows::shared_bytes(kDepth) == TW_SHARED_BYTES, "the host gives another amount of shared memory");
 
   const u32 per_rank = (site.rows + kWorld - 1) / kWorld;  // the last ranks may have fewer rows, or none
   const u32 begin = site.rank * per_rank;
@@ -48,21 +49,28 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   Chunk<Layout, Transport> chunks[kDepth];
   Cursor<Layout> next{begin + blockIdx.x}, now = next;
   const auto fetch = [&](Chunk<Layout, Transport>& chunk) {
-    if (next.row >= end) return;
-    const u64 at = next.row * Layout::kRowBytes;
-    const u64 residual_at = site.takes_carried ? (next.row - begin) * Layout::kFloatRowBytes : at;
-    chunk.load_parts(transport, at, next.chunk);
-    chunk.load_residual(site.residual == nullptr ? nullptr : site.residual + residual_at, site.takes_carried, next.chunk);
-    next.advance();
+    if (next.row < end) {
+      const u64 at = next.row * Layout::kRowBytes;
+      const u64 residual_at = site.takes_carried ? (next.row - begin) * Layout::kFloatRowBytes : at;
+      chunk.load_parts(transport, at, next.chunk);
+      chunk.load_residual(site.residual == nullptr ? nullptr : site.residual + residual_at, site.takes_carried, next.chunk);
+      next.advance();
+    }
+    ptx::close_copies();
   };
 
+  rows.fetch_weight();
   barrier.arrive_and_wait(0);
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) fetch(chunks[i]);
+  for (int i = 0; i < kDepth; ++i) {
+    chunks[i].lands_in(AllRows::memory_of_chunk(i));
+    fetch(chunks[i]);
+  }
   while (now.row < end) {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       if (now.row >= end) continue;
+      ptx::copies_arrived<kDepth - 1>();
       const u64 at = now.row * Layout::kRowBytes;
       rows.add(chunks[i], now.chunk, [&](int v, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {
@@ -73,7 +81,7 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
       });
       fetch(chunks[i]);
       if (now.last_chunk()) {
-        rows.template normalise<false>([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
+        rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
       }
       now.advance();
     }

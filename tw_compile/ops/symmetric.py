@@ -5,8 +5,8 @@ out; the residual, as it is carried from site to site and as it leaves; and what
 for each slot, dtype, hidden size and power of two of rows. It is made on first use, by all ranks together, and stays where
 it is for good: the pointers are in captured CUDA graphs.
 
-Two kernels (``csrc/``): from ``TWO_SHOT_ROWS`` tokens on each rank finishes a part of the rows for all; below, each finishes
-all for itself. Which rank owns which row: ``own_rows``.
+The kernels (``csrc/``): from ``TWO_SHOT_ROWS`` tokens on each rank finishes a part of the rows for all; below, each finishes
+all for itself, and for the fewest tokens without a barrier. Which rank owns which row: ``own_rows``.
 """
 
 import concurrent.futures
@@ -29,6 +29,9 @@ from .reference import empty_results
 # Tokens from which each row is reduced by one rank only.
 TWO_SHOT_ROWS = 32
 
+# Rows, times peers that each goes to, up to which one_shot_ll is the faster of the two one-shot kernels.
+LL_ROWS_TIMES_PEERS = 93
+
 # CTAs of a two-shot kernel with nothing beside it, if the caller leaves it open.
 CTAS_ALONE = 32
 
@@ -47,6 +50,13 @@ def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
     return min(rank * part, rows), min((rank + 1) * part, rows)
 
 
+def kernel_of(rows: int, world: int, transport: str) -> str:
+    """The kernel for a number of tokens. They give the same bits; with multicast, the order of summation is the switch's."""
+    if rows >= TWO_SHOT_ROWS:
+        return "two_shot"
+    return "one_shot_ll" if transport == "peer" and rows * (world - 1) <= LL_ROWS_TIMES_PEERS else "one_shot"
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the threads of a CTA share a row (csrc/row.cuh): the same for all kernels, as the order of summation hangs on it.
@@ -55,40 +65,40 @@ class Layout:
     unroll:  16-byte vectors of a thread in a chunk
     chunks:  in a row
     depth:   chunks that a two-shot thread has in flight; has no influence on the bits
+    shared:  bytes of dynamic shared memory that two_shot needs, and that the others need, with one chunk in flight
     """
 
     threads: int
     unroll: int
     chunks: int
     depth: int
+    shared: tuple[int, int]
 
-    # In flight in a CTA: on an H200, four CTAs with as much take as many bytes off NVLink as any number can.
-    BYTES_IN_FLIGHT = 128 * 1024
-    MAX_THREADS = 512
-    MAX_DEPTH = 8
+    MAX_DEPTH = {"peer": 8, "multimem": 4}  # the switch's sums come to registers
 
     @classmethod
-    def of(cls, hidden: int, itemsize: int, world: int) -> "Layout":
+    def of(cls, hidden: int, itemsize: int, world: int, transport: str, shared_limit: int) -> "Layout":
+        """shared_limit: bytes of shared memory that a CTA can have. Raises RuntimeError where that is too little."""
         vectors = hidden * itemsize // 16
-        unroll = 2 if vectors > 32 else 1
-        chunks = -(-vectors // (cls.MAX_THREADS * unroll))
-        threads = -(-vectors // (chunks * unroll * 32)) * 32
-        # A quarter of the register file for each quarter of the warps.
-        registers = min(255, 16384 // (32 * -(-threads // 128)) // 8 * 8)
-        registers_of_chunk = unroll * (world + 4 // itemsize) * 4
-        fitting = (registers - 64) // registers_of_chunk
-        wanted = -(-cls.BYTES_IN_FLIGHT // (threads * unroll * world * 16))
-        return cls(threads, unroll, chunks, max(1, min(fitting, wanted, cls.MAX_DEPTH)))
+        words = 4 // itemsize  # 16-byte words of the residual, in float32, beside a vector
+        landing = words + (world if transport == "peer" else 0)
+        for max_threads, unroll in ((512, 2), (512, 1), (256, 1), (128, 1)):
+            unroll = min(unroll, -(-vectors // 32))
+            chunks = -(-vectors // (max_threads * unroll))
+            threads = -(-vectors // (chunks * unroll * 32)) * 32
+            kept = threads * unroll * chunks * 16 * words if chunks > 1 else 0
+            fixed, chunk = 2 * 32 * 4 + kept, threads * unroll * landing * 16
+            depth = min((shared_limit - fixed) // chunk, cls.MAX_DEPTH[transport])
+            if depth > 0:
+                return cls(threads, unroll, chunks, depth, (fixed + depth * chunk, fixed + chunk))
+        raise RuntimeError(
+            f"a row of {hidden} does not fit into the {shared_limit} bytes of shared memory that a thread block of this GPU can "
+            "have: use transport 'process_group'"
+        )
 
-    def shared_bytes(self, itemsize: int) -> int:
-        """Dynamic shared memory: scratch for the sums, and the row in float32 unless it fits into registers."""
-        row = self.threads * self.unroll * self.chunks * (16 // itemsize) * 4 if self.chunks > 1 else 0
-        return 2 * 32 * 4 + row
 
-
-def macros(dtype: torch.dtype, hidden: int, world: int, transport: str, center: bool) -> dict[str, object]:
+def macros(dtype: torch.dtype, hidden: int, world: int, transport: str, center: bool, layout: Layout) -> dict[str, object]:
     """What a kernel is compiled for. transport: "peer" or "multimem"; center: LayerNorm, not RMSNorm."""
-    layout = Layout.of(hidden, dtype.itemsize, world)
     return {
         "TW_ELEMENT": _ELEMENTS[dtype],
         "TW_HIDDEN": hidden,
@@ -99,6 +109,7 @@ def macros(dtype: torch.dtype, hidden: int, world: int, transport: str, center: 
         "TW_UNROLL": layout.unroll,
         "TW_CHUNKS": layout.chunks,
         "TW_DEPTH": layout.depth,
+        "TW_SHARED_BYTES": layout.shared[0],
         "TW_SITE_BYTES": Arguments.size(world),
     }
 
@@ -111,10 +122,10 @@ class Arguments:
 
     _CALL = struct.Struct("<I6Q4I3fIQ")
 
-    def __init__(self, rank, workspaces, pads, multicast, epochs, error, timeout_s, whole_residual_at, staging_at):
+    def __init__(self, rank, workspaces, pads, multicast, epochs, error, timeout_s, whole_residual_at, staging_at, ll_at):
         world = len(workspaces)
         turned = [(rank + i) % world for i in range(world)]
-        fixed = struct.Struct(f"<{2 * world + 6}QI")
+        fixed = struct.Struct(f"<{2 * world + 7}QI")
         self._buffer = ctypes.create_string_buffer(self.size(world))
         self._at = fixed.size
         fixed.pack_into(
@@ -128,6 +139,7 @@ class Arguments:
             int(timeout_s * 1e9),
             whole_residual_at,
             staging_at,
+            ll_at,
             rank,
         )
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
@@ -135,7 +147,7 @@ class Arguments:
 
     @classmethod
     def size(cls, world: int) -> int:
-        return struct.calcsize(f"<{2 * world + 6}QI") + cls._CALL.size
+        return struct.calcsize(f"<{2 * world + 7}QI") + cls._CALL.size
 
     def set(
         self, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, carried, whole, eps, scale, offset,
@@ -187,9 +199,12 @@ class _Workspace:
         one_shot = rows == TWO_SHOT_ROWS
         region, carried = rows * row_bytes, rows * hidden * 4
         staging = 2 * (TWO_SHOT_ROWS - 1) * row_bytes if one_shot else 0
+        most_ll_rows = min(LL_ROWS_TIMES_PEERS // (world - 1), TWO_SHOT_ROWS - 1)
+        ll = 2 * most_ll_rows * world * 2 * row_bytes if one_shot and owner.name == "peer" else 0
         whole_residual_at = region + (carried if one_shot else carried // 2)
         staging_at = whole_residual_at + region
-        epochs_at = staging_at + staging
+        ll_at = staging_at + staging
+        epochs_at = ll_at + ll
         self.bytes = epochs_at + 4 * self.max_ctas
 
         memory = symm_mem.empty(self.bytes, dtype=torch.uint8, device=owner.device)
@@ -218,8 +233,9 @@ class _Workspace:
             owner.timeout_s,
             whole_residual_at,
             staging_at,
+            ll_at,
         )
-        self._names = ("two_shot", "one_shot") if one_shot else ("two_shot",)
+        self._names = {kernel_of(r, world, owner.name) for r in range(1, rows + 1)} if one_shot else {"two_shot"}
         self._load = functools.partial(owner.kernel, dtype=dtype, hidden=hidden)
         self._kernels = {}  # center -> name -> Kernel
 
@@ -241,7 +257,8 @@ class _Call:
         tensors = [_with_own_storage(t)[:rows].view(shape) for t in (workspace.activations, workspace.carried) for _ in range(2)]
         self.partials, self.norm, self._carried, self._other_carried = tensors
         self.whole_residual = workspace.whole_residual[:rows].view(shape)
-        self.one_shot = rows < TWO_SHOT_ROWS
+        self._kernel = kernel_of(rows, owner.world, owner.name)
+        self.one_shot = self._kernel != "two_shot"
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
 
@@ -251,7 +268,7 @@ class _Call:
         return self._carried
 
     def kernel(self, center: bool) -> nvrtc.Kernel:
-        return self.workspace.kernel("one_shot" if self.one_shot else "two_shot", center)
+        return self.workspace.kernel(self._kernel, center)
 
     def grid(self, ctas: int, otherwise: int) -> int:
         """The number of CTAs, the same on all ranks. ctas: the caller's wish, 0 for none."""
@@ -463,10 +480,11 @@ class Symmetric:
                     f"no kernel yet for a {'LayerNorm' if center else 'RMSNorm'} of {dtype} [{hidden}], and none can be loaded "
                     "while a CUDA graph is captured: run once un-captured at this size first"
                 )
+            limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
+            layout = Layout.of(hidden, dtype.itemsize, self.world, self.name, limit)
             arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
-            image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.name, center))
-            layout = Layout.of(hidden, dtype.itemsize, self.world)
-            self._kernels[key] = nvrtc.Kernel(image, name, layout.threads, layout.shared_bytes(dtype.itemsize))
+            image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.name, center, layout))
+            self._kernels[key] = nvrtc.Kernel(image, name, layout.threads, layout.shared[name != "two_shot"])
         return self._kernels[key]
 
     def _call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> _Call:
