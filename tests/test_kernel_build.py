@@ -517,8 +517,8 @@ class Machine:
         self.pads = [torch.zeros(self.CTAS * world, dtype=torch.int32) for _ in range(world)]
         self.epochs = [torch.full((self.CTAS,), -3, dtype=torch.int32) for _ in range(world)]  # soon wraps through 0
         for pad in self.pads:
-            pad.fill_(-3)
-        self.error = torch.zeros(6, dtype=torch.int32)
+            pad.fill_(-3 << 20)
+        self.error = torch.zeros(7, dtype=torch.int32)
 
     def arguments(self, rank, timeout_s=1e3) -> Arguments:
         return Arguments(
@@ -538,7 +538,7 @@ class Machine:
         dtype = dtype or self.dtype
         return self.workspaces[rank][begin : begin + rows * self.hidden * dtype.itemsize].view(dtype).view(rows, self.hidden)
 
-    def run(self, calls, seed=0, kernel=None, ctas=3, whole=True, carried=False, timeout_s=1e3, lost=()):
+    def run(self, calls, seed=0, kernel=None, ctas=3, whole=True, carried=False, timeout_s=1e3, lost=(), fewer=()):
         """Run calls back to back on all ranks, without any meeting between them other than the kernels' own.
 
         calls: dicts of partials [W][T, H], residual, weight, bias, shift, eps, scale, offset, center, which is that of the kernels
@@ -546,16 +546,17 @@ class Machine:
         whole:   whether the last residual leaves whole, and not carried
         carried: whether all calls but the last carry their residual to the next, whatever that has as ``residual``
         lost:    ranks that never come
+        fewer:   ranks that run one row less than the others
         Returns [calls][ranks] of (norm, residual); of a carried residual, in float32, rows of others are NaN.
         """
         steps = (Step * (self.world * len(calls)))()
         results, alive = [], []
         for number, call in enumerate(calls):
             results.append([])
-            rows = call["partials"][0].shape[0]
-            name = kernel or symmetric.kernel_of(rows, self.world, self.transport)
-            small = name != "two_shot"
             for rank in range(self.world):
+                rows = call["partials"][0].shape[0] - (rank in fewer)
+                name = kernel or symmetric.kernel_of(rows, self.world, self.transport)
+                small = name != "two_shot"
                 begin, end = (0, rows) if small else own_rows(rank, self.world, rows)
                 is_whole, takes_carried = whole and not (carried and number < len(calls) - 1), carried and number > 0
                 x, kept = self.region(rank, 0, rows), self.region(rank, self.carried_at, end - begin, torch.float32)
@@ -796,6 +797,20 @@ def test_a_rank_that_never_comes_is_named(machine):
     kernels = machine(torch.bfloat16, 64, world, "peer")
     kernels.run([example(torch.bfloat16, 64, world, 40)], timeout_s=1e-6, lost=(1,))
     assert kernels.status == 1
-    magic, rank, site, peer, phase, _ = kernels.error.tolist()
+    magic, rank, site, peer, phase, *_ = kernels.error.tolist()
     assert magic & 0xFFFFFFFF == 0x7457F417
     assert rank in (0, 2) and site == 7 and peer == 1 and phase == 0
+
+
+@needs_gxx
+@pytest.mark.parametrize("kernel, rows", [("two_shot", 63), ("one_shot", 31), ("one_shot_ll", 3)])
+def test_another_number_of_tokens_is_noticed(machine, kernel, rows):
+    """By whoever comes last, even where both have the same number of CTAs and barriers."""
+    world = 3
+    for odd in range(world):
+        kernels = machine(torch.bfloat16, 64, world, "peer")
+        kernels.run([example(torch.bfloat16, 64, world, rows)], odd, kernel, ctas=2, fewer=(odd,))
+        assert kernels.status == 1
+        magic, rank, site, peer, phase, *both = kernels.error.tolist()
+        assert magic & 0xFFFFFFFF == 0x7457F417 and phase == 2 and odd in (rank, peer)
+        assert both == ([rows - 1, rows] if rank == odd else [rows, rows - 1])

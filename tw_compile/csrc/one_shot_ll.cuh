@@ -5,11 +5,11 @@
 //   1. store the row of this rank's partial sums to a place in every peer's memory, each four bytes beside the flag
 //   2. read the rows of all peers from the own memory until each flag is there, add the residual, norm, store both here
 //
-// The flag is the CTA's epoch, and the places change over with it, as those of one_shot do. Four bytes and their flag are
+// The flag is the CTA's epoch, with the number of rows, and the places change over with it, as those of one_shot do. Four bytes and their flag are
 // one access of eight, which is never torn; no order between accesses is needed. A thread sends for epoch e after it has
 // read all of its vectors of epoch e - 1, and the peers' threads of the same index, which have the same vectors, write
 // epoch e + 1 only when they have that: so nobody overwrites epoch e - 1 before it was read. The same holds for the staging
-// places of one_shot, whatever order the two kernels come in. An epoch comes again after 2^32 rows of the CTA, when the flags
+// places of one_shot, whatever order the two kernels come in. An epoch comes again after 2^27 rows of the CTA, when the flags
 // of the time before have long been overwritten.
 #pragma once
 #include "row.cuh"
@@ -25,7 +25,7 @@ struct Arrivals {
   const Site<kWorld>& site;
   const char* own;   // our row
   const char* from;  // the places in our memory: a row of twice the length for each rank
-  u32 epoch;
+  Flag<5> flag;
   int chunk;
   const Chunk<Layout, Transport>& kept;  // has the residual
 
@@ -64,15 +64,18 @@ struct Arrivals {
         for (int w = 0; w < 2; ++w)
           words[i][w] = ptx::load_pairs(from + (kBegin + i) * 2 * Layout::kRowBytes + (2 * v + w) * 16ull);
       }
-      u32 missing = kWorld;
+      u32 missing = kWorld, other_rows = 0;
 #pragma unroll
       for (int i = 0; i < kRanks; ++i) {
         const uint4 (&word)[2] = words[i];
-        const bool here = word[0].y == epoch && word[0].w == epoch && word[1].y == epoch && word[1].w == epoch;
-        if (!here && kBegin + i != site.rank) missing = kBegin + i;
+        const bool here = word[0].y == flag.word && word[0].w == flag.word && word[1].y == flag.word && word[1].w == flag.word;
+        if (here || kBegin + i == site.rank) continue;
+        missing = kBegin + i;
+        const Flag<5> theirs(word[0].y);
+        other_rows = theirs.ahead_of(flag) == 0 && theirs.word != flag.word ? theirs.rows() : 0;
       }
       if (missing == kWorld) return;
-      patience.lose(missing, epoch, 0);
+      patience.lose(missing, 0, other_rows);
     }
   }
 };
@@ -88,6 +91,7 @@ __device__ __forceinline__ void one_shot_ll(const Site<kWorld>& site) {
 
   for (u32 row = blockIdx.x; row < site.rows; row += gridDim.x) {
     const u32 epoch = barrier.next_epoch();
+    const Flag<5> flag(epoch, site.rows);  // there are less than 32
     const u64 at = row * Layout::kRowBytes;
     const u64 places_at = site.ll_at + (blockIdx.x * 2 + epoch % 2) * (2 * kWorld) * Layout::kRowBytes;
     const u64 float_at = row * Layout::kFloatRowBytes;
@@ -105,8 +109,8 @@ __device__ __forceinline__ void one_shot_ll(const Site<kWorld>& site) {
         const u64 place_at = places_at + site.rank * 2 * Layout::kRowBytes + v * 32ull;
 #pragma unroll
         for (int i = 1; i < kWorld; ++i) {
-          ptx::store_pairs(site.workspace[i] + place_at, make_uint4(mine.x, epoch, mine.y, epoch));
-          ptx::store_pairs(site.workspace[i] + place_at + 16, make_uint4(mine.z, epoch, mine.w, epoch));
+          ptx::store_pairs(site.workspace[i] + place_at, make_uint4(mine.x, flag.word, mine.y, flag.word));
+          ptx::store_pairs(site.workspace[i] + place_at + 16, make_uint4(mine.z, flag.word, mine.w, flag.word));
         }
       }
     }
@@ -116,7 +120,7 @@ __device__ __forceinline__ void one_shot_ll(const Site<kWorld>& site) {
       chunk.load_residual(residual, site.takes_carried, c);
       ptx::close_copies();
       ptx::copies_arrived<0>();
-      const Arrivals<Layout, kWorld> arrivals{site, site.x + at, site.workspace[0] + places_at, epoch, c, chunk};
+      const Arrivals<Layout, kWorld> arrivals{site, site.x + at, site.workspace[0] + places_at, flag, c, chunk};
       rows.add(arrivals, c, [&](int v, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {
           ptx::store(site.residual_out + at + v * 16ull, Layout::Element::pack(r));

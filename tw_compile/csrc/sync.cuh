@@ -1,7 +1,8 @@
 // The barrier between the CTAs with the same index on all ranks, and the argument why it suffices.
 //
 // Flags. Word [cta * W + p] of a rank's signal pad is written by rank p only, and only ever grows: it holds the number of
-// the last barrier ("epoch") at which p's CTA arrived. A CTA counts its own barriers in `epochs`, in device memory, so the
+// the last barrier ("epoch") at which p's CTA arrived, and in its low bits the number of rows of p's call: ranks that run
+// different numbers of tokens notice it here, before any of them has a result. A CTA counts its own barriers in `epochs`, in device memory, so the
 // host knows nothing of epochs and a CUDA graph can be replayed. Nothing is reset, so there is no moment at which a flag
 // of one call could be taken for one of another; the comparison is of the difference, so wrapping is harmless. A CTA
 // counts the same on all ranks because the grid and the number of barriers are functions of (rows, H, W, ctas) alone.
@@ -28,19 +29,36 @@ namespace tw {
 // What a CTA writes to site.error when it gives up. The host raises on it (ops/symmetric.py).
 constexpr u32 kErrorMagic = 0x7457f417u;
 
+constexpr u32 kOtherRows = 2;  // as the phase: the peer has come, with another number of rows
+
+// rows: of the peer, where phase is kOtherRows
 // The trap ends the process's CUDA context: no wrong result can be read afterwards, and nothing remains set.
 template <int kWorld>
-__device__ __noinline__ void give_up(const Site<kWorld>& site, u32 peer, u32 epoch, u32 phase) {
+__device__ __noinline__ void give_up(const Site<kWorld>& site, u32 peer, u32 phase, u32 rows) {
   volatile u32* error = site.error;
   error[1] = site.rank;
   error[2] = site.site;
   error[3] = peer;
   error[4] = phase;
-  error[5] = epoch;
+  error[5] = site.rows;
+  error[6] = rows;
   ptx::store_release_sys(site.error, kErrorMagic);
-  printf("tw_compile: rank %u waited in vain for rank %u at site %u\n", site.rank, peer, site.site);
+  printf("tw_compile: rank %u gave up on rank %u at site %u\n", site.rank, peer, site.site);
   __trap();
 }
+
+// An epoch, with the number of rows in the low bits.
+template <u32 kRowBits>
+struct Flag {
+  u32 word;
+
+  __device__ __forceinline__ Flag(u32 epoch, u32 rows) : word(epoch << kRowBits | rows & ~(~0u << kRowBits)) {}
+  __device__ __forceinline__ explicit Flag(u32 word) : word(word) {}
+
+  __device__ __forceinline__ u32 rows() const { return word & ~(~0u << kRowBits); }
+  // In epochs, times some power of two.
+  __device__ __forceinline__ int ahead_of(Flag other) const { return static_cast<int>((word >> kRowBits) - (other.word >> kRowBits) << kRowBits); }
+};
 
 // Of a thread that polls: gives up when the time is over.
 template <int kWorld>
@@ -48,13 +66,13 @@ class Patience {
  public:
   __device__ explicit Patience(const Site<kWorld>& site) : site_(site) {}
 
-  // After each look in vain.
-  __device__ __forceinline__ void lose(u32 peer, u32 epoch, u32 phase) {
+  // After each look in vain. rows: of the peer, if it has come with another number of them, else 0
+  __device__ __forceinline__ void lose(u32 peer, u32 phase, u32 rows) {
     constexpr u32 kPollsPerLookAtTheClock = 1024;
     if (++polls_ % kPollsPerLookAtTheClock != 0) return;
     const u64 now = ptx::global_timer();
     if (begin_ == 0) begin_ = now;
-    if (now - begin_ > site_.timeout_ns) give_up(site_, peer, epoch, phase);
+    if (rows != 0 || now - begin_ > site_.timeout_ns) give_up(site_, peer, rows != 0 ? kOtherRows : phase, rows);
   }
 
  private:
@@ -82,8 +100,9 @@ class Barrier {
     if (threadIdx.x < kWorld) {
       const u32 peer = (site_.rank + threadIdx.x) % kWorld;
       const u32 row = blockIdx.x * kWorld;
-      ptx::store_release_sys(site_.pad[threadIdx.x] + row + site_.rank, epoch_);
-      wait_for(site_.pad[0] + row + peer, peer, phase);
+      const Flag<kRowBits> flag(epoch_, site_.rows);
+      ptx::store_release_sys(site_.pad[threadIdx.x] + row + site_.rank, flag.word);
+      wait_for(flag, site_.pad[0] + row + peer, peer, phase);
     }
     __syncthreads();
   }
@@ -94,9 +113,17 @@ class Barrier {
   }
 
  private:
-  __device__ void wait_for(const u32* flag, u32 peer, u32 phase) const {
+  static constexpr u32 kRowBits = 20;
+
+  __device__ void wait_for(Flag<kRowBits> ours, const u32* place, u32 peer, u32 phase) const {
     Patience<kWorld> patience(site_);
-    while (static_cast<int>(ptx::load_acquire_sys(flag) - epoch_) < 0) patience.lose(peer, epoch_, phase);
+    Flag<kRowBits> theirs(ptx::load_acquire_sys(place));
+    while (theirs.ahead_of(ours) < 0) {
+      patience.lose(peer, phase, 0);
+      theirs.word = ptx::load_acquire_sys(place);
+    }
+    // A peer that is ahead has seen ours, and found nothing wrong.
+    if (theirs.ahead_of(ours) == 0 && theirs.word != ours.word) give_up(site_, peer, kOtherRows, theirs.rows());
   }
 
   const Site<kWorld>& site_;

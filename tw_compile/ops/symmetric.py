@@ -41,7 +41,8 @@ _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32
 
 # csrc/sync.cuh, kErrorMagic
 _ERROR_MAGIC = 0x7457F417
-_ERROR_WORDS = 6
+_ERROR_WORDS = 7
+_OTHER_ROWS = 2
 
 
 def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
@@ -74,7 +75,7 @@ class Layout:
     depth: int
     shared: tuple[int, int]
 
-    MAX_DEPTH = {"peer": 8, "multimem": 4}  # the switch's sums come to registers
+    MAX_DEPTH = {"peer": 8, "multimem": 3}  # the switch's sums come to registers
 
     @classmethod
     def of(cls, hidden: int, itemsize: int, world: int, transport: str, shared_limit: int) -> "Layout":
@@ -171,7 +172,13 @@ class _ErrorRecord:
     def raise_if_set(self, cause: BaseException | None = None) -> None:
         if self._words[0] != _ERROR_MAGIC:
             return
-        _, rank, site, peer, phase, _ = self._words
+        _, rank, site, peer, phase, rows, rows_of_peer = self._words
+        if phase == _OTHER_ROWS:
+            raise RuntimeError(
+                f"rank {rank} runs {rows} tokens, but rank {peer} another number of tokens, {rows_of_peer}, at the all-reduce of "
+                f"site {site}: all ranks of a tensor-parallel group must run the same. The CUDA context is lost: start all "
+                "ranks again."
+            ) from cause
         place = "at the end of" if phase else "to begin"
         raise RuntimeError(
             f"rank {rank} waited {self._timeout_s:g} s for rank {peer} {place} the all-reduce of site {site}, and gave up. "
