@@ -3,17 +3,17 @@
     torchrun --nproc-per-node 8 benchmarks/kernel.py --tokens 1 16 64 256 1024 4096 --hidden 8192 --ctas 8 16
 
 All sides run in one process, each as a CUDA graph of several calls; a time is the median over replays of the slowest rank.
-The ceiling is what a kernel reaches that moves the same bytes in the same pattern and does nothing else. Our side has its
+The ceiling is what a kernel reaches that moves the same bytes in the same pattern and does nothing else (wire.py). Our side has its
 input where the GEMM before it would write it, and keeps the residual sharded and in float32, as in a compiled model.
 
 Writes benchmarks/results/kernel-*.json, one row for each size and number of CTAs, with
 
-    tokens, hidden, ranks, dtype, transport, ctas, l2, us, baseline_us (NCCL and add+norm), ratio (us over baseline_us),
+    tokens, hidden, ranks, dtype, transport, kernel, ctas, l2, us, baseline_us (NCCL and add+norm), ratio (us over baseline_us),
     gbps (bytes over NVLink, in each direction, a second), ceiling_gbps, torch_one_shot_us, torch_two_shot_us
 """
 
 import argparse
-import ctypes
+import itertools
 import json
 import os
 import statistics
@@ -24,38 +24,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
+import wire
+from timing import time_of
 
-from tw_compile.ops import nvrtc
 from tw_compile.ops.reference import add_norm
-from tw_compile.ops.symmetric import TWO_SHOT_ROWS, Symmetric, own_rows
+from tw_compile.ops.symmetric import LL_ROWS_TIMES_PEERS, TWO_SHOT_ROWS, Symmetric, own_rows
 
 HERE = Path(__file__).parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CALLS = 10  # in a CUDA graph
 SLOT = 2
+KERNELS = ("auto", "one_shot_ll", "one_shot", "two_shot")
 NUMERICS = None, 1e-5, 1.0, 0.0, False  # shift, eps, scale, offset, center
-
-# Every rank reads its own part of each peer's buffer and writes there: the traffic of a two-shot call, and nothing else.
-CEILING = r"""
-#include "ptx.cuh"
-struct Buffers { char* part[TW_WORLD]; u64 bytes; };  // this rank's part, on this rank and from there on round
-extern "C" __global__ void __launch_bounds__(512, 1) ceiling(const __grid_constant__ Buffers buffers) {
-  constexpr int kPeers = TW_WORLD - 1, kUnroll = TW_WORLD > 4 ? 2 : 4;
-  const u64 wide = gridDim.x * 512 * 16ull;
-  for (u64 at = (blockIdx.x * 512 + threadIdx.x) * 16ull; at + (kUnroll - 1) * wide < buffers.bytes; at += kUnroll * wide) {
-    uint4 v[kUnroll][kPeers];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-#pragma unroll
-      for (int p = 0; p < kPeers; ++p) v[u][p] = ptx::load_sys(buffers.part[p + 1] + at + u * wide);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-#pragma unroll
-      for (int p = 0; p < kPeers; ++p) ptx::store_sys(buffers.part[p + 1] + at + u * wide, v[u][p]);
-  }
-}
-"""
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -64,6 +43,7 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
     parser.add_argument("--ctas", type=int, nargs="+", default=[4, 8, 16, 32], help="0: as many as the kernel takes by itself")
     parser.add_argument("--l2", choices=("warm", "cold"), nargs="+", default=["warm"], help="is the input in L2 before a call")
+    parser.add_argument("--kernels", choices=KERNELS, nargs="+", default=["auto"], help="auto: the one for so many tokens")
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="leave out torch's one-shot and two-shot")
     parser.add_argument("--samples", type=int, default=15)
     args = parser.parse_args()
@@ -76,8 +56,8 @@ def main():
         sys.exit(f"peer transport: {reason}")
 
     with torch.inference_mode():
-        ours = Symmetric(dist.group.WORLD.group_name, device, multicast=False, timeout_s=30.0)
-        ceiling = measure_ceiling(device)
+        ours = {name: with_kernel(name, device) for name in args.kernels}
+        ceiling = wire.ceiling(device)
         say(f"ceiling: {ceiling:.0f} GB/s in each direction")
         rows = []
         for dtype in args.dtype:
@@ -91,6 +71,12 @@ def main():
     dist.destroy_process_group()
 
 
+def with_kernel(name, device):
+    """Symmetric, whatever the number of tokens with that kernel."""
+    with_choice = type("WithChoice", (Symmetric,), {} if name == "auto" else {"kernel_of": lambda self, rows: name})
+    return with_choice(dist.group.WORLD.group_name, device, multicast=False, timeout_s=30.0)
+
+
 def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
     dtype, world, group = DTYPES[dtype_name], dist.get_world_size(), dist.group.WORLD.group_name
     torch.manual_seed(0)
@@ -99,21 +85,9 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
     a = torch.randn(tokens, 64, device=device).to(dtype)
     b = torch.randn(64, hidden, device=device).to(dtype) / 8
     x = torch.mm(a, b)
-    in_workspace = ours.linear(a, b, None, SLOT)
-
-    def fused(residual, ctas):
-        return ours.fused(in_workspace, residual, weight, None, *NUMERICS, ctas, SLOT, 0, True, True, True)
-
-    # Right before fast.
     total = x.float()
     dist.all_reduce(total)
-    wanted, wanted_residual = add_norm(total, residual, weight, None, *NUMERICS)
-    norm, kept = fused(residual, args.ctas[0])
-    own = slice(*own_rows(dist.get_rank(), world, tokens)) if tokens >= TWO_SHOT_ROWS else slice(0, tokens)
-    wanted_residual = wanted_residual[own]
-    for got, exact in ((norm, wanted), (kept[: len(wanted_residual)], wanted_residual)):
-        worst = (got.float() - exact).abs().max().item() if got.numel() else 0.0
-        assert worst <= 0.02 * exact.abs().max().item(), f"{tokens} tokens: wrong by {worst}"
+    wanted = add_norm(total, residual, weight, None, *NUMERICS)
 
     # Zeros stay zeros, however often they are summed in place.
     zeros = torch.zeros_like(x)
@@ -129,21 +103,42 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
     rows = []
     for l2 in args.l2:
         times = {name: time_of(run, l2, args.samples, device) for name, run in sides.items()}
-        for ctas in args.ctas:
-            us = time_of(lambda: fused(kept, ctas), l2, args.samples, device)
-            # One-shot reads all rows of all peers; two-shot its own rows, and sends them.
-            share = 1 if tokens < TWO_SHOT_ROWS else 2 / world
+        for name, ctas in itertools.product(ours, args.ctas):
+            kernel = ours[name].kernel_of(tokens)
+            if kernel != "two_shot" and tokens >= TWO_SHOT_ROWS:
+                continue
+            if kernel == "one_shot_ll" and tokens * (world - 1) > LL_ROWS_TIMES_PEERS:
+                continue
+            in_workspace = ours[name].linear(a, b, None, SLOT)
+
+            def fused(residual):
+                return ours[name].fused(in_workspace, residual, weight, None, *NUMERICS, ctas, SLOT, 0, True, True, True)
+
+            norm, kept = fused(residual)
+            check(norm, kept, wanted, kernel)
+            us = time_of(lambda: fused(kept), l2, args.samples, device)
+            # One-shot reads all rows of all peers, with flags twice the bytes; two-shot its own rows, and sends them.
+            share = {"two_shot": 2 / world, "one_shot": 1, "one_shot_ll": 2}[kernel]
             gbps = (world - 1) * share * tokens * hidden * dtype.itemsize / us / 1e3
             rows.append(
                 {
-                    "tokens": tokens, "hidden": hidden, "ranks": world, "dtype": dtype_name, "transport": ours.name,
-                    "ctas": ctas, "l2": l2, "us": round(us, 2), "baseline_us": round(times["baseline_us"], 2),
+                    "tokens": tokens, "hidden": hidden, "ranks": world, "dtype": dtype_name, "transport": ours[name].name,
+                    "kernel": kernel, "ctas": ctas, "l2": l2, "us": round(us, 2), "baseline_us": round(times["baseline_us"], 2),
                     "ratio": round(us / times["baseline_us"], 3), "gbps": round(gbps, 1), "ceiling_gbps": round(ceiling, 1),
                     **{name: round(t, 2) for name, t in times.items() if name != "baseline_us"},
                 }
             )  # fmt: skip
-            say("  ".join(f"{key} {value}" for key, value in rows[-1].items() if key not in ("ranks", "transport", "ceiling_gbps")))
+            shown = ("tokens", "hidden", "dtype", "kernel", "ctas", "l2", "us", "baseline_us", "ratio", "gbps")
+            say("  ".join(f"{key} {rows[-1][key]}" for key in shown))
     return rows
+
+
+def check(norm, kept, wanted, kernel):
+    """Right before fast. Of a two-shot's residual a rank has its own rows, in front."""
+    rows = slice(*own_rows(dist.get_rank(), dist.get_world_size(), len(norm))) if kernel == "two_shot" else slice(None)
+    for got, exact in ((norm, wanted[0]), (kept[: len(wanted[1][rows])], wanted[1][rows])):
+        worst = (got.float() - exact).abs().max().item() if got.numel() else 0.0
+        assert worst <= 0.02 * exact.abs().max().item(), f"{len(norm)} tokens, {kernel}: wrong by {worst}"
 
 
 def rounded_add_norm(x, residual, weight):
@@ -154,65 +149,6 @@ def rounded_add_norm(x, residual, weight):
 def reduced(x):
     dist.all_reduce(x)
     return x
-
-
-def time_of(run, l2, samples, device):
-    """Microseconds of one call: the median over replays of a graph of CALLS calls, on the slowest rank."""
-    if l2 == "warm":
-        return replay_time(lambda: run(), samples, device)
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)  # several times the L2
-
-    def flushed_run():
-        flush.zero_()
-        run()
-
-    return replay_time(flushed_run, samples, device) - replay_time(flush.zero_, samples, device)
-
-
-def replay_time(run, samples, device):
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            run()
-    align = torch.zeros(1, device=device)
-    taken = []
-    for sample in range(-3, samples):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        dist.all_reduce(align)  # the ranks begin together
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if sample >= 0:
-            taken.append(begin.elapsed_time(end) / CALLS * 1e3)
-    slowest = torch.tensor(statistics.median(taken), device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return slowest.item()
-
-
-def measure_ceiling(device):
-    """GB/s in each direction of reads and writes together, at the best number of CTAs."""
-    rank, world, part = dist.get_rank(), dist.get_world_size(), 16 << 20
-    memory = symm_mem.empty(world * part, dtype=torch.uint8, device=device).zero_()
-    handle = symm_mem.rendezvous(memory, dist.group.WORLD.group_name)
-    mine = memory.data_ptr() - handle.buffer_ptrs[rank] + rank * part
-    arch = nvrtc.architecture(torch.cuda.get_device_capability(device))
-    image, _ = nvrtc.compile_source(CEILING.encode(), "ceiling.cu", nvrtc.options(arch, {"TW_WORLD": world}))
-    kernel = nvrtc.Kernel(image, "ceiling", threads=512, shared_bytes=0)
-    buffers = (ctypes.c_uint64 * (world + 1))(*(handle.buffer_ptrs[(rank + i) % world] + mine for i in range(world)), part)
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffers))
-    best = 0.0
-    for ctas in (8, 16, 32, 64):
-
-        def run():
-            kernel.launch(ctas, torch.cuda.current_stream().cuda_stream, ctypes.addressof(arguments))
-
-        # Reads from each peer, and each peer's reads from here; writes likewise.
-        best = max(best, 2 * (world - 1) * part / replay_time(run, 7, device) / 1e3)
-    return best
 
 
 def say(message):

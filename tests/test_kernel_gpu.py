@@ -94,6 +94,7 @@ class Ranks:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(symmetric, "_resolve_process_group", group)
+            patch.setattr(symmetric.agree, "exchange", lambda group, what, message, timeout_s: [message] * self.world)
             patch.setattr(symm_mem, "empty", empty)
             patch.setattr(symm_mem, "rendezvous", rendezvous)
             yield
@@ -467,24 +468,41 @@ def test_what_it_refuses():
 
 
 LOST = """
-import torch
+import sys, torch
 from tests.test_kernel_gpu import Ranks, BF16, site
 group = Ranks(2, timeout_s=0.3)
-x = torch.zeros(40, 8192, dtype=BF16, device="cuda")
-group.workspaces(BF16, 8192, 40)
-first = lambda: group.ranks[0].fused(x, None, None, None, *site(), 0, 2, 11, False, False, True)
+rows = [int(word) for word in sys.argv[1:]]  # of each rank that comes
+group.workspaces(BF16, 8192, rows[0])
+def call(rank):
+    x = torch.zeros(rows[rank], 8192, dtype=BF16, device="cuda")
+    with torch.cuda.stream(group.streams[rank]):
+        group.ranks[rank].fused(x, None, None, None, *site(), 0, 2, 11, False, False, True)
 with group.stand_ins():
-    first()
+    for rank in range(len(rows)):
+        call(rank)
     try:
         torch.cuda.synchronize()
         print("no error")
     except RuntimeError:
-        first()
+        call(0)
 """
 
 
-def test_a_lost_rank_is_named():
-    """In a process of its own, as the CUDA context is lost."""
-    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "rank 0 waited 0.3 s for rank 1 to begin the all-reduce of site 11" in done.stderr, done.stderr[-2000:]
+def lost(*rows):
+    """What a process says at its end whose CUDA context is lost."""
+    done = subprocess.run([sys.executable, "-c", LOST, *map(str, rows)], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0, done.stdout
+    return done.stderr
+
+
+@pytest.mark.parametrize("rows", (2, 31, 40))
+def test_a_lost_rank_is_named(rows):
+    message = lost(rows)
+    assert "rank 0 waited 0.3 s for rank 1 to begin the all-reduce of site 11" in message, message[-2000:]
+
+
+@pytest.mark.parametrize("rows", [(2, 3), (40, 39), (64, 63)], ids=str)
+def test_another_number_of_tokens_is_noticed(rows):
+    """One process plays both ranks: the first kernel that notices ends both."""
+    message = lost(*rows)
+    assert "another number of tokens" in message and "site 11" in message, message[-2000:]

@@ -12,7 +12,7 @@ def error(**options) -> str:
 
 
 def test_nothing_given_is_all_auto():
-    assert parse(None) == parse({}) == (Options("auto", "auto", "auto", "auto", "auto"), {})
+    assert parse(None) == parse({}) == (Options("auto", "auto", "auto", "auto", "auto", "auto"), {})
 
 
 def test_ours_are_told_from_inductors():
@@ -38,7 +38,7 @@ def test_an_unknown_option_names_the_nearest(name, near):
 
 def test_an_unknown_option_like_none_of_them_still_lists_them_all():
     message = error(zzz=1)
-    assert all(f"tokenweave.{name}" in message for name in ("mode", "transport", "min_tokens", "split", "ctas"))
+    assert all(f"tokenweave.{name}" in message for name in ("mode", "transport", "min_tokens", "split", "ctas", "timeout"))
 
 
 @pytest.mark.parametrize("name, choices", [("mode", "auto, weave, fuse, off"), ("transport", "auto, multimem, peer, process_group")])
@@ -47,13 +47,13 @@ def test_a_bad_choice(name, choices, value):
     assert error(**{name: value}) == f"option 'tokenweave.{name}' is {value!r}; it takes one of {choices}"
 
 
-@pytest.mark.parametrize("name", ["min_tokens", "split", "ctas"])
+@pytest.mark.parametrize("name", ["min_tokens", "split", "ctas", "timeout"])
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, None, "8", "Auto"], ids=repr)
 def test_a_bad_number(name, value):
     assert error(**{name: value}) == f"option 'tokenweave.{name}' is {value!r}; it takes 'auto' or a whole number from 1 on"
 
 
-@pytest.mark.parametrize("name", ["min_tokens", "split", "ctas"])
+@pytest.mark.parametrize("name", ["min_tokens", "split", "ctas", "timeout"])
 @pytest.mark.parametrize("value", [1, 4096, "auto"])
 def test_a_good_number(name, value):
     assert getattr(parse({f"tokenweave.{name}": value})[0], name) == value

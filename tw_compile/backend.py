@@ -90,7 +90,8 @@ def _with_transport(report: Report, options: Options) -> Report:
             _say_once(f"nothing to fuse or weave in a graph: {report.reasons[-1]}")
         return report
     for group, device in dict.fromkeys((site.group, site.device) for site in report.sites):
-        implementation, why_not = transport.choose(options.transport, group, torch.device(device))
+        timeout_s = None if options.timeout == "auto" else options.timeout
+        implementation, why_not = transport.choose(options.transport, group, torch.device(device), timeout_s)
         report.transport = implementation.name
         report.reasons += [why_not] if why_not else []
     return report

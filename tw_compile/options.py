@@ -21,6 +21,7 @@ class Options:
     min_tokens:  tokens of one forward pass (batch × sequence) from which a graph is woven.
     split:       tokens in the first half.
     ctas:        CTAs (one an SM) of each communication kernel.
+    timeout:     seconds after which a kernel that waits for another rank gives up, with an error.
     """
 
     mode: str = "auto"
@@ -28,6 +29,7 @@ class Options:
     min_tokens: int | str = "auto"
     split: int | str = "auto"
     ctas: int | str = "auto"
+    timeout: int | str = "auto"
 
     CHOICES = {
         "mode": ("auto", "weave", "fuse", "off"),

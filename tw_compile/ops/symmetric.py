@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..planning import ctas_beside_gemms
-from . import nvrtc
+from . import agree, nvrtc
 from .reference import empty_results
 
 # Tokens from which each row is reduced by one rank only.
@@ -128,7 +128,7 @@ class Arguments:
         turned = [(rank + i) % world for i in range(world)]
         fixed = struct.Struct(f"<{2 * world + 7}QI")
         self._buffer = ctypes.create_string_buffer(self.size(world))
-        self._at = fixed.size
+        self._at, self._timeout_at = fixed.size, 8 * (2 * world + 3)
         fixed.pack_into(
             self._buffer,
             0,
@@ -137,14 +137,18 @@ class Arguments:
             multicast,
             epochs,
             error,
-            int(timeout_s * 1e9),
+            0,
             whole_residual_at,
             staging_at,
             ll_at,
             rank,
         )
+        self.set_timeout(timeout_s)
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
         self.address = ctypes.addressof(self._pointers)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        struct.pack_into("<Q", self._buffer, self._timeout_at, int(timeout_s * 1e9))
 
     @classmethod
     def size(cls, world: int) -> int:
@@ -163,13 +167,12 @@ class Arguments:
 class _ErrorRecord:
     """Where a kernel that gives up waiting says so: pinned host memory, readable when the CUDA context is lost."""
 
-    def __init__(self, timeout_s: float):
+    def __init__(self):
         self._memory = torch.zeros(_ERROR_WORDS, dtype=torch.int32, pin_memory=True)
         self.address = self._memory.data_ptr()
         self._words = (ctypes.c_uint32 * _ERROR_WORDS).from_address(self.address)
-        self._timeout_s = timeout_s
 
-    def raise_if_set(self, cause: BaseException | None = None) -> None:
+    def raise_if_set(self, timeout_s: float, cause: BaseException | None = None) -> None:
         if self._words[0] != _ERROR_MAGIC:
             return
         _, rank, site, peer, phase, rows, rows_of_peer = self._words
@@ -181,7 +184,7 @@ class _ErrorRecord:
             ) from cause
         place = "at the end of" if phase else "to begin"
         raise RuntimeError(
-            f"rank {rank} waited {self._timeout_s:g} s for rank {peer} {place} the all-reduce of site {site}, and gave up. "
+            f"rank {rank} waited {timeout_s:g} s for rank {peer} {place} the all-reduce of site {site}, and gave up. "
             f"Either rank {peer} has died or hangs: see its log; or it runs another number of tokens, or another model: "
             "all ranks of a tensor-parallel group must run the same. The CUDA context is lost: start all ranks again."
         ) from cause
@@ -214,6 +217,13 @@ class _Workspace:
         epochs_at = ll_at + ll
         self.bytes = epochs_at + 4 * self.max_ctas
 
+        ours = f"{rows} tokens of {dtype} [{hidden}], {self.bytes} bytes"
+        said = agree.exchange(owner.group_name, f"the making of a workspace for up to {ours}", ours, owner.timeout_s)
+        if len(set(said)) > 1:
+            raise RuntimeError(
+                f"the ranks of group {owner.group_name} run different things, and so make different workspaces: "
+                + "; ".join(f"rank {r}: for up to {theirs}" for r, theirs in enumerate(said))
+            )
         memory = symm_mem.empty(self.bytes, dtype=torch.uint8, device=owner.device)
         memory.zero_()  # the epochs
         # No rank leaves the rendezvous before all have come here: nobody's flag can be overwritten by another's zeros.
@@ -236,13 +246,13 @@ class _Workspace:
             handle.signal_pad_ptrs,
             handle.multicast_ptr if owner.name == "multimem" else 0,
             here + epochs_at,
-            owner.error.address,
+            owner.error_address,
             owner.timeout_s,
             whole_residual_at,
             staging_at,
             ll_at,
         )
-        self._names = {kernel_of(r, world, owner.name) for r in range(1, rows + 1)} if one_shot else {"two_shot"}
+        self._names = {owner.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
         self._load = functools.partial(owner.kernel, dtype=dtype, hidden=hidden)
         self._kernels = {}  # center -> name -> Kernel
 
@@ -264,7 +274,7 @@ class _Call:
         tensors = [_with_own_storage(t)[:rows].view(shape) for t in (workspace.activations, workspace.carried) for _ in range(2)]
         self.partials, self.norm, self._carried, self._other_carried = tensors
         self.whole_residual = workspace.whole_residual[:rows].view(shape)
-        self._kernel = kernel_of(rows, owner.world, owner.name)
+        self._kernel = owner.kernel_of(rows)
         self.one_shot = self._kernel != "two_shot"
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
@@ -297,14 +307,14 @@ class Symmetric:
     of 8 up to 32768; all others are tokens. Errors of a lost or late rank are RuntimeErrors that name it.
     """
 
-    def __init__(self, group_name: str, device: torch.device, multicast: bool, timeout_s: float = 600.0):
+    def __init__(self, group_name: str, device: torch.device, multicast: bool, timeout_s: float = agree.PATIENCE_S):
         """No collective. timeout_s: how long a kernel waits for another rank, which may be compiling, say."""
         group = _resolve_process_group(group_name)
         self.name = "multimem" if multicast else "peer"
         self.group_name, self.timeout_s = group_name, timeout_s
         self.rank, self.world = group.rank(), group.size()
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self.error = _ErrorRecord(timeout_s)
+        self._error = _ErrorRecord()
         self._workspaces = {}  # (slot, dtype, hidden, rows) -> _Workspace
         self._calls = {}  # (slot, dtype, shape) -> _Call
         self._kernels = {}  # (name, dtype, hidden, center) -> Kernel
@@ -350,7 +360,7 @@ class Symmetric:
             out = self._call(slot, a.dtype, shape).partials
             return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
         except RuntimeError as error:
-            self.error.raise_if_set(error)
+            self._raise_if_lost(error)
             raise
 
     def start(
@@ -385,7 +395,7 @@ class Symmetric:
         shard:    the new residual need only be good for the slot's next site
         """
         try:
-            self.error.raise_if_set()
+            self._raise_if_lost()
             if slot in self._pending:
                 self._abandon(slot)
             if x.numel() == 0:
@@ -405,7 +415,7 @@ class Symmetric:
             self._check(driver.cuEventRecord(done, side))
             self._pending[slot] = call, x, shard, held
         except RuntimeError as error:
-            self.error.raise_if_set(error)
+            self._raise_if_lost(error)
             raise
 
     def wait(self, slot: int, borrow: bool) -> tuple[Tensor, Tensor]:
@@ -425,7 +435,7 @@ class Symmetric:
             norm = call.norm if borrow else call.norm.clone()
             return norm, call.carried() if shard else call.whole_residual.clone()
         except RuntimeError as error:
-            self.error.raise_if_set(error)
+            self._raise_if_lost(error)
             raise
 
     def fused(
@@ -448,7 +458,7 @@ class Symmetric:
     ) -> tuple[Tensor, Tensor]:
         """start() and wait() in one, on the current stream."""
         try:
-            self.error.raise_if_set()
+            self._raise_if_lost()
             if slot in self._pending:
                 self._abandon(slot)
             if x.numel() == 0:
@@ -470,14 +480,30 @@ class Symmetric:
                 whole_residual = whole_residual if shard else whole_residual.clone()
             return norm, call.carried() if shard else whole_residual
         except RuntimeError as error:
-            self.error.raise_if_set(error)
+            self._raise_if_lost(error)
             raise
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """timeout_s: how long a kernel waits for another rank from now on. CUDA graphs keep what they were captured with."""
+        self.timeout_s = timeout_s
+        for workspace in self._workspaces.values():
+            workspace.arguments.set_timeout(timeout_s)
 
     def workspace_bytes(self) -> int:
         """Bytes of symmetric memory held on this rank."""
         return sum(workspace.bytes for workspace in self._workspaces.values())
 
     # ---- Behind them
+
+    @property
+    def error_address(self) -> int:
+        return self._error.address
+
+    def _raise_if_lost(self, cause: BaseException | None = None) -> None:
+        self._error.raise_if_set(self.timeout_s, cause)
+
+    def kernel_of(self, rows: int) -> str:
+        return kernel_of(rows, self.world, self.name)
 
     def kernel(self, name: str, dtype: torch.dtype, hidden: int, center: bool) -> nvrtc.Kernel:
         key = name, dtype, hidden, center

@@ -1,5 +1,6 @@
 """Which implementation carries a group's sites: chosen once for each group and device, the same on all its ranks."""
 
+import json
 import logging
 
 import torch
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..options import TokenWeaveError
+from . import agree
 from .process_group import ProcessGroup
 from .reference import add_norm
 from .symmetric import Symmetric
@@ -33,8 +35,12 @@ def candidates(requested: str, group_name: str, device: torch.device) -> tuple[l
     return [n for n in names if reasons[n] is None], {n: r for n, r in reasons.items() if r is not None}
 
 
-def choose(requested: str, group_name: str, device: torch.device) -> tuple["ProcessGroup | Symmetric", str]:
+def choose(
+    requested: str, group_name: str, device: torch.device, timeout_s: float | None = None
+) -> tuple["ProcessGroup | Symmetric", str]:
     """The implementation for a group, and why it is not a better one (empty where it is the best).
+
+    timeout_s: how long its kernels wait for another rank from now on; None leaves that as it is
 
     A collective on CUDA groups the first time it is asked for a group: the ranks agree, so that all take the same path.
     Raises TokenWeaveError on every rank where a requested transport is missing on any of them.
@@ -47,7 +53,7 @@ def choose(requested: str, group_name: str, device: torch.device) -> tuple["Proc
         implementation = None
         while usable and implementation is None:
             implementation = _make(usable[0], group_name, device)
-            if usable[0] == "multimem" and (reason := _failed_self_test(implementation, group_name, device)):
+            if usable[0] in _SYMMETRIC and (reason := _failed_self_test(implementation, group_name, device)):
                 reasons[usable.pop(0)], implementation = reason, None
         why_not = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         if implementation is None:
@@ -55,6 +61,8 @@ def choose(requested: str, group_name: str, device: torch.device) -> tuple["Proc
         if device.type == "cuda" and why_not:
             log.warning("transport of group %s is %s; %s", group_name, implementation.name, why_not)
         _chosen[key] = implementation, why_not
+    if timeout_s is not None and _chosen[key][0].name in _SYMMETRIC:
+        _chosen[key][0].set_timeout(timeout_s)
     return _chosen[key]
 
 
@@ -65,9 +73,9 @@ def _make(name: str, group_name: str, device: torch.device) -> "ProcessGroup | S
 
 
 def _failed_self_test(implementation, group_name: str, device: torch.device) -> str | None:
-    """How a small call differs from the process group's answer, on any rank; None if it does not. A collective.
+    """How small calls differ from the process group's answer, on any rank; None if they do not. A collective.
 
-    For multimem, which no machine of this project can run: it must not be wrong in silence on somebody else's. Its slot is
+    The kernels must not be wrong in silence on a machine that this project has not: multimem has never been run. The slot is
     one that no graph has.
     """
     group = _resolve_process_group(group_name)
@@ -76,7 +84,7 @@ def _failed_self_test(implementation, group_name: str, device: torch.device) -> 
     site = None, None, None, None, 1e-5, 1.0, 0.0, False  # an RMSNorm of the sum alone
     reason = None
     with torch.inference_mode(False), torch.no_grad():
-        for rows in (5, 64):  # one-shot and two-shot
+        for rows in (5, 31, 64):  # all kernels
             x = draw(rows, 512)
             total = x.float()
             dist.all_reduce(total, group=group)
@@ -86,19 +94,17 @@ def _failed_self_test(implementation, group_name: str, device: torch.device) -> 
                 error = ((ours.float() - right).norm() / right.norm()).item()
                 if not error < 0.02:  # bfloat16 rounds by 0.004 at most
                     reason = f"its self-test failed: the {name} of {rows} tokens is off by {error:.1e} on rank {group.rank()}"
-    answers = [None] * group.size()
-    dist.all_gather_object(answers, reason, group=group)
+    answers = agree.exchange(group_name, f"the self-test of transport {implementation.name}", reason or "")
     return next((answer for answer in answers if answer), None)
 
 
 def _agree(group_name, usable, reasons):
     """What every rank of the group can use, and the first reason against each of the rest: the same on all of them."""
-    group = _resolve_process_group(group_name)
-    answers = [None] * group.size()
-    dist.all_gather_object(answers, (torch.__version__, usable, reasons), group=group)
+    said = agree.exchange(group_name, "the choice of a transport", json.dumps((agree.version(), usable, reasons)))
+    answers = [json.loads(answer) for answer in said]
     versions = {version for version, _, _ in answers}
     if len(versions) > 1:
-        raise TokenWeaveError(f"the ranks of group {group_name} run different versions of torch: {sorted(versions)}")
+        raise TokenWeaveError(f"the ranks of group {group_name} run different versions: {sorted(versions)}")
     against = {}
     for rank, (_, _, theirs) in enumerate(answers):
         for name, reason in theirs.items():

@@ -1,0 +1,151 @@
+"""What the communication kernels cost others: a GEMM beside them, which loses the SMs that they take, and the host.
+
+    torchrun --nproc-per-node 8 benchmarks/beside.py
+
+The GEMM is the first of the MLP of a Llama 70B over so many ranks. It runs alone, and while kernels follow each other on a side
+stream; ``told`` is with cuBLASLt told how many SMs are left. Writes benchmarks/results/beside-tp*.json: one row for each number
+of CTAs, with
+
+    tokens, ranks, ctas, gemm_us (alone), beside_us, told_us, slowdown (beside_us over gemm_us, less 1), told_slowdown,
+    share (of the SMs that the CTAs take), comm_us (a kernel alone), comm_beside_us
+
+and the host's microseconds for a start and a wait, as a compiled graph calls them, in ``host_us``.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tw_compile import ops
+from tw_compile.ops import transport
+
+HERE = Path(__file__).parent
+HIDDEN, INTERMEDIATE = 8192, 28672
+GEMMS, KERNELS, SAMPLES, SLOT = 8, 16, 9, 0
+NUMERICS = None, None, None, 1e-5, 1.0, 0.0, False  # weight, bias, shift, eps, scale, offset, center
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--ctas", type=int, nargs="+", default=[4, 8, 16])
+    args = parser.parse_args()
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    dist.init_process_group("nccl", device_id=device)
+    with torch.inference_mode():
+        group = dist.group.WORLD.group_name
+        peer, _ = transport.choose("peer", group, device, timeout_s=30)
+        rows = [measure(peer, device, args.tokens, ctas) for ctas in args.ctas]
+        host_us = time_of_host(device, group)
+    if dist.get_rank() == 0:
+        for row in rows:
+            print("  ".join(f"{key} {value}" for key, value in row.items()))
+        print(f"host: {host_us:.2f} µs for a start and a wait")
+        result = {
+            "machine": {"gpu": torch.cuda.get_device_name(device), "gpus": dist.get_world_size()},
+            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+            "date": date.today().isoformat(),
+            "command": "torchrun benchmarks/beside.py " + " ".join(sys.argv[1:]),
+            "note": "medians of the slowest rank, without CUDA graphs",
+            "host_us": round(host_us, 2),
+            "rows": rows,
+        }
+        path = HERE / "results" / f"beside-tp{dist.get_world_size()}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print("wrote", path.relative_to(HERE.parent))
+    dist.destroy_process_group()
+
+
+def measure(peer, device, tokens, ctas):
+    world, sms = dist.get_world_size(), torch.cuda.get_device_properties(device).multi_processor_count
+    x = torch.randn(tokens, HIDDEN, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(HIDDEN, 2 * INTERMEDIATE // world, device=device, dtype=torch.bfloat16)
+    out = torch.mm(x, weight)
+    partials = peer.linear(x[:, :64], torch.randn(64, HIDDEN, device=device, dtype=torch.bfloat16), None, SLOT)
+    side = torch.cuda.Stream(device, priority=-1)  # as Symmetric's own
+
+    def gemms(calls):
+        for _ in range(calls):
+            torch.mm(x, weight, out=out)
+
+    def kernels(calls):
+        for _ in range(calls):
+            peer.fused(partials, None, *NUMERICS, ctas, SLOT, 0, True, True, True)
+
+    def times(gemm_calls, kernel_calls):
+        """Microseconds of a GEMM and of a kernel, while the others run."""
+        gemm, kernel = together(lambda: gemms(gemm_calls), lambda: kernels(kernel_calls), side, device)
+        return gemm / max(gemm_calls, 1), kernel / max(kernel_calls, 1)
+
+    gemm_us, comm_us = times(GEMMS, 0)[0], times(0, KERNELS)[1]
+    enough_kernels, enough_gemms = 2 * int(GEMMS * gemm_us / comm_us) + 2, 2 * int(KERNELS * comm_us / gemm_us) + 2
+    beside_us, comm_beside_us = times(GEMMS, enough_kernels)[0], times(enough_gemms, KERNELS)[1]
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    torch._C._set_sm_carveout_experimental(ctas)
+    told_us = times(GEMMS, enough_kernels)[0]
+    torch._C._set_sm_carveout_experimental(None)
+    torch.backends.cuda.preferred_blas_library("default")
+    return {
+        "tokens": tokens, "ranks": world, "ctas": ctas, "gemm_us": round(gemm_us, 1), "beside_us": round(beside_us, 1),
+        "told_us": round(told_us, 1), "slowdown": round(beside_us / gemm_us - 1, 4), "told_slowdown": round(told_us / gemm_us - 1, 4),
+        "share": round(ctas / sms, 4), "comm_us": round(comm_us, 1), "comm_beside_us": round(comm_beside_us, 1),
+    }  # fmt: skip
+
+
+def together(run, run_on_side, side, device):
+    """Microseconds of each, enqueued on the current stream and on ``side``: medians of the slowest rank."""
+    taken, align, current = [], torch.zeros(1, device=device), torch.cuda.current_stream()
+    for sample in range(-2, SAMPLES):
+        torch.cuda.synchronize()
+        dist.all_reduce(align)
+        torch.cuda._sleep(5_000_000)  # the host has enqueued all before the GPU begins: it is not the host that is measured
+        side.wait_stream(current)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        events[2].record(side)
+        with torch.cuda.stream(side):
+            run_on_side()
+        events[3].record(side)
+        events[0].record()
+        run()
+        events[1].record()
+        torch.cuda.synchronize()
+        if sample >= 0:
+            taken.append([events[i].elapsed_time(events[i + 1]) * 1e3 for i in (0, 2)])
+    slowest = torch.tensor([statistics.median(times) for times in zip(*taken)], device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return slowest.tolist()
+
+
+def time_of_host(device, group, pairs=100):
+    """Microseconds for the host to start a site and wait for it, on the slowest rank; one token, so that the GPU keeps up."""
+    x = torch.zeros(1, HIDDEN, device=device, dtype=torch.bfloat16)
+    weight = torch.ones(HIDDEN, device=device, dtype=torch.bfloat16)
+    site = None, weight, None, None, 1e-5, 1.0, 0.0, False
+    taken = []
+    for sample in range(-3, 30):
+        torch.cuda.synchronize()
+        dist.all_reduce(torch.zeros(1, device=device))
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(pairs):
+            token = ops.start(x, *site, group, "peer", 0, SLOT, 0, True, True)
+            ops.wait(token, x, *site[:4], None, group, "peer", SLOT, True, True, True)
+        if sample >= 0:
+            taken.append((time.perf_counter() - begin) / pairs * 1e6)
+    slowest = torch.tensor(statistics.median(taken), device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return slowest.item()
+
+
+if __name__ == "__main__":
+    main()
