@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) registers(const __grid_cons
 
 extern "C" __global__ void __launch_bounds__(512, 1) cp_async(const __grid_constant__ Buffers buffers) {
   constexpr int kSteps = 24 / kPeers;  // of 8 KB for each peer, in flight
-  char* here = ptx::shared_memory() + threadIdx.x * 16;
+  const u32 here = ptx::shared_address(ptx::shared_memory()) + threadIdx.x * 16;
   const u64 wide = gridDim.x * 512 * 16ull, first = (blockIdx.x * 512 + threadIdx.x) * 16ull;
   const auto fetch = [&](u64 at, int step) {
     if (at < buffers.bytes) {
@@ -69,28 +69,28 @@ extern "C" __global__ void __launch_bounds__(512, 1) cp_async(const __grid_const
     ptx::copies_arrived<kSteps - 1>();
 #pragma unroll
     for (int p = 0; p < kPeers; ++p)
-      ptx::store_sys(buffers.part[p + 1] + at, *reinterpret_cast<uint4*>(here + (step * kPeers + p) * 8192));
+      ptx::store_sys(buffers.part[p + 1] + at, ptx::load_shared(here + (step * kPeers + p) * 8192));
     fetch(at + kSteps * wide, step);
     step = step + 1 == kSteps ? 0 : step + 1;
   }
 }
 
-__device__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
 
 extern "C" __global__ void __launch_bounds__(32, 1) bulk(const __grid_constant__ Buffers buffers) {
   __shared__ u64 full[TW_PIECES];
   if (threadIdx.x != 0) return;
   char* here = ptx::shared_memory();
-  for (int i = 0; i < TW_PIECES; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(shared_address(full + i)));
+  for (int i = 0; i < TW_PIECES; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(ptx::shared_address(full + i)));
   asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory");
 
   const u64 pieces = buffers.bytes / TW_PIECE * kPeers;  // piece n goes to peer n % kPeers
   const auto place = [&](u64 n) { return buffers.part[n % kPeers + 1] + n / kPeers * TW_PIECE; };
   const auto fetch = [&](u64 n, int i) {
     if (n >= pieces) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(shared_address(full + i)), "r"(TW_PIECE) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(ptx::shared_address(full + i)), "r"(TW_PIECE) : "memory");
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :: "r"(shared_address(here + i * TW_PIECE)), "l"(place(n)), "r"(TW_PIECE), "r"(shared_address(full + i)) : "memory");
+                 :: "r"(ptx::shared_address(here + i * TW_PIECE)), "l"(place(n)), "r"(TW_PIECE), "r"(ptx::shared_address(full + i)) : "memory");
   };
   for (int i = 0; i < TW_PIECES; ++i) fetch(blockIdx.x + i * static_cast<u64>(gridDim.x), i);
   int i = 0;
@@ -99,9 +99,9 @@ extern "C" __global__ void __launch_bounds__(32, 1) bulk(const __grid_constant__
     u32 arrived = 0;
     while (!arrived)
       asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                   : "=r"(arrived) : "r"(shared_address(full + i)), "r"(phase) : "memory");
+                   : "=r"(arrived) : "r"(ptx::shared_address(full + i)), "r"(phase) : "memory");
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2; cp.async.bulk.commit_group;"
-                 :: "l"(place(n)), "r"(shared_address(here + i * TW_PIECE)), "r"(TW_PIECE) : "memory");
+                 :: "l"(place(n)), "r"(ptx::shared_address(here + i * TW_PIECE)), "r"(TW_PIECE) : "memory");
     // The piece stored one step ago has left shared memory, and its place can be filled again.
     asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
     if (n >= gridDim.x) fetch(n + (TW_PIECES - 1) * static_cast<u64>(gridDim.x), i == 0 ? TW_PIECES - 1 : i - 1);

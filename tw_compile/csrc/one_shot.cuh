@@ -18,7 +18,7 @@ namespace tw {
 template <template <class, int> class TransportOf, class Norm, class Layout, int kWorld>
 __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld>;
-  const Transport transport{site};
+  const Transport transport(site);
   Barrier<kWorld> barrier(site);
   using AllRows = Rows<Norm, Layout, Transport, kWorld>;
   AllRows rows(site, transport);
@@ -29,8 +29,8 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
     const u64 staging_at = site.staging_at + (blockIdx.x * 2 + barrier.epoch() % 2) * Layout::kRowBytes;
     const u64 float_at = row * Layout::kFloatRowBytes;
     const char* residual = site.residual == nullptr ? nullptr : site.residual + (site.takes_carried ? float_at : at);
-    Chunk<Layout, Transport> chunk;
-    chunk.lands_in(AllRows::memory_of_chunk(0));
+    typename Chunk<Layout, Transport>::Pending pending;
+    const Chunk<Layout, Transport> chunk(rows.memory_of_chunk(0), pending);
 
     chunk.load_residual(residual, site.takes_carried, 0);  // arrives during the barrier
     for (int c = 0; c < Layout::kChunks; ++c) {
@@ -52,11 +52,12 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
       if (c > 0) chunk.load_residual(residual, site.takes_carried, c);
       ptx::close_copies();
       ptx::copies_arrived<0>();
-      rows.add(chunk, c, [&](int v, const float (&r)[Layout::kVector]) {
+      rows.add(chunk, c);
+      rows.each(c, [&](int v, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {
           ptx::store(site.residual_out + at + v * 16ull, Layout::Element::pack(r));
         } else {
-          store_floats<Layout>(site.residual_out + float_at, v, r);
+          store_carried<Layout>(site.residual_out + float_at, v, r);
         }
       });
     }

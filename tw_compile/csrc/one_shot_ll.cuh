@@ -83,7 +83,7 @@ struct Arrivals {
 template <class Norm, class Layout, int kWorld>
 __device__ __forceinline__ void one_shot_ll(const Site<kWorld>& site) {
   using Transport = Peer<typename Layout::Element, kWorld>;
-  const Transport transport{site};
+  const Transport transport(site);
   Barrier<kWorld> barrier(site);
   using AllRows = Rows<Norm, Layout, Transport, kWorld>;
   AllRows rows(site, transport);
@@ -96,8 +96,8 @@ __device__ __forceinline__ void one_shot_ll(const Site<kWorld>& site) {
     const u64 places_at = site.ll_at + (blockIdx.x * 2 + epoch % 2) * (2 * kWorld) * Layout::kRowBytes;
     const u64 float_at = row * Layout::kFloatRowBytes;
     const char* residual = site.residual == nullptr ? nullptr : site.residual + (site.takes_carried ? float_at : at);
-    Chunk<Layout, Transport> chunk;
-    chunk.lands_in(AllRows::memory_of_chunk(0));
+    typename Chunk<Layout, Transport>::Pending pending;
+    const Chunk<Layout, Transport> chunk(rows.memory_of_chunk(0), pending);
 
 #pragma unroll 1
     for (int c = 0; c < Layout::kChunks; ++c) {
@@ -121,11 +121,12 @@ __device__ __forceinline__ void one_shot_ll(const Site<kWorld>& site) {
       ptx::close_copies();
       ptx::copies_arrived<0>();
       const Arrivals<Layout, kWorld> arrivals{site, site.x + at, site.workspace[0] + places_at, flag, c, chunk};
-      rows.add(arrivals, c, [&](int v, const float (&r)[Layout::kVector]) {
+      rows.add(arrivals, c);
+      rows.each(c, [&](int v, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {
           ptx::store(site.residual_out + at + v * 16ull, Layout::Element::pack(r));
         } else {
-          store_floats<Layout>(site.residual_out + float_at, v, r);
+          store_carried<Layout>(site.residual_out + float_at, v, r);
         }
       });
     }

@@ -60,10 +60,18 @@ __device__ __forceinline__ uint4 load_constant(const void* p) {
 // ---- Copies of 16 bytes into shared memory that run while the thread goes on, past L1. They take no registers. A thread
 // reads what it copied itself, after copies_arrived; others would need a barrier too.
 
-__device__ __forceinline__ void copy_async(void* shared, const void* p) {
-  asm volatile("{ .reg .u64 to; cvta.to.shared.u64 to, %0; cp.async.cg.shared.global [to], [%1], 16; }"
-               :: "l"(shared), "l"(p) : "memory");
+__device__ __forceinline__ void copy_async(u32 shared, const void* p) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared), "l"(p) : "memory");
 }
+
+__device__ __forceinline__ uint4 load_shared(u32 shared) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared));
+  return v;
+}
+
+// The address that the two above take.
+__device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // Ends a group of copies; empty ones count too.
 __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -69,6 +69,13 @@ struct Vector {
   }
 };
 
+// Byte offset in a row of the carried residual, in float32, of the words of a vector: first those with the front halves of
+// all vectors, then the others, so that neighbouring threads access neighbouring words.
+template <class Layout>
+__device__ __forceinline__ u64 carried_word(int v, int w) {
+  return (w * Layout::kVectors + v) * 16ull;
+}
+
 // What a thread has on its way of a chunk. Registers are few, and the wire is long: copies land in shared memory, each
 // thread having places of its own.
 template <class Layout, class Transport>
@@ -78,28 +85,25 @@ class Chunk {
 
  public:
   static constexpr int kBytes = Layout::kUnroll * kPlaces * Layout::kThreads * 16;
+  using Pending = typename Transport::Pending[Layout::kUnroll];
 
-  // memory: kBytes of shared memory
-  __device__ __forceinline__ void lands_in(char* memory) { places_ = {memory + threadIdx.x * 16}; }
+  // memory: address of kBytes of shared memory
+  __device__ __forceinline__ Chunk(u32 memory, Pending& pending) : places_{memory + threadIdx.x * 16}, pending_(pending) {}
 
-  __device__ __forceinline__ void load_residual(const char* row, bool is_float, int chunk) {
+  __device__ __forceinline__ void load_residual(const char* row, bool is_float, int chunk) const {
     if (row == nullptr) return;
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
       const int v = Layout::vector(chunk, u);
       if (!Layout::holds(v)) continue;
       const Places<Layout::kThreads> places = residual_places(u);
-      if (kWords == 1 || !is_float) {
-        places.copy_here(row + v * 16ull);
-      } else {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) places.from(w).copy_here(row + (v * kWords + w) * 16ull);
-      }
+      places.copy_here(row + v * 16ull);
+      if (kWords > 1 && is_float) places.from(1).copy_here(row + carried_word<Layout>(v, 1));
     }
   }
 
   // row_at: offset in the workspace of the row of partial sums
-  __device__ __forceinline__ void load_parts(const Transport& transport, u64 row_at, int chunk) {
+  __device__ __forceinline__ void load_parts(const Transport& transport, u64 row_at, int chunk) const {
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
       const int v = Layout::vector(chunk, u);
@@ -125,8 +129,8 @@ class Chunk {
     return places_.from(u * kPlaces + Transport::kPlaces);
   }
 
-  Places<Layout::kThreads> places_;
-  typename Transport::Pending pending_[Layout::kUnroll];
+  const Places<Layout::kThreads> places_;
+  Pending& pending_;
 };
 
 // The thread's part of the row in float32, between the sum and the norm: in registers if the row is one chunk, otherwise in
@@ -175,12 +179,11 @@ struct Kept<Layout, false> {
   }
 };
 
-// A carried residual: the vector in float32.
 template <class Layout>
-__device__ __forceinline__ void store_floats(char* row, int v, const float (&r)[Layout::kVector]) {
+__device__ __forceinline__ void store_carried(char* row, int v, const float (&r)[Layout::kVector]) {
 #pragma unroll
   for (int w = 0; w < Layout::kVector / 4; ++w) {
-    ptx::store(row + (v * (Layout::kVector / 4) + w) * 16ull, fp32::pack({r[4 * w], r[4 * w + 1], r[4 * w + 2], r[4 * w + 3]}));
+    ptx::store(row + carried_word<Layout>(v, w), fp32::pack({r[4 * w], r[4 * w + 1], r[4 * w + 2], r[4 * w + 3]}));
   }
 }
 
@@ -199,19 +202,20 @@ class Rows {
   using Element = typename Layout::Element;
 
   __device__ __forceinline__ explicit Rows(const Site<kWorld>& site, const Transport& transport)
-      : site_(site), transport_(transport), kept_(ptx::shared_memory() + kScratchBytes) {}
+      : site_(site),
+        transport_(transport),
+        kept_(ptx::shared_memory() + kScratchBytes),
+        chunks_(ptx::shared_address(ptx::shared_memory()) + kScratchBytes + Kept<Layout>::kBytes) {}
 
   // Behind what the rows need themselves.
-  static __device__ __forceinline__ char* memory_of_chunk(int i) {
-    return ptx::shared_memory() + kScratchBytes + Kept<Layout>::kBytes + i * Chunk<Layout, Transport>::kBytes;
-  }
+  __device__ __forceinline__ u32 memory_of_chunk(int i) const { return chunks_ + i * Chunk<Layout, Transport>::kBytes; }
   static constexpr __device__ int shared_bytes(int chunks) {
     return kScratchBytes + Kept<Layout>::kBytes + chunks * Chunk<Layout, Transport>::kBytes;
   }
 
-  // r = scale * (sum + bias) + residual of one chunk. store(number of the vector in the row, its floats) takes r.
-  template <class In, class Store>
-  __device__ __forceinline__ void add(const In& in, int chunk, Store store) {
+  // r = scale * (sum + bias) + residual of one chunk.
+  template <class In>
+  __device__ __forceinline__ void add(const In& in, int chunk) {
     if (chunk == 0) sum_ = 0.0f;
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
@@ -224,32 +228,43 @@ class Rows {
         bias.load(site_.bias, false, v, ptx::load_constant);
         bias.each(false, [&](int i, float b) { r[i] = __fadd_rn(r[i], b); });
       }
-#pragma unroll
-      for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(r[i], site_.scale);
       if (site_.residual != nullptr) {
         const bool is_float = site_.takes_carried != 0;
-        in.residual(u, is_float).each(is_float, [&](int i, float before) { r[i] = __fadd_rn(r[i], before); });
+        in.residual(u, is_float).each(is_float, [&](int i, float before) { r[i] = __fmaf_rn(r[i], site_.scale, before); });
+      } else {
+#pragma unroll
+        for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(r[i], site_.scale);
       }
 #pragma unroll
       for (int i = 0; i < Layout::kVector; ++i) {
         sum_ = Norm::kCenters ? __fadd_rn(sum_, r[i]) : __fmaf_rn(r[i], r[i], sum_);
       }
       kept_.put(chunk, u, r);
+    }
+  }
+
+  // store(number of the vector in the row, its floats) takes the r of one chunk.
+  template <class Store>
+  __device__ __forceinline__ void each(int chunk, Store store) {
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      const int v = Layout::vector(chunk, u);
+      if (!Layout::holds(v)) continue;
+      float r[Layout::kVector];
+      kept_.get(chunk, u, r);
       store(v, r);
     }
   }
 
-  // Once, before the first row: the weight of the first chunk stays in registers.
+  // Once, before the first row: where a row is one chunk, weight + offset stays in registers.
   __device__ __forceinline__ void fetch_weight() {
-    if (site_.weight == nullptr) return;
+    if constexpr (Layout::kChunks == 1) {
 #pragma unroll
-    for (int u = 0; u < Layout::kUnroll; ++u) {
-      const int v = Layout::vector(0, u);
-      if (Layout::holds(v)) weight_[u].load(site_.weight, site_.weight_is_float != 0, v, ptx::load_constant);
+      for (int u = 0; u < Layout::kUnroll; ++u) load_weight(Layout::vector(0, u), weight_[u]);
     }
   }
 
-  // Likewise the shift, for which no registers are left.
+  // The shift, for which no registers are left, at least comes near.
   __device__ __forceinline__ void prefetch_shift() {
     if (site_.shift == nullptr) return;
 #pragma unroll
@@ -262,7 +277,6 @@ class Rows {
   // store(byte offset in the row, vector) takes norm = row / sqrt(mean(row²) + eps) * (weight + offset) + shift.
   template <class Store>
   __device__ __forceinline__ void normalise(Store store) {
-    const bool is_float = site_.weight_is_float != 0;
     if constexpr (Norm::kCenters) sum_ = center(row_mean(sum_));
     const float factor = ptx::rsqrt(__fadd_rn(row_mean(sum_), site_.eps));
 #pragma unroll 1
@@ -273,17 +287,9 @@ class Rows {
         if (!Layout::holds(v)) continue;
         float r[Layout::kVector];
         kept_.get(chunk, u, r);
+        if constexpr (Layout::kChunks > 1) load_weight(v, weight_[u]);
 #pragma unroll
-        for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(r[i], factor);
-        if (site_.weight != nullptr) {
-          Vector<Layout> weight;
-          if (chunk == 0) {
-            weight = weight_[u];
-          } else {
-            weight.load(site_.weight, is_float, v, ptx::load_constant);
-          }
-          weight.each(is_float, [&](int i, float w) { r[i] = __fmul_rn(r[i], __fadd_rn(w, site_.offset)); });
-        }
+        for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(__fmul_rn(r[i], factor), weight_[u][i]);
         if constexpr (Norm::kCenters) add_shift(v, r);
         store(v * 16ull, Element::pack(r));
       }
@@ -313,6 +319,18 @@ class Rows {
     return squares;
   }
 
+  __device__ __forceinline__ void load_weight(int v, float (&weight)[Layout::kVector]) const {
+    if (site_.weight == nullptr || !Layout::holds(v)) {
+#pragma unroll
+      for (int i = 0; i < Layout::kVector; ++i) weight[i] = 1.0f;
+      return;
+    }
+    const bool is_float = site_.weight_is_float != 0;
+    Vector<Layout> raw;
+    raw.load(site_.weight, is_float, v, ptx::load_constant);
+    raw.each(is_float, [&](int i, float w) { weight[i] = __fadd_rn(w, site_.offset); });
+  }
+
   __device__ __forceinline__ void add_shift(int v, float (&r)[Layout::kVector]) {
     if (site_.shift == nullptr) return;
     Vector<Layout> shift;
@@ -331,9 +349,15 @@ class Rows {
     half_ ^= 1;
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
     __syncthreads();
-    float sum = of_warp[0];
+    float sum = 0.0f;
 #pragma unroll
-    for (int warp = 1; warp < Layout::kWarps; ++warp) sum = __fadd_rn(sum, of_warp[warp]);
+    for (int quad = 0; quad < Layout::kWarps; quad += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(of_warp + quad);
+      sum = quad == 0 ? four.x : __fadd_rn(sum, four.x);
+      if (quad + 1 < Layout::kWarps) sum = __fadd_rn(sum, four.y);
+      if (quad + 2 < Layout::kWarps) sum = __fadd_rn(sum, four.z);
+      if (quad + 3 < Layout::kWarps) sum = __fadd_rn(sum, four.w);
+    }
     return sum;
   }
 
@@ -342,7 +366,8 @@ class Rows {
   const Site<kWorld>& site_;
   const Transport& transport_;
   Kept<Layout> kept_;
-  Vector<Layout> weight_[Layout::kUnroll];
+  const u32 chunks_;  // address in shared memory
+  float weight_[Layout::kUnroll][Layout::kVector];
   float sum_ = 0.0f;  // of the thread's squares; for a LayerNorm, of its elements first
   u32 half_ = 0;
 };

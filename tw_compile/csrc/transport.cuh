@@ -14,11 +14,11 @@ namespace tw {
 // 16 bytes each in shared memory, for one thread, which are kThreads places apart.
 template <int kThreads>
 struct Places {
-  char* first;
+  u32 first;  // address in shared memory
 
   __device__ __forceinline__ Places from(int place) const { return {first + place * (kThreads * 16)}; }
   __device__ __forceinline__ void copy_here(const void* p) const { ptx::copy_async(first, p); }
-  __device__ __forceinline__ uint4 get() const { return *reinterpret_cast<const uint4*>(first); }
+  __device__ __forceinline__ uint4 get() const { return ptx::load_shared(first); }
 };
 
 // Through a pointer to each rank's memory. The parts are added in rank order.
@@ -29,24 +29,30 @@ struct Peer {
   static constexpr bool kAliases = false;  // reads the workspace through another address than the one it was written at
 
   const Site<kWorld>& site;
+  int place_of_rank[kWorld];  // the parts land in the order of Site::workspace
 
   struct Pending {};
+
+  __device__ __forceinline__ explicit Peer(const Site<kWorld>& site) : site(site) {
+#pragma unroll
+    for (int rank = 0; rank < kWorld; ++rank) {
+      const int turned = rank - static_cast<int>(site.rank);
+      place_of_rank[rank] = turned < 0 ? turned + kWorld : turned;
+    }
+  }
 
   template <class Places>
   __device__ __forceinline__ void load_reduce(Pending&, Places places, u64 at) const {
 #pragma unroll
-    for (int i = 0; i < kWorld; ++i) {
-      const int rank = site.rank + i < kWorld ? site.rank + i : site.rank + i - kWorld;
-      places.from(rank).copy_here(site.workspace[i] + at);
-    }
+    for (int i = 0; i < kWorld; ++i) places.from(i).copy_here(site.workspace[i] + at);
   }
   template <class Places>
   __device__ __forceinline__ void total(const Pending&, Places places, float (&sum)[Element::kVector]) const {
-    Element::unpack(places.get(), sum);
+    Element::unpack(places.from(place_of_rank[0]).get(), sum);
 #pragma unroll
     for (int rank = 1; rank < kWorld; ++rank) {
       float part[Element::kVector];
-      Element::unpack(places.from(rank).get(), part);
+      Element::unpack(places.from(place_of_rank[rank]).get(), part);
 #pragma unroll
       for (int i = 0; i < Element::kVector; ++i) sum[i] = __fadd_rn(sum[i], part[i]);
     }
@@ -69,6 +75,8 @@ struct Multimem {
   struct Pending {
     uint4 sum;
   };
+
+  __device__ __forceinline__ explicit Multimem(const Site<kWorld>& site) : site(site) {}
 
   template <class Places>
   __device__ __forceinline__ void load_reduce(Pending& pending, Places, u64 at) const {

@@ -19,7 +19,7 @@ struct Cursor {
   u32 row;
   int chunk = 0;
 
-  __device__ __forceinline__ bool last_chunk() const { return chunk == Layout::kChunks - 1; }
+  __device__ __forceinline__ bool last_chunk() const { return Layout::kChunks == 1 || chunk == Layout::kChunks - 1; }
   __device__ __forceinline__ void advance() {
     if (last_chunk()) {
       chunk = 0;
@@ -35,7 +35,7 @@ struct Cursor {
 template <template <class, int> class TransportOf, class Norm, class Layout, int kWorld, int kDepth>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld>;
-  const Transport transport{site};
+  const Transport transport(site);
   Barrier<kWorld> barrier(site);
   using AllRows = Rows<Norm, Layout, Transport, kWorld>;
   AllRows rows(site, transport);
@@ -46,10 +46,11 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   const u32 begin = site.rank * per_rank;
   const u32 end = min(begin + per_rank, site.rows);
 
-  Chunk<Layout, Transport> chunks[kDepth];
+  typename Chunk<Layout, Transport>::Pending pending[kDepth];
   Cursor<Layout> next{begin + blockIdx.x}, now = next;
-  const auto fetch = [&](Chunk<Layout, Transport>& chunk) {
+  const auto fetch = [&](int i) {
     if (next.row < end) {
+      const Chunk<Layout, Transport> chunk(rows.memory_of_chunk(i), pending[i]);
       const u64 at = next.row * Layout::kRowBytes;
       const u64 residual_at = site.takes_carried ? (next.row - begin) * Layout::kFloatRowBytes : at;
       chunk.load_parts(transport, at, next.chunk);
@@ -62,27 +63,23 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   rows.fetch_weight();
   barrier.arrive_and_wait(0);
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) {
-    chunks[i].lands_in(AllRows::memory_of_chunk(i));
-    fetch(chunks[i]);
-  }
+  for (int i = 0; i < kDepth; ++i) fetch(i);
   while (now.row < end) {
-#pragma unroll
+#pragma unroll(Transport::kPlaces == 0 ? kDepth : 1)  // registers cannot be indexed
     for (int i = 0; i < kDepth; ++i) {
-      if (now.row >= end) continue;
+      if (now.row >= end) break;
       ptx::copies_arrived<kDepth - 1>();
       const u64 at = now.row * Layout::kRowBytes;
-      rows.add(chunks[i], now.chunk, [&](int v, const float (&r)[Layout::kVector]) {
+      rows.add(Chunk<Layout, Transport>(rows.memory_of_chunk(i), pending[i]), now.chunk);
+      fetch(i);
+      rows.each(now.chunk, [&](int v, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {
           transport.store(site.whole_residual_at + at + v * 16ull, Layout::Element::pack(r));
         } else {
-          store_floats<Layout>(site.residual_out + (now.row - begin) * Layout::kFloatRowBytes, v, r);
+          store_carried<Layout>(site.residual_out + (now.row - begin) * Layout::kFloatRowBytes, v, r);
         }
       });
-      fetch(chunks[i]);
-      if (now.last_chunk()) {
-        rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
-      }
+      if (now.last_chunk()) rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
       now.advance();
     }
   }
