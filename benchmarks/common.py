@@ -96,13 +96,13 @@ def with_symmetric_rows(model):
     model = twin(model)
     for module in model.modules():
         if isinstance(module, llama.Row):
-            module.__class__ = SymmetricRow
+            module.__class__, module.group = SymmetricRow, module.tp.group_name
     return model
 
 
 class SymmetricRow(llama.Row):
     def forward(self, x):
-        return linear_all_reduce(x, self.weight, self.tp.group_name)
+        return linear_all_reduce(x, self.weight, self.group)
 
 
 @torch.library.custom_op("benchmarks::linear_all_reduce", mutates_args=())
@@ -222,7 +222,8 @@ def recorded(run, device):
     if device.type == "cpu":
         return run
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, such as the one that watches NCCL, may go on with what a capture would not allow.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return graph.replay
 

@@ -60,7 +60,7 @@ def speedups(result):
     row, machine = result["rows"][0], result["machine"]
     axes.set_title(f"{row['model']} shapes, {row['layers']} layers, {row['tp']} × {machine.get('gpu') or machine['cpu']}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
