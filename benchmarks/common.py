@@ -294,6 +294,7 @@ def write(name, device, note, rows):
         "versions": versions,
         "date": date.today().isoformat(),
         "command": f"torchrun --nproc-per-node {ranks} benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
+        "transport": sorted({report.transport for report in tw_compile.reports() if report.transport}),
         "note": note,
         "rows": list(rows),
     }
