@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import re
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -110,18 +111,22 @@ def is_communication(event):
     return event["kind"] == "all-reduce + norm"
 
 
+def sites(events, layers):
+    """Where in ``events`` the communication kernels are, for each whole pass; the profiler may have missed the first ones."""
+    in_pass = 2 * (2 * layers + 1)  # two sites in each layer and one after the embedding, with a kernel for either half
+    at = [i for i, event in enumerate(events) if is_communication(event)]
+    at = at[len(at) % in_pass :]
+    if not at:
+        sys.exit(f"the profiler has seen {len(events)} kernels on this GPU, and no whole pass among them")
+    return [at[i : i + in_pass] for i in range(0, len(at), in_pass)]
+
+
 def between(launches, layers):
     """For each communication kernel, the names from the last GEMM launched before it on; not for those after the embedding."""
-    sites = [at for at, event in enumerate(launches) if is_communication(event)]
-    for number, at in enumerate(sites):
-        if number % kernels_in_pass(layers) >= 2:
-            gemm = max(i for i in range(at) if launches[i]["kind"] == "GEMM")
-            yield tuple(short(event["name"]) for event in launches[gemm : at + 1])
-
-
-def kernels_in_pass(layers):
-    """Communication kernels: two sites in each layer and one after the embedding, with one for either half."""
-    return 2 * (2 * layers + 1)
+    for at in sites(launches, layers):
+        for site in at[2:]:
+            gemm = max(i for i in range(site) if launches[i]["kind"] == "GEMM")
+            yield tuple(short(event["name"]) for event in launches[gemm : site + 1])
 
 
 def short(name):
@@ -133,13 +138,10 @@ def inner_layer(events, layers):
 
     Site ``2 * i`` gives layer i its input.
     """
-    communication = [event for event in events if is_communication(event)]
-    in_pass = kernels_in_pass(layers)
-    assert len(communication) == PASSES * in_pass, f"{len(communication)} communication kernels in {PASSES} passes of {layers} layers"
     first = 2 * 2 * (layers // 2)
     windows = []
-    for offset in range(0, len(communication), in_pass):
-        begin, end = (communication[offset + site] for site in (first, first + 4))
+    for at in sites(events, layers):
+        begin, end = (events[at[number]] for number in (first, first + 4))
         windows.append((begin["start"] + begin["us"], end["start"] + end["us"]))
     begin, end = sorted(windows, key=lambda window: window[1] - window[0])[len(windows) // 2]
     rows = []
