@@ -11,7 +11,6 @@ The rows of a result file, one for each size and side, have
     workspace_gb                       symmetric memory that a pass uses, which stays allocated
 """
 
-import copy
 import functools
 import gc
 import json
@@ -20,117 +19,24 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-import torch.distributed._symmetric_memory as symm_mem
-from torch import nn
+import variants
+from variants import llama
 
 import tw_compile
 from tw_compile import ops
 from tw_compile.ops import transport
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "examples"))
-import llama  # noqa: E402  (the example's model is the one that is measured)
 
 # Every side may compile for small and for large sizes, and all of them compile the same functions.
 torch._dynamo.config.recompile_limit = 64
 torch._dynamo.config.fail_on_recompile_limit_hit = True
-
-# --- the models ------------------------------------------------------------------------------------------------------
-
-MODELS = {
-    **llama.SIZES,
-    # A Llama but for the biases of its q, k and v.
-    "Qwen2.5-72B": replace(llama.SIZES["70B"], intermediate=29568, vocab=152064, eps=1e-6, rope_theta=1e6),
-}
-QKV_BIAS = {"Qwen2.5-72B"}
-
-
-def build(name, layers, device, make=llama.Llama):
-    """A model of random weights with the shapes of MODELS[name]: ``make(config, group)``. Returns it and its config."""
-    config = replace(MODELS[name], layers=layers)
-    with torch.device("meta"):
-        model = make(config, dist.group.WORLD)
-        for path, module in model.named_modules():
-            if name in QKV_BIAS and path.endswith(("q_proj", "k_proj", "v_proj")):
-                module.bias = nn.Parameter(torch.empty(module.out_features))
-        model = model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    llama.fill(model, config, device, None)
-    return model, config
-
-
-def twin(model):
-    """A copy that shares the weights, the buffers and the process group."""
-    shared = [*model.parameters(), *model.buffers(), dist.group.WORLD]
-    return copy.deepcopy(model, {id(thing): thing for thing in shared})
-
-
-def without_all_reduces(model):
-    """The same shapes and no all-reduces: wrong, and a bound."""
-    model = twin(model)
-    for module in model.modules():
-        if isinstance(module, (llama.Row, llama.Embedding)):
-            module.tp = None
-    return model
-
-
-# --- torch's own symmetric memory ------------------------------------------------------------------------------------
-#
-# What Inductor does by itself (_inductor.config._collective.auto_select) ends at 128 KiB and at dynamic shapes. This is what
-# one can make of torch's ops by hand: the GEMM writes into symmetric memory, and the result is reduced out of it, so that
-# nothing is copied. None of it uses multicast.
-
-ONE_SHOT_BYTES = 128 * 1024  # as Inductor has it
-
-_buffers = {}  # (group, dtype, elements) -> tensor
-
-
-def with_symmetric_rows(model):
-    """All row-parallel layers reduce over symmetric memory; the embedding stays with NCCL."""
-    model = twin(model)
-    for module in model.modules():
-        if isinstance(module, llama.Row):
-            module.__class__, module.group = SymmetricRow, module.tp.group_name
-    return model
-
-
-class SymmetricRow(llama.Row):
-    def forward(self, x):
-        return linear_all_reduce(x, self.weight, self.group)
-
-
-@torch.library.custom_op("benchmarks::linear_all_reduce", mutates_args=())
-def linear_all_reduce(x: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
-    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
-    partial = _symmetric(group, x.dtype, shape.numel(), x.device).view(-1, weight.shape[0])
-    torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out=partial)
-    if partial.nbytes <= ONE_SHOT_BYTES:
-        total = torch.ops.symm_mem.one_shot_all_reduce(partial, "sum", group)
-    else:
-        total = torch.empty_like(partial)
-        torch.ops.symm_mem.two_shot_all_reduce_out(partial, "sum", group, total)
-    return total.view(shape)
-
-
-@linear_all_reduce.register_fake
-def _(x, weight, group):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _symmetric(group, dtype, elements, device):
-    """Symmetric memory for so many elements, always the same; made on first use, by all ranks together."""
-    key = group, dtype, 1 << (elements - 1).bit_length()
-    if key not in _buffers:
-        _buffers[key] = symm_mem.empty(key[-1], dtype=dtype, device=device)
-        symm_mem.rendezvous(_buffers[key], group)
-    return _buffers[key][:elements]
-
 
 # --- the sides -------------------------------------------------------------------------------------------------------
 
@@ -138,11 +44,11 @@ def _symmetric(group, dtype, elements, device):
 SIDES = {
     "eager": (None, {}, None),
     "inductor": ("inductor", {}, None),
-    "inductor-symm": ("inductor", {}, with_symmetric_rows),
+    "inductor-symm": ("inductor", {}, variants.with_symmetric_rows),
     "fuse": ("tokenweave", {"tokenweave.mode": "fuse"}, None),
     "weave": ("tokenweave", {"tokenweave.mode": "weave"}, None),
     "auto": ("tokenweave", {}, None),
-    "no-comm": ("inductor", {}, without_all_reduces),
+    "no-comm": ("inductor", {}, variants.without_all_reduces),
 }
 
 
@@ -187,7 +93,7 @@ class Side:
 
     def _workspace_bytes(self, device):
         if self.name == "inductor-symm":
-            return max(buffer.nbytes for buffer in _buffers.values())
+            return max(buffer.nbytes for buffer in variants.buffers.values())
         if self.mode not in ("fuse", "weave"):
             return 0
         carrier, _ = transport.choose("auto", dist.group.WORLD.group_name, device)
@@ -229,7 +135,7 @@ def recorded(run, device):
 
 
 def median_times(runs, device, samples, calls=4):
-    """Seconds of a call: the median over the samples, of the slowest rank. The runs take turns, so that drift meets all alike."""
+    """Seconds of a call: the median over samples of the slowest rank. The runs take turns, so that drift meets all alike."""
     taken = {name: [] for name in runs}
     for sample in range(-2, samples):  # the first two warm up
         for name, run in runs.items():
@@ -289,8 +195,9 @@ def write(name, device, note, rows):
     versions = {"torch": torch.__version__}
     if on_gpus:
         versions |= {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    gpu = {"gpu": torch.cuda.get_device_name(device), "gpus": ranks} if on_gpus else None
     result = {
-        "machine": {"gpu": torch.cuda.get_device_name(device), "gpus": ranks} if on_gpus else {"cpu": platform.machine(), "ranks": ranks},
+        "machine": gpu or {"cpu": platform.machine(), "ranks": ranks},
         "versions": versions,
         "date": date.today().isoformat(),
         "command": f"torchrun --nproc-per-node {ranks} benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),

@@ -22,7 +22,8 @@ import time
 import common
 import torch
 import torch.distributed as dist
-from common import llama
+import variants
+from variants import llama
 
 from tw_compile import passes
 
@@ -33,7 +34,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--side", choices=SIDES, help="compile for this one and print what it took: what the script starts itself with")
+    parser.add_argument("--side", choices=SIDES, help="only compile for this one, and print what it took")
     args = parser.parse_args()
     device, ranks = llama.start()
     if args.side:
@@ -46,7 +47,7 @@ def main():
                 rows.append({"ratio": round(row["seconds"] / inductor, 3), **row})
                 llama.say(f"{rows[-1]['ratio']:.2f} of Inductor's time:", row)
             note = "shapes of the example's tiny Llama; seconds with Dynamo's; the passes are not run where the cache is warm"
-            common.write(f"compile-tp{ranks}", device, note, rows)  # after each side, so that a run cut short leaves what it has
+            common.write(f"compile-tp{ranks}", device, note, rows)
     dist.destroy_process_group()
 
 
@@ -77,7 +78,7 @@ def compile_once(side, layers, tokens, device):
     """What compiling takes on the slowest rank."""
     in_passes = timed_passes()
     with torch.no_grad():
-        model, config = common.build("tiny", layers, device)
+        model, config = variants.build("tiny", layers, device)
         ids = torch.randint(config.vocab, (1, tokens), device=device)
         run = common.Side(side, model).run
         dist.barrier()  # opens the connections, which is not compiling

@@ -13,7 +13,8 @@ import common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import llama
+import variants
+from variants import llama
 
 SIDES = [side for side in common.SIDES if side not in ("fuse", "weave")]  # so few tokens are fused by auto, never woven
 
@@ -60,7 +61,7 @@ class CachedLlama(llama.Llama):
 
 
 def build(name, layers, device, batch, length):
-    model, config = common.build(name, layers, device, functools.partial(CachedLlama, batch=batch, length=length))
+    model, config = variants.build(name, layers, device, functools.partial(CachedLlama, batch=batch, length=length))
     for cache in model.buffers():
         if cache is not model.frequencies:
             cache.normal_()
@@ -69,9 +70,9 @@ def build(name, layers, device, batch, length):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=common.MODELS, default="70B", help="shapes of the model")
+    parser.add_argument("--model", choices=variants.MODELS, default="70B", help="shapes of the model")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="sequences, of one new token each")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="sequences")
     parser.add_argument("--cache", type=int, default=2048, help="tokens of each sequence in the KV cache, with the new one")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--samples", type=int, default=15)
@@ -93,7 +94,7 @@ def main():
             common.write(
                 f"decode-{args.model}-tp{ranks}",
                 device,
-                f"a step with {args.cache} tokens in the KV cache; ms of a whole forward pass with embedding, last norm and logits",
+                f"a step with {args.cache} tokens in the KV cache; ms of a whole forward pass, from embedding to logits",
                 measured_rows,
             )
     dist.destroy_process_group()

@@ -50,7 +50,8 @@ def speedups(result):
         x = [row["batch"] * row["tokens"] for row in rows]
         label = side if len(batches) == 1 else f"{side}, batch {batch}"
         style = ("-", "--", ":", "-.")[sorted(batches).index(batch) % 4]
-        axes.plot(x, [row["speedup"] for row in rows], style, marker="o", markersize=3, color=SIDE_COLOURS.get(side), label=label)
+        y = [row["speedup"] for row in rows]
+        axes.plot(x, y, style, marker="o", markersize=3, color=SIDE_COLOURS[side], label=label)
     ticks = sorted({row["batch"] * row["tokens"] for row in result["rows"]})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, ticks, rotation=45)
@@ -58,7 +59,8 @@ def speedups(result):
     axes.set_xlabel("tokens of a forward pass")
     axes.set_ylabel("times as fast as Inductor with NCCL")
     row, machine = result["rows"][0], result["machine"]
-    axes.set_title(f"{row['model']} shapes, {row['layers']} layers, {row['tp']} × {machine.get('gpu') or machine['cpu']}", fontsize=10)
+    where = f"{row['tp']} × {machine.get('gpu') or machine['cpu']}"
+    axes.set_title(f"{row['model']} shapes, {row['layers']} layers, {where}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

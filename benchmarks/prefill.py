@@ -12,12 +12,13 @@ import itertools
 import common
 import torch
 import torch.distributed as dist
-from common import llama
+import variants
+from variants import llama
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=common.MODELS, default="70B", help="shapes of the model")
+    parser.add_argument("--model", choices=variants.MODELS, default="70B", help="shapes of the model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="of each sequence")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
@@ -28,7 +29,7 @@ def main():
     device, ranks = llama.start()
     measured_rows = []
     with torch.no_grad():
-        model, config = common.build(args.model, args.layers, device)
+        model, config = variants.build(args.model, args.layers, device)
         sides = [common.Side(name, model) for name in args.sides]
         for batch, tokens in sorted(itertools.product(args.batch, args.tokens), key=lambda size: size[0] * size[1]):
             size = {"model": args.model, "layers": args.layers, "batch": batch, "tokens": tokens}

@@ -23,7 +23,8 @@ from pathlib import Path
 import common
 import torch
 import torch.distributed as dist
-from common import llama
+import variants
+from variants import llama
 
 PASSES = 5  # profiled, of which the one of median length is shown
 
@@ -41,14 +42,14 @@ KINDS = (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=common.MODELS, default="70B", help="shapes of the model")
+    parser.add_argument("--model", choices=variants.MODELS, default="70B", help="shapes of the model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096)
     args = parser.parse_args()
 
     device, ranks = llama.start()
     with torch.no_grad():
-        model, config = common.build(args.model, args.layers, device)
+        model, config = variants.build(args.model, args.layers, device)
         side = common.Side("weave", model)
         ids = torch.randint(config.vocab, (1, args.tokens), device=device)
         side.warm_up(ids)
@@ -61,7 +62,7 @@ def main():
             llama.say(f"  {count} ×", " | ".join(names))
         rows = inner_layer(replayed, args.layers)
         for row in rows:
-            llama.say(f"  {row['start']:8.1f} µs  {row['us']:7.1f} µs  {row['lane']:13}  {row['kind']:17}  {row['name'][:100]}")
+            llama.say(f"  {row['start']:8.1f} {row['us']:7.1f} µs  {row['lane']:13}  {row['kind']:17}  {row['name'][:100]}")
         common.write(
             f"timeline-{args.model}-tp{ranks}",
             device,
@@ -134,7 +135,7 @@ def short(name):
 
 
 def inner_layer(events, layers):
-    """The kernels of the layer in the middle, of the pass in which it takes its median time. Cut off at its ends.
+    """The kernels of the layer in the middle, cut off at its ends, of the pass in which it takes its median time.
 
     Site ``2 * i`` gives layer i its input.
     """

@@ -12,7 +12,7 @@ GEMM, ACTIVATION, SITE = "nvjet_tst_128x256", "triton_poi_fused_mul_silu_scaled_
 
 
 def trace(passes, stray=()):
-    """A Chrome trace of woven passes: 10 µs for a GEMM or a site, 1 for what else there is; ``stray`` before the last site."""
+    """A Chrome trace of woven passes, 10 µs for a GEMM or a site and 1 for all else. stray: what is before the last site"""
     now, events = 0.0, []
 
     def add(name, us, cat="kernel"):
@@ -35,11 +35,12 @@ def trace(passes, stray=()):
 
 
 def test_kinds():
+    flash = "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t>>(Flash_fwd_params)"
     names = {
         "two_shot": "all-reduce + norm",
         "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "NCCL",
         ACTIVATION: "elementwise",
-        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t>>(Flash_fwd_params)": "attention",
+        flash: "attention",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention",
         GEMM: "GEMM",
         "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16>()": "GEMM",
