@@ -1,0 +1,211 @@
+"""What the benchmarks of whole models share: the sides, what is measured of each, and the result files.
+
+The rows of a result file, one for each size and side, have
+
+    model, layers, tp, batch, tokens   the size; tokens are those of each sequence
+    side, mode                         mode: what is in force for a tokenweave side, by its report
+    speedup, vs_nocomm                 time of the sides inductor and no-comm over this one's
+    ms                                 of a forward pass: the median over samples of the slowest rank
+    cuda_graphs
+    peak_gb                            what the allocator holds at the most during a pass, beyond what it held before
+    workspace_gb                       symmetric memory that a pass uses, which stays allocated
+"""
+
+import functools
+import gc
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import variants
+from variants import llama
+
+import tw_compile
+from tw_compile import ops
+from tw_compile.ops import transport
+
+HERE = Path(__file__).parent
+
+# Every side may compile for small and for large sizes, and all of them compile the same functions.
+torch._dynamo.config.recompile_limit = 64
+torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+# --- the sides -------------------------------------------------------------------------------------------------------
+
+# name -> backend, options, what is made of the model
+SIDES = {
+    "eager": (None, {}, None),
+    "inductor": ("inductor", {}, None),
+    "inductor-symm": ("inductor", {}, variants.with_symmetric_rows),
+    "fuse": ("tokenweave", {"tokenweave.mode": "fuse"}, None),
+    "weave": ("tokenweave", {"tokenweave.mode": "weave"}, None),
+    "auto": ("tokenweave", {}, None),
+    "no-comm": ("inductor", {}, variants.without_all_reduces),
+}
+
+
+def waited(model):
+    """The model in eager mode, where a collective whose result nobody has used yet would stay open in a CUDA graph."""
+
+    def run(*inputs):
+        return [out.wait() if isinstance(out, funcol.AsyncCollectiveTensor) else out for out in model(*inputs)]
+
+    return run
+
+
+class Side:
+    """A model under one of SIDES, with dynamic shapes. Sizes must come in ascending order: see ``mode``."""
+
+    def __init__(self, name, model):
+        backend, options, change = SIDES[name]
+        model = change(model) if change else model
+        self.name = name
+        self.run = torch.compile(model, backend=backend, options=options, dynamic=True) if backend else waited(model)
+        # Of the newest graph. Its guards are lower bounds of the tokens, so that it is the one that larger sizes run.
+        self.mode = None
+
+    def warm_up(self, *inputs):
+        """Compile for the inputs. Returns what is known of the memory that a pass takes."""
+        before = len(tw_compile.reports())
+        self.run(*inputs)
+        for report in tw_compile.reports()[before:]:
+            llama.say(f"{self.name}: {report}")
+            self.mode = report.mode
+        device = inputs[0].device
+        if device.type == "cpu":
+            self.run(*inputs)
+            return {}
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        self.run(*inputs)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - held
+        return {"peak_gb": round(peak / 1e9, 3), "workspace_gb": round(self._workspace_bytes(device) / 1e9, 3)}
+
+    def _workspace_bytes(self, device):
+        if self.name == "inductor-symm":
+            return max(buffer.nbytes for buffer in variants.buffers.values())
+        if self.mode not in ("fuse", "weave"):
+            return 0
+        carrier, _ = transport.choose("auto", dist.group.WORLD.group_name, device)
+        largest = dict.fromkeys((0, 1) if self.mode == "weave" else (ops.SLOT_WHOLE,), 0)
+        for (slot, *_), workspace in getattr(carrier, "_workspaces", {}).items():
+            if slot in largest:
+                largest[slot] = max(largest[slot], workspace.bytes)
+        return sum(largest.values())
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(sides, inputs, samples):
+    """The figures of each side on the inputs, by its name."""
+    device = inputs[0].device
+    memory = {side.name: side.warm_up(*inputs) for side in sides}
+    runs = {side.name: recorded(functools.partial(side.run, *inputs), device) for side in sides}
+    times = median_times(runs, device, samples)
+    del runs  # the CUDA graphs, and their memory
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {
+        side.name: {"ms": times[side.name] * 1e3, **({"mode": side.mode} if side.mode else {}), **memory[side.name]}
+        for side in sides
+    }
+
+
+def recorded(run, device):
+    """``run`` as a CUDA graph, to be called; on the CPU ``run`` itself. It must have run before."""
+    if device.type == "cpu":
+        return run
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as the one that watches NCCL, may go on with what a capture would not allow.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
+
+
+def median_times(runs, device, samples, calls=4):
+    """Seconds of a call: the median over samples of the slowest rank. The runs take turns, so that drift meets all alike."""
+    taken = {name: [] for name in runs}
+    for sample in range(-2, samples):  # the first two warm up
+        for name, run in runs.items():
+            seconds = time_of(run, device, calls)
+            if sample >= 0:
+                taken[name].append(seconds / calls)
+    slowest = torch.tensor([*taken.values()], device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return {name: statistics.median(row) for name, row in zip(taken, slowest.tolist())}
+
+
+def time_of(run, device, calls):
+    """Seconds of ``calls`` calls in a row on this rank; the ranks begin together."""
+    dist.all_reduce(torch.zeros(1, device=device))
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return time.perf_counter() - begin
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def rows(size, measured, device):
+    """Rows of a result file. size: model, layers, batch and tokens; measured: what ``measure`` returned"""
+    for side, figures in measured.items():
+        ratios = {
+            field: round(measured[other]["ms"] / figures["ms"], 3)
+            for field, other in (("speedup", "inductor"), ("vs_nocomm", "no-comm"))
+            if other in measured
+        }
+        figures = {**figures, "ms": round(figures["ms"], 4)}
+        yield {**size, "tp": dist.get_world_size(), "side": side, **ratios, "cuda_graphs": device.type == "cuda", **figures}
+
+
+def show(size, measured):
+    """One line: how many times as fast as Inductor each side is."""
+    inductor = measured.get("inductor", {}).get("ms", math.nan)
+    cells = [f"{side} {inductor / figures['ms']:.2f}× ({figures['ms']:.3f} ms)" for side, figures in measured.items()]
+    llama.say(f"{size['batch']:3} × {size['tokens']:<6}", "  ".join(cells))
+
+
+def write(name, device, note, rows):
+    """Write results/<name>.json, on the first rank."""
+    if dist.get_rank() != 0:
+        return
+    ranks = dist.get_world_size()
+    on_gpus = device.type == "cuda"
+    versions = {"torch": torch.__version__}
+    if on_gpus:
+        versions |= {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    gpu = {"gpu": torch.cuda.get_device_name(device), "gpus": ranks} if on_gpus else None
+    result = {
+        "machine": gpu or {"cpu": platform.machine(), "ranks": ranks},
+        "versions": versions,
+        "date": date.today().isoformat(),
+        "command": f"torchrun --nproc-per-node {ranks} benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
+        "transport": sorted({report.transport for report in tw_compile.reports() if report.transport}),
+        "note": note,
+        "rows": list(rows),
+    }
+    path = HERE / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print("wrote", path.relative_to(HERE.parent), flush=True)

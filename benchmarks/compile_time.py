@@ -1,0 +1,114 @@
+"""Seconds that torch.compile takes for a deep, narrow Llama: tokenweave against Inductor, with empty caches and with full ones.
+
+    torchrun --nproc-per-node 4 benchmarks/compile_time.py --layers 80
+
+Each figure is of processes of their own: the first forward pass less the second, on the slowest rank. ``cold`` begins with
+an empty cache directory, ``warm`` with the one that ``cold`` has left. A layer has as many ops as one of any width.
+
+Writes benchmarks/results/compile-*.json, one row for each side and cache, with
+
+    ratio (to Inductor's seconds), layers, tp, tokens, side, cache, seconds, passes_seconds (of these, in our passes)
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import common
+import torch
+import torch.distributed as dist
+import variants
+from variants import llama
+
+from tw_compile import passes
+
+SIDES = ("inductor", "fuse", "weave")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--side", choices=SIDES, help="only compile for this one, and print what it took")
+    args = parser.parse_args()
+    device, ranks = llama.start()
+    if args.side:
+        print(json.dumps(compile_once(args.side, args.layers, args.tokens, device)))
+    else:
+        rows = []
+        for side in SIDES:
+            for row in in_new_processes(side, args):
+                inductor = next((r["seconds"] for r in rows if r["cache"] == row["cache"]), row["seconds"])
+                rows.append({"ratio": round(row["seconds"] / inductor, 3), **row})
+                llama.say(f"{rows[-1]['ratio']:.2f} of Inductor's time:", row)
+            note = "shapes of the example's tiny Llama; seconds with Dynamo's; the passes are not run where the cache is warm"
+            common.write(f"compile-tp{ranks}", device, note, rows)
+    dist.destroy_process_group()
+
+
+def in_new_processes(side, args):
+    """Start this script anew on every rank, first with an empty cache, then with what is in it."""
+    size = {"layers": args.layers, "tp": dist.get_world_size(), "tokens": args.tokens}
+    with tempfile.TemporaryDirectory() as own:
+        for cache in ("cold", "warm"):
+            shared = [(own, free_port())]
+            dist.broadcast_object_list(shared)
+            folder, port = shared[0]
+            variables = {"TORCHINDUCTOR_CACHE_DIR": folder, "TW_COMPILE_CACHE_DIR": folder, "MASTER_PORT": str(port)}
+            # Without torchrun's store, which the ranks of this process use.
+            environment = {**os.environ, **variables, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+            command = [sys.executable, __file__, "--side", side, "--layers", str(args.layers), "--tokens", str(args.tokens)]
+            printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+            dist.barrier()  # before the first rank removes the caches of all
+            yield {**size, "side": side, "cache": cache, **json.loads(printed.splitlines()[-1])}
+
+
+def free_port():
+    with socket.socket() as any_port:
+        any_port.bind(("", 0))
+        return any_port.getsockname()[1]
+
+
+def compile_once(side, layers, tokens, device):
+    """What compiling takes on the slowest rank."""
+    in_passes = timed_passes()
+    with torch.no_grad():
+        model, config = variants.build("tiny", layers, device)
+        ids = torch.randint(config.vocab, (1, tokens), device=device)
+        run = common.Side(side, model).run
+        dist.barrier()  # opens the connections, which is not compiling
+        seconds = seconds_of(run, ids) - seconds_of(run, ids)
+    slowest = torch.tensor([seconds, sum(in_passes)], device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return dict(zip(("seconds", "passes_seconds"), (round(each, 3) for each in slowest.tolist())))
+
+
+def timed_passes():
+    """A list that will have the seconds of each run of our passes."""
+    taken, rewrite = [], passes.rewrite
+
+    def timed(*args):
+        begin = time.perf_counter()
+        result = rewrite(*args)
+        taken.append(time.perf_counter() - begin)
+        return result
+
+    passes.rewrite = timed
+    return taken
+
+
+def seconds_of(run, ids):
+    begin = time.perf_counter()
+    run(ids)
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main()
