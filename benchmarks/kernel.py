@@ -28,12 +28,12 @@ import wire
 from timing import time_of
 
 from tw_compile.ops.reference import add_norm
-from tw_compile.ops.symmetric import LL_ROWS_TIMES_PEERS, TWO_SHOT_ROWS, Symmetric
+from tw_compile.ops.symmetric import TWO_SHOT_ROWS, Symmetric
 
 HERE = Path(__file__).parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SLOT = 2
-KERNELS = ("auto", "one_shot_ll", "one_shot", "two_shot")
+KERNELS = ("auto", "one_shot", "two_shot")
 NUMERICS = None, 1e-5, 1.0, 0.0, False  # shift, eps, scale, offset, center
 
 def main():
@@ -107,8 +107,6 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
             kernel = ours[name].kernel_of(tokens)
             if kernel != "two_shot" and tokens >= TWO_SHOT_ROWS:
                 continue
-            if kernel == "one_shot_ll" and tokens * (world - 1) > LL_ROWS_TIMES_PEERS:
-                continue
             in_workspace = ours[name].linear(a, b, None, SLOT)
 
             def fused(residual):
@@ -118,8 +116,8 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
             worst = (norm.float() - wanted).abs().max().item()
             assert worst <= 0.02 * wanted.abs().max().item(), f"{tokens} tokens, {kernel}: wrong by {worst}"  # right before fast
             us = time_of(lambda: fused(kept), l2, args.samples, device)
-            # One-shot reads all rows of all peers, with flags twice the bytes; two-shot its own rows, and sends them.
-            share = {"two_shot": 2 / world, "one_shot": 1, "one_shot_ll": 2}[kernel]
+            # One-shot reads all rows of all peers; two-shot its own rows, and sends them.
+            share = 2 / world if kernel == "two_shot" else 1
             gbps = (world - 1) * share * tokens * hidden * dtype.itemsize / us / 1e3
             rows.append(
                 {

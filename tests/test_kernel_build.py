@@ -21,13 +21,13 @@ from tw_compile.ops import symmetric
 from tw_compile.ops.symmetric import TWO_SHOT_ROWS, Arguments, Layout, own_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-KERNELS = ("two_shot", "one_shot", "one_shot_ll")
+KERNELS = ("two_shot", "one_shot")
 SHARED = 227 * 1024  # of a CTA on sm_90 and sm_100
 HIDDEN = (8, 64, 4096, 5120, 8192, 16384, 32768)
 
 
-def macros(dtype, hidden, world, transport, center):
-    return symmetric.macros(dtype, hidden, world, transport, center, Layout.of(hidden, dtype.itemsize, world, transport, SHARED))
+def macros(dtype, hidden, world, transport, center, rank=0):
+    return symmetric.macros(dtype, hidden, world, rank, transport, center, Layout.of(hidden, dtype.itemsize, world, transport, SHARED))
 
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"no NVRTC: {nvrtc.missing()}")
@@ -52,8 +52,7 @@ def disassemble(cubin: bytes, directory: Path) -> str:
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    "transport, kernel",
-    [("peer", "two_shot"), ("peer", "one_shot"), ("peer", "one_shot_ll"), ("multimem", "two_shot"), ("multimem", "one_shot")],
+    "transport, kernel", [("peer", "two_shot"), ("peer", "one_shot"), ("multimem", "two_shot"), ("multimem", "one_shot")]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("arch", ("sm_90a", "sm_100a"))
@@ -82,13 +81,11 @@ def check_sass(arch, kernel, dtype, transport, center, tmp_path):
     assert stores
     # All wide accesses are 16 bytes wide, and what is not wide is a flag, an epoch or an error word.
     assert set(re.findall(r"(?:LDG|STG)\.E\.(\d+|[A-Z])", sass)) <= {"128", "S"}
-    if kernel == "one_shot_ll":
-        assert not multicast_loads and [load for load in loads if "128" in load]
-    elif transport == "peer":
+    if transport == "peer":
         assert not multicast_loads
-        # Each thread has a vector of each of the 8 ranks in flight, for each vector of its own part of the row.
+        # Each thread has a vector of each of the 7 other ranks in flight, for each vector of its own part of the row.
         copies = re.findall(r"LDGSTS\S*", sass)
-        assert len(copies) >= 8 * Layout.of(8192, dtype.itemsize, 8, transport, SHARED).unroll
+        assert len(copies) >= 7 * Layout.of(8192, dtype.itemsize, 8, transport, SHARED).unroll
         assert all(".BYPASS." in copy and copy.endswith(".128") for copy in copies), set(copies)
     else:
         assert not [load for load in loads if "128" in load]
@@ -287,20 +284,6 @@ void copies_arrived() {
 }
 inline void prefetch(const void* p) { load(p); }  // must be there to be read
 inline void fence_alias() {}
-inline uint4 load_pairs(const void* p) {  // the halves at different times
-  uint4 v;
-  cpu::yield();
-  memcpy(&v.z, (const char*)p + 8, 8);
-  cpu::pause();
-  memcpy(&v, p, 8);
-  return v;
-}
-inline void store_pairs(void* p, uint4 v) {
-  cpu::pause();
-  memcpy((char*)p + 8, &v.z, 8);
-  cpu::pause();
-  memcpy(p, &v, 8);
-}
 inline u32 load_acquire_sys(const u32* p) { cpu::yield(); return *(const volatile u32*)p; }
 inline void store_release_sys(u32* p, u32 v) { cpu::yield(); *(volatile u32*)p = v; }
 inline u32 load_word(const u32* p) { return *p; }
@@ -352,7 +335,6 @@ inline void multimem_store(void* p, uint4 v) {
 
 DRIVER = r"""
 #include "one_shot.cuh"
-#include "one_shot_ll.cuh"
 #include "two_shot.cuh"
 
 constexpr int kWorld = TW_WORLD;
@@ -363,10 +345,9 @@ static_assert(sizeof(Site) == TW_SITE_BYTES, "the host packs the argument differ
 // A transport that also writes down what it was asked for.
 struct Access { u32 rank, is_store; u64 at; };
 static std::vector<Access> accesses;
-template <class Element, int kWorld>
-struct Recorder : tw::TW_TRANSPORT<Element, kWorld> {
-  using Base = tw::TW_TRANSPORT<Element, kWorld>;
-  using Base::Base;
+template <class Element, int kWorld, int kRank>
+struct Recorder : tw::TW_TRANSPORT<Element, kWorld, kRank> {
+  using Base = tw::TW_TRANSPORT<Element, kWorld, kRank>;
   template <class Places>
   void load_reduce(typename Base::Pending& pending, Places places, u64 at) const {
     accesses.push_back({Base::site.rank, 0, at});
@@ -378,10 +359,19 @@ struct Recorder : tw::TW_TRANSPORT<Element, kWorld> {
   }
 };
 
-static void two_shot(const void* site) { tw::two_shot<Recorder, tw::TW_NORM, Layout, kWorld, TW_DEPTH>(*(const Site*)site); }
-static void one_shot(const void* site) { tw::one_shot<Recorder, tw::TW_NORM, Layout, kWorld>(*(const Site*)site); }
-static void one_shot_ll(const void* site) { tw::one_shot_ll<tw::TW_NORM, Layout, kWorld>(*(const Site*)site); }
-static void (*const kernels[])(const void*) = {two_shot, one_shot, one_shot_ll};
+template <int kRank = 0>
+static void two_shot(const void* p) {
+  const Site& site = *(const Site*)p;
+  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_NORM, Layout, kWorld, kRank, TW_DEPTH>(site);
+  if constexpr (kRank + 1 < kWorld) two_shot<kRank + 1>(p);
+}
+template <int kRank = 0>
+static void one_shot(const void* p) {
+  const Site& site = *(const Site*)p;
+  if (site.rank == kRank) return tw::one_shot<Recorder, tw::TW_NORM, Layout, kWorld, kRank>(site);
+  if constexpr (kRank + 1 < kWorld) one_shot<kRank + 1>(p);
+}
+static void (*const kernels[])(const void*) = {two_shot<>, one_shot<>};
 
 // One call of one rank: what a stream does before, the launch, what it does after.
 struct Copy { char *to; const char *from; u64 bytes; };
@@ -515,9 +505,7 @@ class Machine:
         self.carried_at = self.ROWS * row
         self.whole_at = self.carried_at + self.ROWS * hidden * 4
         self.staging_at = self.whole_at + self.ROWS * row
-        self.ll_at = self.staging_at + 2 * self.CTAS * row
-        size = self.ll_at + 2 * self.CTAS * world * 2 * row
-        self.workspaces = [torch.full((size,), 90, dtype=torch.uint8) for _ in range(world)]  # is no epoch of these tests
+        self.workspaces = [torch.zeros(self.staging_at + 2 * self.CTAS * row, dtype=torch.uint8) for _ in range(world)]
         self.pads = [torch.zeros(self.CTAS * world, dtype=torch.int32) for _ in range(world)]
         self.epochs = [torch.full((self.CTAS,), -3, dtype=torch.int32) for _ in range(world)]  # soon wraps through 0
         for pad in self.pads:
@@ -535,7 +523,6 @@ class Machine:
             timeout_s,
             self.whole_at,
             self.staging_at,
-            self.ll_at,
         )
 
     def region(self, rank, begin, rows, dtype=None):
@@ -559,7 +546,7 @@ class Machine:
             results.append([])
             for rank in range(self.world):
                 rows = call["partials"][0].shape[0] - (rank in fewer)
-                name = kernel or symmetric.kernel_of(rows, self.world, self.transport)
+                name = kernel or ("one_shot" if rows < TWO_SHOT_ROWS else "two_shot")
                 small = name != "two_shot"
                 begin, end = (0, rows) if small else own_rows(rank, self.world, rows)
                 is_whole, takes_carried = whole and not (carried and number < len(calls) - 1), carried and number > 0
@@ -691,7 +678,7 @@ def test_numbers_of_a_layer_norm(machine, dtype):
 @pytest.mark.parametrize("hidden, dtype", [(72, torch.bfloat16), (9216, torch.bfloat16), (4104, torch.float32)], ids=str)
 def test_layouts_of_a_layer_norm(machine, hidden, dtype):
     kernels = machine(dtype, hidden, 2, "peer", True)
-    for rows, kernel in ((3, "one_shot"), (3, "one_shot_ll"), (7, "two_shot")):
+    for rows, kernel in ((3, "one_shot"), (7, "two_shot")):
         call = example(dtype, hidden, 2, rows, bias=True, weight="float", offset=1.0, shift="same", center=True)
         (result,) = kernels.run([call], kernel=kernel, ctas=2)
         assert kernels.status == 0
@@ -716,7 +703,7 @@ def test_a_layer_norm_of_a_large_mean(machine, kernel):
 def test_layouts(machine, hidden, dtype):
     """Rows that do not fill the last vectors, one chunk or several."""
     kernels = machine(dtype, hidden, 2, "peer")
-    for rows, kernel in ((3, "one_shot"), (3, "one_shot_ll"), (7, "two_shot")):
+    for rows, kernel in ((3, "one_shot"), (7, "two_shot")):
         call = example(dtype, hidden, 2, rows, bias=True, weight="float", offset=1.0)
         (result,) = kernels.run([call], kernel=kernel, ctas=2)
         assert kernels.status == 0
@@ -739,7 +726,7 @@ def test_back_to_back_calls(machine, world):
 @needs_gxx
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "rows, kernel", [(1, "one_shot_ll"), (31, "one_shot"), (31, "one_shot_ll"), (7, "two_shot"), (63, "two_shot"), (64, "two_shot")]
+    "rows, kernel", [(1, "one_shot"), (31, "one_shot"), (7, "two_shot"), (63, "two_shot"), (64, "two_shot")]
 )
 def test_a_residual_is_carried_unrounded(machine, dtype, rows, kernel):
     """From site to site, until the last one rounds it."""
@@ -816,7 +803,7 @@ def test_a_rank_that_never_comes_is_named(machine):
 
 
 @needs_gxx
-@pytest.mark.parametrize("kernel, rows", [("two_shot", 63), ("one_shot", 31), ("one_shot_ll", 3)])
+@pytest.mark.parametrize("kernel, rows", [("two_shot", 63), ("one_shot", 31)])
 def test_another_number_of_tokens_is_noticed(machine, kernel, rows):
     """By whoever comes last, even where both have the same number of CTAs and barriers."""
     world = 3

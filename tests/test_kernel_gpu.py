@@ -176,9 +176,10 @@ def prepared():
     """All kernels, compiled in parallel."""
     arch = nvrtc.architecture(torch.cuda.get_device_capability())
     jobs = [
-        (kernel, arch, symmetric.macros(dtype, hidden, world, "peer", center, layout(dtype, hidden, world)))
+        (kernel, arch, symmetric.macros(dtype, hidden, world, rank, "peer", center, layout(dtype, hidden, world)))
         for center, sizes in ((False, SIZES), (True, LAYER_NORM_SIZES))
-        for (dtype, hidden, world), kernel in itertools.product(sizes, ("two_shot", "one_shot", "one_shot_ll"))
+        for (dtype, hidden, world), kernel in itertools.product(sizes, ("two_shot", "one_shot"))
+        for rank in range(world)
     ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: nvrtc.cubin(*job), jobs))

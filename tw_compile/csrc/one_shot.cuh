@@ -15,49 +15,53 @@
 
 namespace tw {
 
-template <template <class, int> class TransportOf, class Norm, class Layout, int kWorld>
+template <template <class, int, int> class TransportOf, class Norm, class Layout, int kWorld, int kRank>
 __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
-  using Transport = TransportOf<typename Layout::Element, kWorld>;
-  const Transport transport(site);
+  using Transport = TransportOf<typename Layout::Element, kWorld, kRank>;
+  const Transport transport{site};
   Barrier<kWorld> barrier(site);
   using AllRows = Rows<Norm, Layout, Transport, kWorld>;
   AllRows rows(site, transport);
   rows.fetch_weight();
+  bool first = true;
 
   for (u32 row = blockIdx.x; row < site.rows; row += gridDim.x) {
     const u64 at = row * Layout::kRowBytes;
     const u64 staging_at = site.staging_at + (blockIdx.x * 2 + barrier.epoch() % 2) * Layout::kRowBytes;
     const u64 float_at = row * Layout::kFloatRowBytes;
-    const char* residual = site.residual == nullptr ? nullptr : site.residual + (site.takes_carried ? float_at : at);
+    const char* residual = site.residual + (site.takes_carried ? float_at : at);
     typename Chunk<Layout, Transport>::Pending pending;
     const Chunk<Layout, Transport> chunk(rows.memory_of_chunk(0), pending);
 
-    chunk.load_residual(residual, site.takes_carried, 0);  // arrives during the barrier
+    Local<Layout, Transport> local;
+    if (site.residual != nullptr) local.load_residual(residual, site.takes_carried, 0);  // arrives during the barrier
     for (int c = 0; c < Layout::kChunks; ++c) {
 #pragma unroll
       for (int u = 0; u < Layout::kUnroll; ++u) {
-        const int v = Layout::vector(c, u);
-        if (!Layout::holds(v)) continue;
-        ptx::store_sys(site.workspace[0] + staging_at + v * 16ull, ptx::load(site.x + at + v * 16ull));
+        if (!Layout::holds(Layout::vector(c, u))) continue;
+        ptx::store_sys(site.workspace[0] + staging_at + Layout::offset(c, u), ptx::load(site.x + at + Layout::offset(c, u)));
       }
     }
     if constexpr (Norm::kCenters) rows.prefetch_shift();
     if constexpr (Transport::kAliases) ptx::fence_alias();
     barrier.arrive_and_wait(0);
     if constexpr (Transport::kAliases) ptx::fence_alias();
+    if (first) rows.keep_weight();
+    first = false;
 
 #pragma unroll 1
     for (int c = 0; c < Layout::kChunks; ++c) {
-      chunk.load_parts(transport, staging_at, c);
-      if (c > 0) chunk.load_residual(residual, site.takes_carried, c);
+      chunk.load(transport, staging_at, c);
+      local.load_own(transport, staging_at, c);
+      if (c > 0 && site.residual != nullptr) local.load_residual(residual, site.takes_carried, c);
       ptx::close_copies();
       ptx::copies_arrived<0>();
-      rows.add(chunk, c);
-      rows.each(c, [&](int v, const float (&r)[Layout::kVector]) {
+      rows.add(chunk, local, c);
+      rows.each(c, [&](u64 offset, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {
-          ptx::store(site.residual_out + at + v * 16ull, Layout::Element::pack(r));
+          ptx::store(site.residual_out + at + offset, Layout::Element::pack(r));
         } else {
-          store_carried<Layout>(site.residual_out + float_at, v, r);
+          store_carried<Layout>(site.residual_out + float_at + offset, r);
         }
       });
     }

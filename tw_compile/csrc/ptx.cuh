@@ -23,20 +23,6 @@ __device__ __forceinline__ void store_sys(void* p, uint4 v) {
                :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// 16 bytes as two accesses of 8, neither of which is ever torn.
-
-__device__ __forceinline__ uint4 load_pairs(const void* p) {
-  uint4 v;
-  asm volatile("{ .reg .u64 a, b; ld.relaxed.sys.global.v2.u64 {a, b}, [%4]; mov.b64 {%0, %1}, a; mov.b64 {%2, %3}, b; }"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_pairs(void* p, uint4 v) {
-  asm volatile("{ .reg .u64 a, b; mov.b64 a, {%1, %2}; mov.b64 b, {%3, %4}; st.relaxed.sys.global.v2.u64 [%0], {a, b}; }"
-               :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-
 __device__ __forceinline__ uint4 load(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -28,6 +28,10 @@ struct Layout {
     return (chunk * kUnroll + u) * kThreads + static_cast<int>(threadIdx.x);
   }
   static __device__ __forceinline__ bool holds(int vector) { return kExact || vector < kVectors; }
+  // Of the vector, in bytes. Written so that the compiler sees one address of a thread in it, and constants.
+  static __device__ __forceinline__ u64 offset(int chunk, int u) {
+    return threadIdx.x * 16u + static_cast<u64>((chunk * kUnroll + u) * kThreads * 16);
+  }
 };
 
 // A vector in private memory: of Element, or of float32, which beside 16-bit elements is twice as long.
@@ -69,68 +73,62 @@ struct Vector {
   }
 };
 
-// Byte offset in a row of the carried residual, in float32, of the words of a vector: first those with the front halves of
-// all vectors, then the others, so that neighbouring threads access neighbouring words.
+// A carried residual has the front halves of all vectors of a row first, in float32, then the others, so that neighbouring
+// threads access neighbouring words. This is the way from one to the other.
 template <class Layout>
-__device__ __forceinline__ u64 carried_word(int v, int w) {
-  return (w * Layout::kVectors + v) * 16ull;
-}
+constexpr u64 kToBackHalf = Layout::kVectors * 16ull;
 
-// What a thread has on its way of a chunk. Registers are few, and the wire is long: copies land in shared memory, each
-// thread having places of its own.
+// What a thread has on its way of a chunk from the other ranks. Registers are few, and the wire is long: copies land in shared
+// memory, each thread having places of its own.
 template <class Layout, class Transport>
 class Chunk {
-  static constexpr int kWords = Vector<Layout>::kWords;
-  static constexpr int kPlaces = Transport::kPlaces + kWords;  // of a vector: the parts, then the residual
-
  public:
-  static constexpr int kBytes = Layout::kUnroll * kPlaces * Layout::kThreads * 16;
+  static constexpr int kBytes = Layout::kUnroll * Transport::kPlaces * Layout::kThreads * 16;
   using Pending = typename Transport::Pending[Layout::kUnroll];
 
   // memory: address of kBytes of shared memory
   __device__ __forceinline__ Chunk(u32 memory, Pending& pending) : places_{memory + threadIdx.x * 16}, pending_(pending) {}
 
-  __device__ __forceinline__ void load_residual(const char* row, bool is_float, int chunk) const {
-    if (row == nullptr) return;
-#pragma unroll
-    for (int u = 0; u < Layout::kUnroll; ++u) {
-      const int v = Layout::vector(chunk, u);
-      if (!Layout::holds(v)) continue;
-      const Places<Layout::kThreads> places = residual_places(u);
-      places.copy_here(row + v * 16ull);
-      if (kWords > 1 && is_float) places.from(1).copy_here(row + carried_word<Layout>(v, 1));
-    }
-  }
-
   // row_at: offset in the workspace of the row of partial sums
-  __device__ __forceinline__ void load_parts(const Transport& transport, u64 row_at, int chunk) const {
+  __device__ __forceinline__ void load(const Transport& transport, u64 row_at, int chunk) const {
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
-      const int v = Layout::vector(chunk, u);
-      if (Layout::holds(v)) transport.load_reduce(pending_[u], places_.from(u * kPlaces), row_at + v * 16ull);
+      if (!Layout::holds(Layout::vector(chunk, u))) continue;
+      transport.load_reduce(pending_[u], places_.from(u * Transport::kPlaces), row_at + Layout::offset(chunk, u));
     }
   }
 
-  __device__ __forceinline__ void total(const Transport& transport, int u, float (&sum)[Layout::kVector]) const {
-    transport.total(pending_[u], places_.from(u * kPlaces), sum);
-  }
-
-  __device__ __forceinline__ Vector<Layout> residual(int u, bool is_float) const {
-    Vector<Layout> vector;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      if (w == 0 || is_float) vector.raw[w] = residual_places(u).from(w).get();
-    }
-    return vector;
+  __device__ __forceinline__ void total(
+      const Transport& transport, int u, typename Transport::Own own, float (&sum)[Layout::kVector]) const {
+    transport.total(pending_[u], own, places_.from(u * Transport::kPlaces), sum);
   }
 
  private:
-  __device__ __forceinline__ Places<Layout::kThreads> residual_places(int u) const {
-    return places_.from(u * kPlaces + Transport::kPlaces);
-  }
-
   const Places<Layout::kThreads> places_;
   Pending& pending_;
+};
+
+// What it has of a chunk from the memory of this GPU, which is near: in registers.
+template <class Layout, class Transport>
+struct Local {
+  typename Transport::Own own[Layout::kUnroll];
+  Vector<Layout> residual[Layout::kUnroll];
+
+  __device__ __forceinline__ void load_own(const Transport& transport, u64 row_at, int chunk) {
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      if (Layout::holds(Layout::vector(chunk, u))) transport.load_own(own[u], row_at + Layout::offset(chunk, u));
+    }
+  }
+  __device__ __forceinline__ void load_residual(const char* row, bool is_carried, int chunk) {
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      if (!Layout::holds(Layout::vector(chunk, u))) continue;
+      const char* here = row + Layout::offset(chunk, u);
+      residual[u].raw[0] = ptx::load(here);
+      if (Vector<Layout>::kWords > 1 && is_carried) residual[u].raw[1] = ptx::load(here + kToBackHalf<Layout>);
+    }
+  }
 };
 
 // The thread's part of the row in float32, between the sum and the norm: in registers if the row is one chunk, otherwise in
@@ -180,10 +178,10 @@ struct Kept<Layout, false> {
 };
 
 template <class Layout>
-__device__ __forceinline__ void store_carried(char* row, int v, const float (&r)[Layout::kVector]) {
+__device__ __forceinline__ void store_carried(char* here, const float (&r)[Layout::kVector]) {
 #pragma unroll
   for (int w = 0; w < Layout::kVector / 4; ++w) {
-    ptx::store(row + carried_word<Layout>(v, w), fp32::pack({r[4 * w], r[4 * w + 1], r[4 * w + 2], r[4 * w + 3]}));
+    ptx::store(here + w * kToBackHalf<Layout>, fp32::pack({r[4 * w], r[4 * w + 1], r[4 * w + 2], r[4 * w + 3]}));
   }
 }
 
@@ -215,14 +213,14 @@ class Rows {
 
   // r = scale * (sum + bias) + residual of one chunk.
   template <class In>
-  __device__ __forceinline__ void add(const In& in, int chunk) {
+  __device__ __forceinline__ void add(const In& in, const Local<Layout, Transport>& local, int chunk) {
     if (chunk == 0) sum_ = 0.0f;
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
       const int v = Layout::vector(chunk, u);
       if (!Layout::holds(v)) continue;
       float r[Layout::kVector];
-      in.total(transport_, u, r);
+      in.total(transport_, u, local.own[u], r);
       if (site_.bias != nullptr) {
         Vector<Layout> bias;
         bias.load(site_.bias, false, v, ptx::load_constant);
@@ -230,7 +228,7 @@ class Rows {
       }
       if (site_.residual != nullptr) {
         const bool is_float = site_.takes_carried != 0;
-        in.residual(u, is_float).each(is_float, [&](int i, float before) { r[i] = __fmaf_rn(r[i], site_.scale, before); });
+        local.residual[u].each(is_float, [&](int i, float before) { r[i] = __fmaf_rn(r[i], site_.scale, before); });
       } else {
 #pragma unroll
         for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(r[i], site_.scale);
@@ -243,24 +241,32 @@ class Rows {
     }
   }
 
-  // store(number of the vector in the row, its floats) takes the r of one chunk.
+  // store(byte offset in the row, floats of a vector) takes the r of one chunk.
   template <class Store>
   __device__ __forceinline__ void each(int chunk, Store store) {
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
-      const int v = Layout::vector(chunk, u);
-      if (!Layout::holds(v)) continue;
+      if (!Layout::holds(Layout::vector(chunk, u))) continue;
       float r[Layout::kVector];
       kept_.get(chunk, u, r);
-      store(v, r);
+      store(Layout::offset(chunk, u), r);
     }
   }
 
-  // Once, before the first row: where a row is one chunk, weight + offset stays in registers.
+  // Where a row is one chunk, weight + offset stays in registers. Once, before the first row, in two steps: the first does
+  // not wait for the weight, since other ranks wait for this CTA then; it does not need the barrier either.
   __device__ __forceinline__ void fetch_weight() {
+    if (Layout::kChunks > 1 || site_.weight == nullptr) return;
+#pragma unroll
+    for (int u = 0; u < Layout::kUnroll; ++u) {
+      const int v = Layout::vector(0, u);
+      if (Layout::holds(v)) raw_weight_[u].load(site_.weight, site_.weight_is_float != 0, v, ptx::load_constant);
+    }
+  }
+  __device__ __forceinline__ void keep_weight() {
     if constexpr (Layout::kChunks == 1) {
 #pragma unroll
-      for (int u = 0; u < Layout::kUnroll; ++u) load_weight(Layout::vector(0, u), weight_[u]);
+      for (int u = 0; u < Layout::kUnroll; ++u) to_floats(raw_weight_[u], weight_[u]);
     }
   }
 
@@ -287,11 +293,14 @@ class Rows {
         if (!Layout::holds(v)) continue;
         float r[Layout::kVector];
         kept_.get(chunk, u, r);
-        if constexpr (Layout::kChunks > 1) load_weight(v, weight_[u]);
+        if (Layout::kChunks > 1) {
+          if (site_.weight != nullptr) raw_weight_[u].load(site_.weight, site_.weight_is_float != 0, v, ptx::load_constant);
+          to_floats(raw_weight_[u], weight_[u]);
+        }
 #pragma unroll
         for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(__fmul_rn(r[i], factor), weight_[u][i]);
         if constexpr (Norm::kCenters) add_shift(v, r);
-        store(v * 16ull, Element::pack(r));
+        store(Layout::offset(chunk, u), Element::pack(r));
       }
     }
   }
@@ -319,16 +328,13 @@ class Rows {
     return squares;
   }
 
-  __device__ __forceinline__ void load_weight(int v, float (&weight)[Layout::kVector]) const {
-    if (site_.weight == nullptr || !Layout::holds(v)) {
+  __device__ __forceinline__ void to_floats(const Vector<Layout>& raw, float (&weight)[Layout::kVector]) const {
+    if (site_.weight == nullptr) {
 #pragma unroll
       for (int i = 0; i < Layout::kVector; ++i) weight[i] = 1.0f;
-      return;
+    } else {
+      raw.each(site_.weight_is_float != 0, [&](int i, float w) { weight[i] = __fadd_rn(w, site_.offset); });
     }
-    const bool is_float = site_.weight_is_float != 0;
-    Vector<Layout> raw;
-    raw.load(site_.weight, is_float, v, ptx::load_constant);
-    raw.each(is_float, [&](int i, float w) { weight[i] = __fadd_rn(w, site_.offset); });
   }
 
   __device__ __forceinline__ void add_shift(int v, float (&r)[Layout::kVector]) {
@@ -367,6 +373,7 @@ class Rows {
   const Transport& transport_;
   Kept<Layout> kept_;
   const u32 chunks_;  // address in shared memory
+  Vector<Layout> raw_weight_[Layout::kUnroll];
   float weight_[Layout::kUnroll][Layout::kVector];
   float sum_ = 0.0f;  // of the thread's squares; for a LayerNorm, of its elements first
   u32 half_ = 0;

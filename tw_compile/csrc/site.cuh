@@ -8,7 +8,7 @@ template <int kWorld>
 struct Site {
   // Of this rank's workspace. Entry i of an array belongs to rank (rank + i) % kWorld: every rank begins with itself and
   // goes round from there, so that at any moment the ranks address different peers, by indices known when compiling.
-  char* workspace[kWorld];  // [activations | carried residual | whole residual | staging | LL], at the same offsets on every rank
+  char* workspace[kWorld];  // [activations | carried residual | whole residual | staging], at the same offsets on every rank
   u32* pad[kWorld];         // signal pads
   char* multicast;          // the workspaces of all ranks at one address; null without multicast
   u32* epochs;              // one word a CTA, private to this rank: how many barriers the CTA has passed
@@ -16,7 +16,6 @@ struct Site {
   u64 timeout_ns;           // a barrier that waits longer gives up
   u64 whole_residual_at;    // byte offsets in the workspace
   u64 staging_at;
-  u64 ll_at;
   u32 rank;
 
   // Of this call.

@@ -47,40 +47,6 @@ __device__ __noinline__ void give_up(const Site<kWorld>& site, u32 peer, u32 pha
   __trap();
 }
 
-// An epoch, with the number of rows in the low bits.
-template <u32 kRowBits>
-struct Flag {
-  u32 word;
-
-  __device__ __forceinline__ Flag(u32 epoch, u32 rows) : word(epoch << kRowBits | rows & ~(~0u << kRowBits)) {}
-  __device__ __forceinline__ explicit Flag(u32 word) : word(word) {}
-
-  __device__ __forceinline__ u32 rows() const { return word & ~(~0u << kRowBits); }
-  // In epochs, times some power of two.
-  __device__ __forceinline__ int ahead_of(Flag other) const { return static_cast<int>((word >> kRowBits) - (other.word >> kRowBits) << kRowBits); }
-};
-
-// Of a thread that polls: gives up when the time is over.
-template <int kWorld>
-class Patience {
- public:
-  __device__ explicit Patience(const Site<kWorld>& site) : site_(site) {}
-
-  // After each look in vain. rows: of the peer, if it has come with another number of them, else 0
-  __device__ __forceinline__ void lose(u32 peer, u32 phase, u32 rows) {
-    constexpr u32 kPollsPerLookAtTheClock = 1024;
-    if (++polls_ % kPollsPerLookAtTheClock != 0) return;
-    const u64 now = ptx::global_timer();
-    if (begin_ == 0) begin_ = now;
-    if (rows != 0 || now - begin_ > site_.timeout_ns) give_up(site_, peer, rows != 0 ? kOtherRows : phase, rows);
-  }
-
- private:
-  const Site<kWorld>& site_;
-  u64 begin_ = 0;
-  u32 polls_ = 0;
-};
-
 template <int kWorld>
 class Barrier {
  public:
@@ -90,9 +56,6 @@ class Barrier {
   // Barriers passed by this CTA, in this and all earlier kernels.
   __device__ u32 epoch() const { return epoch_; }
 
-  // Counts on without a barrier; all ranks do.
-  __device__ u32 next_epoch() { return ++epoch_; }
-
   // phase: number of the barrier in the kernel, for the error message
   __device__ void arrive_and_wait(u32 phase) {
     ++epoch_;
@@ -100,9 +63,8 @@ class Barrier {
     if (threadIdx.x < kWorld) {
       const u32 peer = (site_.rank + threadIdx.x) % kWorld;
       const u32 row = blockIdx.x * kWorld;
-      const Flag<kRowBits> flag(epoch_, site_.rows);
-      ptx::store_release_sys(site_.pad[threadIdx.x] + row + site_.rank, flag.word);
-      wait_for(flag, site_.pad[0] + row + peer, peer, phase);
+      ptx::store_release_sys(site_.pad[threadIdx.x] + row + site_.rank, flag());
+      wait_for(site_.pad[0] + row + peer, peer, phase);
     }
     __syncthreads();
   }
@@ -115,15 +77,24 @@ class Barrier {
  private:
   static constexpr u32 kRowBits = 20;
 
-  __device__ void wait_for(Flag<kRowBits> ours, const u32* place, u32 peer, u32 phase) const {
-    Patience<kWorld> patience(site_);
-    Flag<kRowBits> theirs(ptx::load_acquire_sys(place));
-    while (theirs.ahead_of(ours) < 0) {
-      patience.lose(peer, phase, 0);
-      theirs.word = ptx::load_acquire_sys(place);
+  __device__ u32 flag() const { return epoch_ << kRowBits | rows_of(site_.rows); }
+  static __device__ u32 rows_of(u32 flag) { return flag & ((1u << kRowBits) - 1); }
+
+  __device__ void wait_for(const u32* place, u32 peer, u32 phase) const {
+    constexpr u32 kPollsPerLookAtTheClock = 1024;
+    u64 begin = 0;
+    u32 theirs = ptx::load_acquire_sys(place);
+    // In epochs, times 2^kRowBits.
+    const auto behind = [&] { return static_cast<int>((theirs >> kRowBits << kRowBits) - (epoch_ << kRowBits)); };
+    for (u32 polls = 1; behind() < 0; ++polls) {
+      theirs = ptx::load_acquire_sys(place);
+      if (polls % kPollsPerLookAtTheClock != 0) continue;
+      const u64 now = ptx::global_timer();
+      if (begin == 0) begin = now;
+      if (now - begin > site_.timeout_ns) give_up(site_, peer, phase, 0);
     }
     // A peer that is ahead has seen ours, and found nothing wrong.
-    if (theirs.ahead_of(ours) == 0 && theirs.word != ours.word) give_up(site_, peer, kOtherRows, theirs.rows());
+    if (behind() == 0 && theirs != flag()) give_up(site_, peer, kOtherRows, rows_of(theirs));
   }
 
   const Site<kWorld>& site_;

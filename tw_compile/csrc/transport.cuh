@@ -1,10 +1,10 @@
-// How a vector is fetched from all ranks and delivered to all ranks. The two transports have two functions, and differ in
-// nothing else: every other line of a kernel over Multimem also runs over Peer.
+// How a vector is fetched from all ranks and delivered to all ranks. The two transports differ in nothing else: every other
+// line of a kernel over Multimem also runs over Peer.
 //
-//   load_reduce(pending, places, at)  begins to fetch the 16 bytes at this offset of every rank's workspace, into registers
-//                                     (pending) or kPlaces places of this thread in shared memory
-//   total(pending, places, sum)       ends it, when copies have arrived: the sum over the ranks, in float32
-//   store(at, vector)                 to this offset of every rank's workspace
+//   load_reduce   the 16 bytes at an offset of every rank's workspace, in three steps: it begins to fetch them, into registers
+//                 (Pending) or kPlaces places of this thread in shared memory; load_own adds what is on this GPU, if that was
+//                 not part of it; and total, when copies have arrived, gives the sum over the ranks in float32
+//   store         a vector to this offset of every rank's workspace
 #pragma once
 #include "element.cuh"
 #include "site.cuh"
@@ -22,39 +22,33 @@ struct Places {
 };
 
 // Through a pointer to each rank's memory. The parts are added in rank order.
-template <class Element_, int kWorld>
+template <class Element_, int kWorld, int kRank>
 struct Peer {
   using Element = Element_;
-  static constexpr int kPlaces = kWorld;
+  static constexpr int kPlaces = kWorld - 1;
   static constexpr bool kAliases = false;  // reads the workspace through another address than the one it was written at
 
   const Site<kWorld>& site;
-  int place_of_rank[kWorld];  // the parts land in the order of Site::workspace
 
   struct Pending {};
-
-  __device__ __forceinline__ explicit Peer(const Site<kWorld>& site) : site(site) {
-#pragma unroll
-    for (int rank = 0; rank < kWorld; ++rank) {
-      const int turned = rank - static_cast<int>(site.rank);
-      place_of_rank[rank] = turned < 0 ? turned + kWorld : turned;
-    }
-  }
+  using Own = uint4;
 
   template <class Places>
   __device__ __forceinline__ void load_reduce(Pending&, Places places, u64 at) const {
 #pragma unroll
-    for (int i = 0; i < kWorld; ++i) places.from(i).copy_here(site.workspace[i] + at);
+    for (int i = 1; i < kWorld; ++i) places.from(i - 1).copy_here(site.workspace[i] + at);
   }
+  __device__ __forceinline__ void load_own(Own& own, u64 at) const { own = ptx::load_sys(site.workspace[0] + at); }
+
   template <class Places>
-  __device__ __forceinline__ void total(const Pending&, Places places, float (&sum)[Element::kVector]) const {
-    Element::unpack(places.from(place_of_rank[0]).get(), sum);
+  __device__ __forceinline__ void total(const Pending&, Own own, Places places, float (&sum)[Element::kVector]) const {
 #pragma unroll
-    for (int rank = 1; rank < kWorld; ++rank) {
+    for (int rank = 0; rank < kWorld; ++rank) {
+      const int turned = (rank - kRank + kWorld) % kWorld;  // as in Site::workspace
       float part[Element::kVector];
-      Element::unpack(places.from(place_of_rank[rank]).get(), part);
+      Element::unpack(turned == 0 ? own : places.from(turned - 1).get(), part);
 #pragma unroll
-      for (int i = 0; i < Element::kVector; ++i) sum[i] = __fadd_rn(sum[i], part[i]);
+      for (int i = 0; i < Element::kVector; ++i) sum[i] = rank == 0 ? part[i] : __fadd_rn(sum[i], part[i]);
     }
   }
   __device__ __forceinline__ void store(u64 at, uint4 vector) const {
@@ -64,7 +58,7 @@ struct Peer {
 };
 
 // Through the switch, which adds in float32 and rounds the sum to the element type; the order of its additions is its own.
-template <class Element_, int kWorld>
+template <class Element_, int kWorld, int kRank>
 struct Multimem {
   using Element = Element_;
   static constexpr int kPlaces = 0;
@@ -75,15 +69,16 @@ struct Multimem {
   struct Pending {
     uint4 sum;
   };
-
-  __device__ __forceinline__ explicit Multimem(const Site<kWorld>& site) : site(site) {}
+  struct Own {};
 
   template <class Places>
   __device__ __forceinline__ void load_reduce(Pending& pending, Places, u64 at) const {
     pending.sum = Element::multimem_load_add(site.multicast + at);
   }
+  __device__ __forceinline__ void load_own(Own&, u64) const {}
+
   template <class Places>
-  __device__ __forceinline__ void total(const Pending& pending, Places, float (&sum)[Element::kVector]) const {
+  __device__ __forceinline__ void total(const Pending& pending, Own, Places, float (&sum)[Element::kVector]) const {
     Element::unpack(pending.sum, sum);
   }
   __device__ __forceinline__ void store(u64 at, uint4 vector) const { ptx::multimem_store(site.multicast + at, vector); }

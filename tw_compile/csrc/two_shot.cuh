@@ -32,10 +32,10 @@ struct Cursor {
 
 // kDepth: chunks that a thread has in flight. A chunk's places are filled anew as soon as it is summed, so that the wire stays
 // busy through the norm and the stores.
-template <template <class, int> class TransportOf, class Norm, class Layout, int kWorld, int kDepth>
+template <template <class, int, int> class TransportOf, class Norm, class Layout, int kWorld, int kRank, int kDepth>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
-  using Transport = TransportOf<typename Layout::Element, kWorld>;
-  const Transport transport(site);
+  using Transport = TransportOf<typename Layout::Element, kWorld, kRank>;
+  const Transport transport{site};
   Barrier<kWorld> barrier(site);
   using AllRows = Rows<Norm, Layout, Transport, kWorld>;
   AllRows rows(site, transport);
@@ -50,37 +50,45 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   Cursor<Layout> next{begin + blockIdx.x}, now = next;
   const auto fetch = [&](int i) {
     if (next.row < end) {
-      const Chunk<Layout, Transport> chunk(rows.memory_of_chunk(i), pending[i]);
-      const u64 at = next.row * Layout::kRowBytes;
-      const u64 residual_at = site.takes_carried ? (next.row - begin) * Layout::kFloatRowBytes : at;
-      chunk.load_parts(transport, at, next.chunk);
-      chunk.load_residual(site.residual == nullptr ? nullptr : site.residual + residual_at, site.takes_carried, next.chunk);
+      Chunk<Layout, Transport>(rows.memory_of_chunk(i), pending[i]).load(transport, next.row * Layout::kRowBytes, next.chunk);
       next.advance();
     }
     ptx::close_copies();
+  };
+  Local<Layout, Transport> local;
+  const auto fetch_local = [&] {
+    if (now.row >= end) return;
+    const u64 at = now.row * Layout::kRowBytes;
+    const u64 residual_at = site.takes_carried ? (now.row - begin) * Layout::kFloatRowBytes : at;
+    local.load_own(transport, at, now.chunk);
+    if (site.residual != nullptr) local.load_residual(site.residual + residual_at, site.takes_carried, now.chunk);
   };
 
   rows.fetch_weight();
   barrier.arrive_and_wait(0);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) fetch(i);
+  fetch_local();
+  rows.keep_weight();
   while (now.row < end) {
 #pragma unroll(Transport::kPlaces == 0 ? kDepth : 1)  // registers cannot be indexed
     for (int i = 0; i < kDepth; ++i) {
       if (now.row >= end) break;
       ptx::copies_arrived<kDepth - 1>();
-      const u64 at = now.row * Layout::kRowBytes;
-      rows.add(Chunk<Layout, Transport>(rows.memory_of_chunk(i), pending[i]), now.chunk);
+      rows.add(Chunk<Layout, Transport>(rows.memory_of_chunk(i), pending[i]), local, now.chunk);
       fetch(i);
-      rows.each(now.chunk, [&](int v, const float (&r)[Layout::kVector]) {
+      const Cursor<Layout> done = now;
+      now.advance();
+      fetch_local();
+      const u64 at = done.row * Layout::kRowBytes;
+      rows.each(done.chunk, [&](u64 offset, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {
-          transport.store(site.whole_residual_at + at + v * 16ull, Layout::Element::pack(r));
+          transport.store(site.whole_residual_at + at + offset, Layout::Element::pack(r));
         } else {
-          store_carried<Layout>(site.residual_out + (now.row - begin) * Layout::kFloatRowBytes, v, r);
+          store_carried<Layout>(site.residual_out + (done.row - begin) * Layout::kFloatRowBytes + offset, r);
         }
       });
-      if (now.last_chunk()) rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
-      now.advance();
+      if (done.last_chunk()) rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
     }
   }
   barrier.arrive_and_wait(1);

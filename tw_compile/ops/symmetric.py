@@ -6,7 +6,7 @@ for each slot, dtype, hidden size and power of two of rows. It is made on first 
 it is for good: the pointers are in captured CUDA graphs.
 
 The kernels (``csrc/``): from ``TWO_SHOT_ROWS`` tokens on each rank finishes a part of the rows for all; below, each finishes
-all for itself, and for the fewest tokens without a barrier. Which rank owns which row: ``own_rows``.
+all for itself. Which rank owns which row: ``own_rows``.
 """
 
 import concurrent.futures
@@ -29,9 +29,6 @@ from .reference import empty_results
 # Tokens from which each row is reduced by one rank only.
 TWO_SHOT_ROWS = 32
 
-# Rows, times peers that each goes to, up to which one_shot_ll is the faster of the two one-shot kernels.
-LL_ROWS_TIMES_PEERS = 93
-
 # CTAs of a two-shot kernel with nothing beside it, if the caller leaves it open.
 CTAS_ALONE = 32
 
@@ -51,13 +48,6 @@ def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
     return min(rank * part, rows), min((rank + 1) * part, rows)
 
 
-def kernel_of(rows: int, world: int, transport: str) -> str:
-    """The kernel for a number of tokens. They give the same bits; with multicast, the order of summation is the switch's."""
-    if rows >= TWO_SHOT_ROWS:
-        return "two_shot"
-    return "one_shot_ll" if transport == "peer" and rows * (world - 1) <= LL_ROWS_TIMES_PEERS else "one_shot"
-
-
 @dataclass(frozen=True)
 class Layout:
     """How the threads of a CTA share a row (csrc/row.cuh): the same for all kernels, as the order of summation hangs on it.
@@ -66,7 +56,7 @@ class Layout:
     unroll:  16-byte vectors of a thread in a chunk
     chunks:  in a row
     depth:   chunks that a two-shot thread has in flight; has no influence on the bits
-    shared:  bytes of dynamic shared memory that two_shot needs, and that the others need, with one chunk in flight
+    shared:  bytes of dynamic shared memory that two_shot needs, and that one_shot needs, with one chunk in flight
     """
 
     threads: int
@@ -75,21 +65,25 @@ class Layout:
     depth: int
     shared: tuple[int, int]
 
-    MAX_DEPTH = {"peer": 8, "multimem": 3}  # the switch's sums come to registers
+    SHAPES = (512, 2), (512, 1), (256, 1), (128, 1)  # most threads, unroll; the first that shared memory has room for
+    MAX_DEPTH = {"peer": 3, "multimem": 3}  # the switch's sums come to registers
+    ROOMY = 164 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
 
     @classmethod
     def of(cls, hidden: int, itemsize: int, world: int, transport: str, shared_limit: int) -> "Layout":
         """shared_limit: bytes of shared memory that a CTA can have. Raises RuntimeError where that is too little."""
         vectors = hidden * itemsize // 16
-        words = 4 // itemsize  # 16-byte words of the residual, in float32, beside a vector
-        landing = words + (world if transport == "peer" else 0)
-        for max_threads, unroll in ((512, 2), (512, 1), (256, 1), (128, 1)):
+        landing = world - 1 if transport == "peer" else 0  # vectors that land in shared memory
+        for max_threads, unroll in cls.SHAPES:
             unroll = min(unroll, -(-vectors // 32))
             chunks = -(-vectors // (max_threads * unroll))
             threads = -(-vectors // (chunks * unroll * 32)) * 32
-            kept = threads * unroll * chunks * 16 * words if chunks > 1 else 0
+            kept = threads * unroll * chunks * 16 * (4 // itemsize) if chunks > 1 else 0
             fixed, chunk = 2 * 32 * 4 + kept, threads * unroll * landing * 16
-            depth = min((shared_limit - fixed) // chunk, cls.MAX_DEPTH[transport])
+            depth = cls.MAX_DEPTH[transport]
+            if landing:
+                roomy = min(shared_limit, max(cls.ROOMY, fixed + chunk))
+                depth = min(depth, (roomy - fixed) // chunk)
             if depth > 0:
                 return cls(threads, unroll, chunks, depth, (fixed + depth * chunk, fixed + chunk))
         raise RuntimeError(
@@ -98,12 +92,13 @@ class Layout:
         )
 
 
-def macros(dtype: torch.dtype, hidden: int, world: int, transport: str, center: bool, layout: Layout) -> dict[str, object]:
+def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: str, center: bool, layout: Layout) -> dict[str, object]:
     """What a kernel is compiled for. transport: "peer" or "multimem"; center: LayerNorm, not RMSNorm."""
     return {
         "TW_ELEMENT": _ELEMENTS[dtype],
         "TW_HIDDEN": hidden,
         "TW_WORLD": world,
+        "TW_RANK": rank,
         "TW_TRANSPORT": transport.capitalize(),
         "TW_NORM": "LayerNorm" if center else "RmsNorm",
         "TW_THREADS": layout.threads,
@@ -123,10 +118,10 @@ class Arguments:
 
     _CALL = struct.Struct("<I6Q4I3fIQ")
 
-    def __init__(self, rank, workspaces, pads, multicast, epochs, error, timeout_s, whole_residual_at, staging_at, ll_at):
+    def __init__(self, rank, workspaces, pads, multicast, epochs, error, timeout_s, whole_residual_at, staging_at):
         world = len(workspaces)
         turned = [(rank + i) % world for i in range(world)]
-        fixed = struct.Struct(f"<{2 * world + 7}QI")
+        fixed = struct.Struct(f"<{2 * world + 6}QI")
         self._buffer = ctypes.create_string_buffer(self.size(world))
         self._at, self._timeout_at = fixed.size, 8 * (2 * world + 3)
         fixed.pack_into(
@@ -140,7 +135,6 @@ class Arguments:
             0,
             whole_residual_at,
             staging_at,
-            ll_at,
             rank,
         )
         self.set_timeout(timeout_s)
@@ -152,7 +146,7 @@ class Arguments:
 
     @classmethod
     def size(cls, world: int) -> int:
-        return struct.calcsize(f"<{2 * world + 7}QI") + cls._CALL.size
+        return struct.calcsize(f"<{2 * world + 6}QI") + cls._CALL.size
 
     def set(
         self, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, carried, whole, eps, scale, offset,
@@ -209,12 +203,9 @@ class _Workspace:
         one_shot = rows == TWO_SHOT_ROWS
         region, carried = rows * row_bytes, rows * hidden * 4
         staging = 2 * (TWO_SHOT_ROWS - 1) * row_bytes if one_shot else 0
-        most_ll_rows = min(LL_ROWS_TIMES_PEERS // (world - 1), TWO_SHOT_ROWS - 1)
-        ll = 2 * most_ll_rows * world * 2 * row_bytes if one_shot and owner.name == "peer" else 0
         whole_residual_at = region + (carried if one_shot else carried // 2)
         staging_at = whole_residual_at + region
-        ll_at = staging_at + staging
-        epochs_at = ll_at + ll
+        epochs_at = staging_at + staging
         self.bytes = epochs_at + 4 * self.max_ctas
 
         ours = f"{rows} tokens of {dtype} [{hidden}], {self.bytes} bytes"
@@ -250,7 +241,6 @@ class _Workspace:
             owner.timeout_s,
             whole_residual_at,
             staging_at,
-            ll_at,
         )
         self._names = {owner.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
         self._load = functools.partial(owner.kernel, dtype=dtype, hidden=hidden)
@@ -503,7 +493,8 @@ class Symmetric:
         self._error.raise_if_set(self.timeout_s, cause)
 
     def kernel_of(self, rows: int) -> str:
-        return kernel_of(rows, self.world, self.name)
+        """The kernel for a number of tokens. Both give the same bits."""
+        return "two_shot" if rows >= TWO_SHOT_ROWS else "one_shot"
 
     def kernel(self, name: str, dtype: torch.dtype, hidden: int, center: bool) -> nvrtc.Kernel:
         key = name, dtype, hidden, center
@@ -516,7 +507,7 @@ class Symmetric:
             limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
             layout = Layout.of(hidden, dtype.itemsize, self.world, self.name, limit)
             arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
-            image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.name, center, layout))
+            image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.rank, self.name, center, layout))
             self._kernels[key] = nvrtc.Kernel(image, name, layout.threads, layout.shared[name != "two_shot"])
         return self._kernels[key]
 
