@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("check", ("agreement", "repeats", "graphs", "transports", "models"))
+@pytest.mark.parametrize("check", ("agreement", "repeats", "stress", "graphs", "transports", "models"))
 def test_on_all_gpus(check):
     ranks = max(n for n in (2, 4, 8) if n <= torch.cuda.device_count())
     script = Path(__file__).parent / "multi_gpu.py"
