@@ -1,8 +1,9 @@
-/* The protocol of the kernels, for spin: csrc/sync.cuh, two_shot.cuh, one_shot.cuh, and the calls of ops/symmetric.py around
- * them. The names are theirs. tests/test_protocol.py runs it, whole and with mistakes put in: the macros after #ifdef.
+/* The protocol of the kernels, for spin: csrc/sync.cuh, two_shot.cuh, one_shot.cuh, one_shot_ll.cuh, and the calls of
+ * ops/symmetric.py around them. The names are theirs. tests/test_protocol.py runs it, whole and with mistakes put in: the
+ * macros after #ifdef.
  *
  * All ranks make the same CALLS calls in one workspace. A call is a GEMM that writes the partial sums, the kernel's CTAs, and
- * the next layer, which reads the norms. Any kind of call may follow any other: of the other kernel, which shares flags and
+ * the next layer, which reads the norms. Any kind of call may follow any other: of another kernel, which shares flags and
  * epochs, and of another grid, so that a CTA takes part in one call and not in the next.
  *
  * Memory is as weak as PTX has it. A plain store lands, and a plain load is satisfied, at no particular moment; another
@@ -12,10 +13,13 @@
  * itself runs it at once; and that is why the accesses between two flags can be one step of the model.
  * A release is cumulative: it carries all that happens before it. An acquire learns what the awaited release carried, and no
  * more if the flag has moved on meanwhile: what is known is then the least that can be, whoever runs ahead.
+ * The flags of one_shot_ll are no releases: of what the sender did before, they say only that its loads are over. A GPU
+ * issues a thread's store after the thread has used what it loaded, so that nothing stored in answer can be what it finds.
  *
  * Errors: the asserts, of which each says what it is about, and waiting without end, which spin calls an invalid end state.
  *
- * Not here: the threads of a CTA, which its __syncthreads make one agent; multimem and its proxy fences; the residual, which
+ * Not here: the threads of a CTA, which its __syncthreads make one agent, or in one_shot_ll, where each deals with its
+ * namesakes alone, as good as one; the number of rows in the flags; multimem and its proxy fences; the residual, which
  * goes the way of the norms; epochs, which are private to a CTA, as memory; the timeout; the making of a workspace; the side
  * stream; two workspaces, which share nothing.
  */
@@ -42,23 +46,30 @@
 #define STREAM(r)    ((r) * (1 + CTAS))
 #define CTA(r, i)    ((r) * (1 + CTAS) + 1 + (i))
 
-typedef Clock { byte time[AGENTS] };
+typedef Clock { byte time[AGENTS]; byte loads[AGENTS] };
 
-Clock now[AGENTS];  /* what b did up to its time now[a].time[b] happens before what a does next */
+/* What b did up to its time now[a].time[b] happens before what a does next; and what b loaded up to its time now[a].loads[b],
+ * which is no less, it has. */
+Clock now[AGENTS];
 
 hidden byte b;      /* counts in d_steps */
 
+#define RAISE(known, to)  known = (known < (to) -> (to) : known)
+
+inline learn_loads(a, clock) {
+  for (b : 0 .. AGENTS - 1) { RAISE(now[a].loads[b], clock.loads[b]) }
+}
+
 inline learn(a, clock) {
-  for (b : 0 .. AGENTS - 1) {
-    if
-    :: now[a].time[b] < clock.time[b] -> now[a].time[b] = clock.time[b]
-    :: else
-    fi
-  }
+  for (b : 0 .. AGENTS - 1) { RAISE(now[a].time[b], clock.time[b]) }
+  learn_loads(a, clock)
 }
 
 /* What a does from now on is not in what others have learned. */
-inline tick(a) { now[a].time[a]++ }
+inline tick(a) {
+  now[a].time[a]++;
+  now[a].loads[a]++
+}
 
 /* ---- Memory: places for a row, with what each holds, its last write, and the reads since. What is written to a place grows
  * with time. */
@@ -75,7 +86,7 @@ Place staging[RANKS * CTAS * 2];
 
 #define UNSEEN(a, place)       (now[a].time[place.writer] < place.written_at)
 
-hidden byte read_before_write, overwrite_before_write, overwrite_before_read, stale_norm, far_ahead;
+hidden byte read_before_write, overwrite_before_write, overwrite_before_read, of_another_epoch, stale_norm, far_ahead;
 
 inline read(a, place, value) {
   overwrite_before_read = place.holds > value;
@@ -89,7 +100,7 @@ inline write(a, place, value) {
   overwrite_before_write = UNSEEN(a, place);
   assert(!overwrite_before_write);
   for (b : 0 .. AGENTS - 1) {
-    overwrite_before_read = now[a].time[b] < place.read_at[b];
+    overwrite_before_read = now[a].loads[b] < place.read_at[b];
     assert(!overwrite_before_read);
     place.read_at[b] = 0
   }
@@ -100,7 +111,7 @@ inline write(a, place, value) {
 
 /* ---- The calls. The first rank to come chooses. */
 
-mtype = { two_shot_kernel, one_shot_kernel };
+mtype = { two_shot_kernel, one_shot_kernel, one_shot_ll_kernel };
 typedef Call { mtype kernel; byte rows; byte grid };
 
 Call calls[CALLS];
@@ -123,6 +134,8 @@ inline choose() {
 #endif
   :: set(one_shot_kernel, CTAS, CTAS)
   :: set(one_shot_kernel, 2, 1)            /* two rounds */
+  :: set(one_shot_ll_kernel, CTAS, CTAS)
+  :: set(one_shot_ll_kernel, 2, 1)
   fi;
   chosen++
 }
@@ -137,7 +150,7 @@ byte epochs[RANKS * CTAS] = AT_FIRST;
 byte pad[RANKS * CTAS * RANKS] = AT_FIRST;
 #define FLAG(p, i, r)          (((p) * CTAS + (i)) * RANKS + (r))  /* in the pad of p, written by r */
 
-Clock carried[RANKS * CTAS * 2];  /* by the last two releases of a CTA: nobody still waits for an older one */
+Clock carried[RANKS * CTAS * 2];  /* by the flags of a CTA's last two epochs: nobody still waits for an older one */
 #define CARRIED(r, i, epoch)   carried[((r) * CTAS + (i)) * 2 + (epoch) % 2]
 
 #ifdef FLAGS_RESET
@@ -161,12 +174,19 @@ Clock carried[RANKS * CTAS * 2];  /* by the last two releases of a CTA: nobody s
 
 inline open() { epoch = epochs[r * CTAS + i] }
 
+inline carry() {
+  for (b : 0 .. AGENTS - 1) {
+    CARRIED(r, i, epoch).time[b] = now[a].time[b];
+    CARRIED(r, i, epoch).loads[b] = now[a].loads[b]
+  }
+}
+
 /* store_release_sys into each pad. In one step: a peer that gets its flag later is one that looks later. */
 inline arrive() {
   d_step {
     epoch = (epoch + 1) % WORD;
 #ifndef FLAG_WITHOUT_RELEASE
-    for (b : 0 .. AGENTS - 1) { CARRIED(r, i, epoch).time[b] = now[a].time[b] }
+    carry();
 #endif
     tick(a);
     for (p : 0 .. RANKS - 1) { pad[FLAG(p, i, r)] = FLAG_OF(epoch) }
@@ -226,6 +246,7 @@ inline begin(kernel_) {
 inline end() {
   d_step {
     close();
+    row = 0;
     free_sms[r]++;
     left[r]--
   }
@@ -308,7 +329,93 @@ inline one_shot() {
      }
   :: else -> break
   od;
-  row = 0;
+  end()
+}
+
+/* ---- csrc/one_shot_ll.cuh */
+
+/* Where the row of one rank arrives at another: one CTA writes it, one reads it. */
+typedef Arrival { byte flag = AT_FIRST; byte holds; bit unread; byte read_at };
+
+Arrival ll[RANKS * CTAS * 2 * RANKS];
+#define LL(p, i, epoch, r)  ll[(((p) * CTAS + (i)) * 2 + LL_PLACE(epoch)) * RANKS + (r)]  /* at p, from r */
+
+#ifdef ONE_LL_PLACE
+#define LL_PLACE(epoch) 0
+#else
+#define LL_PLACE(epoch) ((epoch) % 2)
+#endif
+
+#ifdef ANY_LL_FLAG
+#define HERE(flag, epoch)  (flag != AT_FIRST)
+#else
+#define HERE(flag, epoch)  (flag == (epoch))
+#endif
+#define HERE_FROM(p, epoch)  (p >= RANKS || p == r || HERE(LL(r, i, epoch, p).flag, epoch))
+
+/* store_pairs to each peer: the next row, in the next epoch */
+inline send() {
+  d_step {
+    row < calls[call].rows ->
+    epoch = (epoch + 1) % WORD;
+    read(a, ACTIVATIONS(r, row), PARTIAL(call, row));
+    carry();
+    tick(a);
+    for (p : 0 .. RANKS - 1) {
+      if
+      :: p != r ->
+         overwrite_before_read = LL(p, i, epoch, r).unread || now[a].loads[CTA(p, i)] < LL(p, i, epoch, r).read_at;
+         assert(!overwrite_before_read);
+         LL(p, i, epoch, r).flag = epoch;
+         LL(p, i, epoch, r).holds = PARTIAL(call, row);
+         LL(p, i, epoch, r).unread = 1
+      :: else
+      fi
+    }
+    p = 0;
+    row = row + calls[call].grid
+  }
+}
+
+/* load_pairs from each place, until all flags are there */
+inline receive(epoch_, row_) {
+  d_step {
+    HERE_FROM(0, epoch_) && HERE_FROM(1, epoch_) && HERE_FROM(2, epoch_) && HERE_FROM(3, epoch_) ->
+    for (p : 0 .. RANKS - 1) {
+      if
+      :: p != r ->
+         of_another_epoch = LL(r, i, epoch_, p).holds != PARTIAL(call, row_);
+         assert(!of_another_epoch);
+         LL(r, i, epoch_, p).unread = 0;
+         LL(r, i, epoch_, p).read_at = now[a].time[a];
+         learn_loads(a, CARRIED(p, i, epoch_))
+      :: else
+      fi
+    }
+    p = 0;
+    read(a, ACTIVATIONS(r, row_), PARTIAL(call, row_));
+    write(a, ACTIVATIONS(r, row_), NORM(call, row_))
+  }
+}
+
+inline one_shot_ll() {
+  begin(one_shot_ll_kernel);
+  row = i;
+  do
+  :: send();
+#ifdef SEND_BEFORE_RECEIVING
+     if
+     :: row > i + calls[call].grid -> receive((epoch - 1 + WORD) % WORD, row - 2 * calls[call].grid)
+     :: else
+     fi
+#else
+     receive(epoch, row - calls[call].grid)
+#endif
+  :: else -> break
+  od;
+#ifdef SEND_BEFORE_RECEIVING
+  receive(epoch, row - calls[call].grid);
+#endif
   end()
 }
 
@@ -319,6 +426,7 @@ end_of_calls:  /* here a CTA may be in the end, and nowhere else */
   do
   :: two_shot()
   :: one_shot()
+  :: one_shot_ll()
   od
 }
 
