@@ -45,7 +45,7 @@ CASES = [
 
 
 def play(case, rank, world, store, pipe):
-    """One rank. Sends its number of right calls, the error that ended them or None, and the seconds of the longest call."""
+    """One rank. Sends its number of right calls, the error that ended them or None, and the seconds of the last or longest."""
     torch.set_num_threads(1)
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
@@ -71,7 +71,7 @@ def play(case, rank, world, store, pipe):
                 seconds = max(seconds, time.monotonic() - start)
                 right_calls = number
         except Exception as reason:
-            error, seconds = str(reason), time.monotonic() - start
+            error, seconds = f"{type(reason).__name__}: {reason}", time.monotonic() - start
     pipe.send((right_calls, error, seconds))
     os._exit(0)  # what torch would tidy up went with the CUDA context
 
@@ -138,15 +138,15 @@ def check(case, answers, killed):
         return "a rank died"
     errors = [error for _, error, _ in answers]
     if case.what == "late":
-        return None if errors == [None] * len(errors) else "a rank failed"
-    wrong = [error for error in errors if error is not None and "CUDA" not in error]
-    if wrong:
-        return "another error than those of a lost rank"
+        return "a rank failed" if any(errors) else None
+    if any(error and "CUDA" not in error for error in errors):
+        return "a wrong result, or another error than those of a lost rank"
     if case.what == "killed":
         # A GPU may also find the memory of the dead rank gone, and say so in its own words.
-        if not all(error and re.search(rf"^CUDA|waited .* for rank {lost} ", error) for error in errors):
+        pattern = rf"waited .* for rank {lost} |CUDA error|CUDA call failed"
+        if not all(error and re.search(pattern, error) for error in errors):
             return "a rank does not name the dead one"
-    elif not any(error is not None and "another number of tokens" in error for error in errors):
+    elif not any(error and "another number of tokens" in error for error in errors):
         return "no rank says that there are different numbers of tokens"
     return None if all(seconds < TIMEOUT_S + SLACK_S for *_, seconds in answers) else "a rank waited for too long"
 
@@ -167,7 +167,8 @@ def main():
                     print(f"  rank {rank} ended with {ranks.processes[rank].exitcode}")
                 else:
                     calls, error, seconds = answer
-                    print(f"  rank {rank}: {calls} calls, up to {seconds:.2f} s" + (f", then {error.splitlines()[0][:160]}" if error else ""))
+                    ending = error.splitlines()[0][:160] if error else "no error"
+                    print(f"  rank {rank}: {calls} right calls, {seconds:.2f} s, {ending}")
             if reason := check(ranks.case, answers, ranks.processes[-1].exitcode == -signal.SIGKILL):
                 print(f"  FAILED: {reason}")
                 failed.append(str(ranks.case))
