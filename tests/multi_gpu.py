@@ -186,7 +186,7 @@ def check_stress(device, calls=1_000_000):
     plan, delays = random.Random(0), random.Random(1 + dist.get_rank())  # the ranks differ in delays, and in nothing else
     wrong, made = torch.zeros((), dtype=torch.int64, device=device), 0
 
-    def draw():
+    def draw(sizes):
         rows = plan.choice(sizes)
         return plan.randrange(site.ROWS - rows + 1), rows
 
@@ -210,16 +210,16 @@ def check_stress(device, calls=1_000_000):
             delay()
             compare(symmetric.wait(slot, borrow), begins[slot])
 
-    def capture(calls):
+    def capture(calls, sizes, grids):
         graph, captured = torch.cuda.CUDAGraph(), 0
         with torch.cuda.graph(graph):
             while captured < calls:
-                ctas, borrow = plan.choice((0, 1, 2, 3, 5, 8, 16, 32)), plan.random() < 0.5
+                ctas, borrow = plan.choice(grids), plan.random() < 0.5
                 if plan.random() < 0.8:
-                    fused(*draw(), plan.randrange(2), ctas, borrow)
+                    fused(*draw(sizes), plan.randrange(2), ctas, borrow)
                     captured += 1
                 else:
-                    overlapped(*zip(draw(), draw()), ctas, borrow)
+                    overlapped(*zip(draw(sizes), draw(sizes)), ctas, borrow)
                     captured += 2
         return graph, captured
 
@@ -234,7 +234,8 @@ def check_stress(device, calls=1_000_000):
             fused(site.ROWS - rows, rows, slot, 0, False)
         overlapped((rows, site.ROWS - rows), (rows, rows), 0, True)
     assert wrong.item() == 0, "calls of other sizes differ from the first bits"
-    graphs = [capture(500) for _ in range(8)]
+    graphs = [capture(500, sizes, (0, 1, 2, 3, 5, 8, 16, 32)) for _ in range(8)]
+    graphs.append(capture(1000, (2, 4, 6, 8), (1,)))  # one_shot_ll alone: some 2500 rounds in which no barrier is passed
     torch.cuda.synchronize()
     begin = time.perf_counter()
     while made < calls:

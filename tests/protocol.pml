@@ -86,7 +86,7 @@ Place staging[RANKS * CTAS * 2];
 
 #define UNSEEN(a, place)       (now[a].time[place.writer] < place.written_at)
 
-hidden byte read_before_write, overwrite_before_write, overwrite_before_read, of_another_epoch, stale_norm, far_ahead;
+hidden byte read_before_write, overwrite_before_write, overwrite_before_read, of_another_round, stale_norm, far_ahead;
 
 inline read(a, place, value) {
   overwrite_before_read = place.holds > value;
@@ -142,15 +142,15 @@ inline choose() {
 
 /* ---- csrc/sync.cuh. From here on: CTA i of rank r, which is agent a */
 
-/* A word is a byte here, and the kernels have been running for long: words wrap within three barriers. */
-#define WORD      256
+/* A word counts to 8 here, and the kernels have been running for long: words wrap within three barriers. */
+#define WORD      8
 #define AT_FIRST  (WORD - 2)
 
 byte epochs[RANKS * CTAS] = AT_FIRST;
 byte pad[RANKS * CTAS * RANKS] = AT_FIRST;
 #define FLAG(p, i, r)          (((p) * CTAS + (i)) * RANKS + (r))  /* in the pad of p, written by r */
 
-Clock carried[RANKS * CTAS * 2];  /* by the flags of a CTA's last two epochs: nobody still waits for an older one */
+Clock carried[RANKS * CTAS * 2];  /* by the last two releases of a CTA: nobody still waits for an older one */
 #define CARRIED(r, i, epoch)   carried[((r) * CTAS + (i)) * 2 + (epoch) % 2]
 
 #ifdef FLAGS_RESET
@@ -174,19 +174,15 @@ Clock carried[RANKS * CTAS * 2];  /* by the flags of a CTA's last two epochs: no
 
 inline open() { epoch = epochs[r * CTAS + i] }
 
-inline carry() {
-  for (b : 0 .. AGENTS - 1) {
-    CARRIED(r, i, epoch).time[b] = now[a].time[b];
-    CARRIED(r, i, epoch).loads[b] = now[a].loads[b]
-  }
-}
-
 /* store_release_sys into each pad. In one step: a peer that gets its flag later is one that looks later. */
 inline arrive() {
   d_step {
     epoch = (epoch + 1) % WORD;
 #ifndef FLAG_WITHOUT_RELEASE
-    carry();
+    for (b : 0 .. AGENTS - 1) {
+      CARRIED(r, i, epoch).time[b] = now[a].time[b];
+      CARRIED(r, i, epoch).loads[b] = now[a].loads[b]
+    }
 #endif
     tick(a);
     for (p : 0 .. RANKS - 1) { pad[FLAG(p, i, r)] = FLAG_OF(epoch) }
@@ -200,7 +196,7 @@ inline wait() {
     ARRIVED_FROM(0) && ARRIVED_FROM(1) && ARRIVED_FROM(2) && ARRIVED_FROM(3) ->
     for (p : 0 .. RANKS - 1) {
       far_ahead = AHEAD(pad[FLAG(r, i, p)]) > 1 && AHEAD(pad[FLAG(r, i, p)]) < WORD / 2;
-      assert(!far_ahead);  /* see carried */
+      assert(!far_ahead);  /* see carried; or it is behind, by more than the words tell */
 #ifdef FLAGS_RESET
       pad[FLAG(r, i, p)] = 0;
 #endif
@@ -332,43 +328,54 @@ inline one_shot() {
   end()
 }
 
-/* ---- csrc/one_shot_ll.cuh */
+/* ---- csrc/one_shot_ll.cuh. Its rounds have a count of their own. Were they counted as epochs, flags of the barrier would fall
+ * behind by as many as there are rounds in succession, and in the end seem to be ahead. */
+
+#ifdef LL_COUNTS_EPOCHS
+#define LL_ROUND epoch
+#else
+byte ll_rounds[RANKS * CTAS] = AT_FIRST;
+#define LL_ROUND ll_rounds[r * CTAS + i]
+#endif
+
+Clock ll_carried[RANKS * CTAS * 2];
+#define LL_CARRIED(r, i, round)  ll_carried[((r) * CTAS + (i)) * 2 + (round) % 2]
 
 /* Where the row of one rank arrives at another: one CTA writes it, one reads it. */
 typedef Arrival { byte flag = AT_FIRST; byte holds; bit unread; byte read_at };
 
 Arrival ll[RANKS * CTAS * 2 * RANKS];
-#define LL(p, i, epoch, r)  ll[(((p) * CTAS + (i)) * 2 + LL_PLACE(epoch)) * RANKS + (r)]  /* at p, from r */
+#define LL(p, i, round, r)  ll[(((p) * CTAS + (i)) * 2 + LL_PLACE(round)) * RANKS + (r)]  /* at p, from r */
 
 #ifdef ONE_LL_PLACE
-#define LL_PLACE(epoch) 0
+#define LL_PLACE(round) 0
 #else
-#define LL_PLACE(epoch) ((epoch) % 2)
+#define LL_PLACE(round) ((round) % 2)
 #endif
 
 #ifdef ANY_LL_FLAG
-#define HERE(flag, epoch)  (flag != AT_FIRST)
+#define HERE(flag, round)  (flag != AT_FIRST)
 #else
-#define HERE(flag, epoch)  (flag == (epoch))
+#define HERE(flag, round)  (flag == (round))
 #endif
-#define HERE_FROM(p, epoch)  (p >= RANKS || p == r || HERE(LL(r, i, epoch, p).flag, epoch))
+#define HERE_FROM(p, round)  (p >= RANKS || p == r || HERE(LL(r, i, round, p).flag, round))
 
-/* store_pairs to each peer: the next row, in the next epoch */
+/* store_pairs to each peer: the next row, in the next round */
 inline send() {
   d_step {
     row < calls[call].rows ->
-    epoch = (epoch + 1) % WORD;
+    LL_ROUND = (LL_ROUND + 1) % WORD;
     read(a, ACTIVATIONS(r, row), PARTIAL(call, row));
-    carry();
+    for (b : 0 .. AGENTS - 1) { LL_CARRIED(r, i, LL_ROUND).loads[b] = now[a].loads[b] }
     tick(a);
     for (p : 0 .. RANKS - 1) {
       if
       :: p != r ->
-         overwrite_before_read = LL(p, i, epoch, r).unread || now[a].loads[CTA(p, i)] < LL(p, i, epoch, r).read_at;
+         overwrite_before_read = LL(p, i, LL_ROUND, r).unread || now[a].loads[CTA(p, i)] < LL(p, i, LL_ROUND, r).read_at;
          assert(!overwrite_before_read);
-         LL(p, i, epoch, r).flag = epoch;
-         LL(p, i, epoch, r).holds = PARTIAL(call, row);
-         LL(p, i, epoch, r).unread = 1
+         LL(p, i, LL_ROUND, r).flag = LL_ROUND;
+         LL(p, i, LL_ROUND, r).holds = PARTIAL(call, row);
+         LL(p, i, LL_ROUND, r).unread = 1
       :: else
       fi
     }
@@ -378,17 +385,17 @@ inline send() {
 }
 
 /* load_pairs from each place, until all flags are there */
-inline receive(epoch_, row_) {
+inline receive(round, row_) {
   d_step {
-    HERE_FROM(0, epoch_) && HERE_FROM(1, epoch_) && HERE_FROM(2, epoch_) && HERE_FROM(3, epoch_) ->
+    HERE_FROM(0, round) && HERE_FROM(1, round) && HERE_FROM(2, round) && HERE_FROM(3, round) ->
     for (p : 0 .. RANKS - 1) {
       if
       :: p != r ->
-         of_another_epoch = LL(r, i, epoch_, p).holds != PARTIAL(call, row_);
-         assert(!of_another_epoch);
-         LL(r, i, epoch_, p).unread = 0;
-         LL(r, i, epoch_, p).read_at = now[a].time[a];
-         learn_loads(a, CARRIED(p, i, epoch_))
+         of_another_round = LL(r, i, round, p).holds != PARTIAL(call, row_);
+         assert(!of_another_round);
+         LL(r, i, round, p).unread = 0;
+         LL(r, i, round, p).read_at = now[a].time[a];
+         learn_loads(a, LL_CARRIED(p, i, round))
       :: else
       fi
     }
@@ -405,16 +412,16 @@ inline one_shot_ll() {
   :: send();
 #ifdef SEND_BEFORE_RECEIVING
      if
-     :: row > i + calls[call].grid -> receive((epoch - 1 + WORD) % WORD, row - 2 * calls[call].grid)
+     :: row > i + calls[call].grid -> receive((LL_ROUND - 1 + WORD) % WORD, row - 2 * calls[call].grid)
      :: else
      fi
 #else
-     receive(epoch, row - calls[call].grid)
+     receive(LL_ROUND, row - calls[call].grid)
 #endif
   :: else -> break
   od;
 #ifdef SEND_BEFORE_RECEIVING
-  receive(epoch, row - calls[call].grid);
+  receive(LL_ROUND, row - calls[call].grid);
 #endif
   end()
 }
