@@ -9,8 +9,10 @@ The process group is gloo then, since NCCL does not take two ranks of one GPU.
 import gc
 import itertools
 import os
+import random
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +28,33 @@ import llama  # noqa: E402
 
 LAYERS, SIZES = 4, (512, 1000, 2048, 4096, 8192)
 EVENTS = []
+
+
+class Site:
+    """The inputs of calls at 8192, the same on all ranks, and what is right. Calls take some of the rows.
+
+    Consecutive calls are to take different ones, lest what is left of one call passes for the result of the next.
+    """
+
+    ROWS = 1024
+
+    def __init__(self, device):
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, torch.bfloat16)  # noqa: E731
+        parts = draw(dist.get_world_size(), self.ROWS, 8192)
+        self.x, self.residual, self.weight = parts[dist.get_rank()].clone(), draw(self.ROWS, 8192), draw(8192)
+        total = sum(part.double() for part in parts) + self.residual.double()
+        self.right = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * self.weight.double(), total
+
+    def arguments(self, begin, rows):
+        """What an op takes up to ``ctas``."""
+        own = slice(begin, begin + rows)
+        return self.x[own], self.residual[own], self.weight, None, None, 1e-5, 1.0, 0.0, False
+
+    def is_right(self, results, begin):
+        """Are norm and residual correct to one rounding, and to what float32 sums of a few values lose?"""
+        pairs = [(got, right[begin : begin + len(got)]) for got, right in zip(results, self.right)]
+        return all(((got - right).abs() <= 1.02 * 2.0**-8 * right.abs() + 1e-5).all() for got, right in pairs)
 
 
 def start():
@@ -137,6 +166,78 @@ def check_repeats(device, passes=1000):
     assert wrong.item() == 0, f"{int(wrong.item())} of {passes} passes differ from the first bits"
     assert after[0] <= before[0] and after[1] <= before[1] and after[2] >= before[2] - (8 << 20), (before, after)
     llama.say(f"repeats: {passes} passes over {len(counts)} sizes, same bits; memory {before} -> {after}")
+
+
+def check_stress(device, calls=1_000_000):
+    """Both kernels in any order, each rank delayed otherwise: every call has the bits of the first, which are right everywhere.
+
+    That is the first call of all: the bits of a row depend on its data alone.
+    """
+    sizes = [*range(1, 65)] * 2 + [32] * 16 + [65, 100, 128, 200, 256, 257, 500, 512]  # 32: two_shot in the workspace of one_shot
+    symmetric, site = Symmetric(dist.group.WORLD.group_name, device, False, timeout_s=60.0), Site(device)
+    plan, delays = random.Random(0), random.Random(1 + dist.get_rank())  # the ranks differ in delays, and in nothing else
+    wrong, made = torch.zeros((), dtype=torch.int64, device=device), 0
+
+    def draw(sizes):
+        rows = plan.choice(sizes)
+        return plan.randrange(site.ROWS - rows + 1), rows
+
+    def delay():
+        torch.cuda._sleep(int(10 ** delays.uniform(0, 5)))  # cycles: up to 50 µs, but mostly less than a kernel takes
+
+    def compare(results, begin):
+        for result, bits in zip(results, first):
+            wrong.add_((result.view(torch.int64) != bits[begin : begin + len(result)].view(torch.int64)).any())
+
+    def fused(begin, rows, slot, ctas, borrow):
+        delay()
+        compare(symmetric.fused(*site.arguments(begin, rows), ctas, slot, 0, False, False, borrow), begin)
+
+    def overlapped(begins, rows, ctas, borrow):
+        """Both slots, as a woven model has them."""
+        for slot in (0, 1):
+            delay()
+            symmetric.start(*site.arguments(begins[slot], rows[slot]), ctas, slot, 0, False, False)
+        for slot in (0, 1):
+            delay()
+            compare(symmetric.wait(slot, borrow), begins[slot])
+
+    def capture(calls, sizes, grids):
+        graph, captured = torch.cuda.CUDAGraph(), 0
+        with torch.cuda.graph(graph):
+            while captured < calls:
+                ctas, borrow = plan.choice(grids), plan.random() < 0.5
+                if plan.random() < 0.8:
+                    fused(*draw(sizes), plan.randrange(2), ctas, borrow)
+                    captured += 1
+                else:
+                    overlapped(*zip(draw(sizes), draw(sizes)), ctas, borrow)
+                    captured += 2
+        return graph, captured
+
+    first = symmetric.fused(*site.arguments(0, site.ROWS), 0, 0, 0, False, False, False)
+    assert site.is_right(first, 0)
+    for bits in first:
+        copies = [torch.empty_like(bits) for _ in range(dist.get_world_size())]
+        dist.all_gather(copies, bits)
+        assert all(torch.equal(copies[0], other) for other in copies), "the ranks have different bits"
+    for rows in sorted(set(sizes)):
+        for slot in (0, 1):
+            fused(site.ROWS - rows, rows, slot, 0, False)
+        overlapped((rows, site.ROWS - rows), (rows, rows), 0, True)
+    assert wrong.item() == 0, "calls of other sizes differ from the first bits"
+    graphs = [capture(500, sizes, (0, 1, 2, 3, 5, 8, 16, 32)) for _ in range(8)]
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    while made < calls:
+        graph, captured = plan.choice(graphs)
+        graph.replay()
+        made += captured
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    assert wrong.item() == 0, f"{wrong.item()} of {2 * made} tensors differ from the first bits"
+    dist.barrier()  # nobody gives memory back that others still use
+    llama.say(f"stress: {made} calls of 1 to {max(sizes)} rows in {len(graphs)} graphs, {seconds:.0f} s, same bits")
 
 
 def check_graphs(device):

@@ -15,12 +15,22 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("check", ("agreement", "repeats", "graphs", "transports", "models"))
-def test_on_all_gpus(check):
-    ranks = max(n for n in (2, 4, 8) if n <= torch.cuda.device_count())
-    script = Path(__file__).parent / "multi_gpu.py"
+RANKS = max((n for n in (2, 4, 8) if n <= torch.cuda.device_count()), default=0)
+
+
+def run(script, *arguments, launcher=()):
+    script = Path(__file__).with_name(script)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script), check]
+    command = [sys.executable, *launcher, str(script), *arguments]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("check", ("agreement", "repeats", "stress", "graphs", "transports", "models"))
+def test_on_all_gpus(check):
+    run("multi_gpu.py", check, launcher=("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"))
+
+
+def test_failures():
+    run("multi_gpu_failures.py", str(RANKS))
