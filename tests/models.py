@@ -30,7 +30,14 @@ def scatter(x):
 
 def gather(norm, inputs, x):
     """A forward hook of a norm."""
-    return funcol.all_gather_tensor(x, 1, dist.group.WORLD)
+    return all_gather(x, 1, dist.group.WORLD)
+
+
+def all_gather(x, dim, group):
+    if dim == 0 or torch.__version__ >= "2.12":
+        return funcol.all_gather_tensor(x, dim, group)
+    # Dynamo 2.11 does not trace into what that does for other dimensions than the first.
+    return torch.cat(funcol.all_gather_tensor(x, 0, group).chunk(group.size()), dim)
 
 
 def in_place(x):

@@ -235,7 +235,7 @@ def assert_carried_or_whole(residual, wanted, carried, rank, world, itemsize):
     rows = len(wanted)
     if not carried:
         return assert_close(residual, wanted)
-    begin, end = own_rows(rank, world, rows) if rows >= symmetric.TWO_SHOT_ROWS else (0, rows)
+    begin, end = own_rows(rank, world, rows) if symmetric.kernel_of(rows, world) == "two_shot" else (0, rows)
     assert residual.shape == wanted.shape
     # The front halves of all 16-byte vectors of a row come first, where these have 16-bit elements.
     in_order = residual.unflatten(-1, (4 // itemsize, -1, 4)).transpose(-2, -3).flatten(-3)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from graphs import capture, rewrite, text, without_codegen
-from models import VOCAB, parallel
+from models import VOCAB, all_gather, parallel
 from sites import NORMS, H, hf_norm, torch_norm, values
 from test_ranks import check, error_of, run  # noqa: F401: run is a fixture
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,7 +28,7 @@ def scatter(x, dim=0, op="sum", group=None):
 
 
 def gather(x, dim=0, group=None):
-    return funcol.all_gather_tensor(x, dim, group or dist.group.WORLD)
+    return all_gather(x, dim, group or dist.group.WORLD)
 
 
 def two_sites(x, weight, up, norm=torch_norm, dim=0):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from tw_compile.ops.symmetric import TWO_SHOT_ROWS, _Call
+from tw_compile.ops.symmetric import TWO_SHOT_ROWS, _Call, kernel_of
 
 
 def call(rows, shape):
@@ -15,7 +15,7 @@ def call(rows, shape):
         arguments=None,
         max_ctas=8,
     )
-    return workspace, _Call(SimpleNamespace(world=2, kernel_of=lambda rows: "two_shot" if rows >= TWO_SHOT_ROWS else "one_shot"), workspace, torch.Size(shape), rows)
+    return workspace, _Call(SimpleNamespace(world=2, kernel_of=lambda rows: kernel_of(rows, 2)), workspace, torch.Size(shape), rows)
 
 
 def test_no_result_shares_the_storage_of_an_input():

@@ -30,8 +30,16 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
     const u64 staging_at = site.staging_at + (blockIdx.x * 2 + barrier.epoch() % 2) * Layout::kRowBytes;
     const u64 float_at = row * Layout::kFloatRowBytes;
     const char* residual = site.residual + (site.takes_carried ? float_at : at);
-    typename Chunk<Layout, Transport>::Pending pending;
-    const Chunk<Layout, Transport> chunk(rows.memory_of_chunk(0), pending);
+    constexpr bool kInRegisters = Transport::kPlaces <= 4;  // those of more ranks do not fit
+    uint4 places[kInRegisters ? kPlacesOfChunk<Layout, Transport> + 1 : 1];  // no array can be empty
+    typename Transport::Pending pending[Layout::kUnroll];
+    const auto chunk = [&] {
+      if constexpr (kInRegisters) {
+        return Chunk<Layout, Transport, RegisterPlaces>(RegisterPlaces{places}, pending);
+      } else {
+        return Chunk<Layout, Transport, SharedPlaces<Layout::kThreads>>(rows.places(0), pending);
+      }
+    }();
 
     Local<Layout, Transport> local;
     if (site.residual != nullptr) local.load_residual(residual, site.takes_carried, 0);  // arrives during the barrier
@@ -54,8 +62,10 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
       chunk.load(transport, staging_at, c);
       local.load_own(transport, staging_at, c);
       if (c > 0 && site.residual != nullptr) local.load_residual(residual, site.takes_carried, c);
-      ptx::close_copies();
-      ptx::copies_arrived<0>();
+      if constexpr (!kInRegisters) {
+        ptx::close_copies();
+        ptx::copies_arrived<0>();
+      }
       rows.add(chunk, local, c);
       rows.each(c, [&](u64 offset, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {

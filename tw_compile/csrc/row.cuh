@@ -78,16 +78,13 @@ struct Vector {
 template <class Layout>
 constexpr u64 kToBackHalf = Layout::kVectors * 16ull;
 
-// What a thread has on its way of a chunk from the other ranks. Registers are few, and the wire is long: copies land in shared
-// memory, each thread having places of its own.
-template <class Layout, class Transport>
+// What a thread has on its way of a chunk from the other ranks, in kPlaces places of its own.
+template <class Layout, class Transport, class Places>
 class Chunk {
  public:
-  static constexpr int kBytes = Layout::kUnroll * Transport::kPlaces * Layout::kThreads * 16;
   using Pending = typename Transport::Pending[Layout::kUnroll];
 
-  // memory: address of kBytes of shared memory
-  __device__ __forceinline__ Chunk(u32 memory, Pending& pending) : places_{memory + threadIdx.x * 16}, pending_(pending) {}
+  __device__ __forceinline__ Chunk(Places places, Pending& pending) : places_(places), pending_(pending) {}
 
   // row_at: offset in the workspace of the row of partial sums
   __device__ __forceinline__ void load(const Transport& transport, u64 row_at, int chunk) const {
@@ -104,9 +101,11 @@ class Chunk {
   }
 
  private:
-  const Places<Layout::kThreads> places_;
+  const Places places_;
   Pending& pending_;
 };
+template <class Layout, class Transport>
+constexpr int kPlacesOfChunk = Layout::kUnroll * Transport::kPlaces;
 
 // What it has of a chunk from the memory of this GPU, which is near: in registers.
 template <class Layout, class Transport>
@@ -203,12 +202,14 @@ class Rows {
       : site_(site),
         transport_(transport),
         kept_(ptx::shared_memory() + kScratchBytes),
-        chunks_(ptx::shared_address(ptx::shared_memory()) + kScratchBytes + Kept<Layout>::kBytes) {}
+        places_(ptx::shared_address(ptx::shared_memory()) + kScratchBytes + Kept<Layout>::kBytes + threadIdx.x * 16) {}
 
-  // Behind what the rows need themselves.
-  __device__ __forceinline__ u32 memory_of_chunk(int i) const { return chunks_ + i * Chunk<Layout, Transport>::kBytes; }
+  // Of this thread for chunk i, in shared memory behind what the rows need themselves.
+  __device__ __forceinline__ SharedPlaces<Layout::kThreads> places(int i) const {
+    return {places_ + i * kPlacesOfChunk<Layout, Transport> * Layout::kThreads * 16};
+  }
   static constexpr __device__ int shared_bytes(int chunks) {
-    return kScratchBytes + Kept<Layout>::kBytes + chunks * Chunk<Layout, Transport>::kBytes;
+    return kScratchBytes + Kept<Layout>::kBytes + chunks * kPlacesOfChunk<Layout, Transport> * Layout::kThreads * 16;
   }
 
   // r = scale * (sum + bias) + residual of one chunk.
@@ -372,7 +373,7 @@ class Rows {
   const Site<kWorld>& site_;
   const Transport& transport_;
   Kept<Layout> kept_;
-  const u32 chunks_;  // address in shared memory
+  const u32 places_;  // address in shared memory
   Vector<Layout> raw_weight_[Layout::kUnroll];
   float weight_[Layout::kUnroll][Layout::kVector];
   float sum_ = 0.0f;  // of the thread's squares; for a LayerNorm, of its elements first

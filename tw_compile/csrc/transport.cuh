@@ -1,9 +1,9 @@
 // How a vector is fetched from all ranks and delivered to all ranks. The two transports differ in nothing else: every other
 // line of a kernel over Multimem also runs over Peer.
 //
-//   load_reduce   the 16 bytes at an offset of every rank's workspace, in three steps: it begins to fetch them, into registers
-//                 (Pending) or kPlaces places of this thread in shared memory; load_own adds what is on this GPU, if that was
-//                 not part of it; and total, when copies have arrived, gives the sum over the ranks in float32
+//   load_reduce   the 16 bytes at an offset of every rank's workspace, in three steps: it begins to fetch them, as one sum
+//                 (Pending) or into kPlaces places of this thread; load_own adds what is on this GPU, if that was not part of
+//                 it; and total, when they have arrived, gives the sum over the ranks in float32
 //   store         a vector to this offset of every rank's workspace
 #pragma once
 #include "element.cuh"
@@ -11,14 +11,24 @@
 
 namespace tw {
 
-// 16 bytes each in shared memory, for one thread, which are kThreads places apart.
+// Where copies of 16 bytes land for one thread. In shared memory, kThreads places apart, until copies_arrived: for copies that
+// are long on their way.
 template <int kThreads>
-struct Places {
+struct SharedPlaces {
   u32 first;  // address in shared memory
 
-  __device__ __forceinline__ Places from(int place) const { return {first + place * (kThreads * 16)}; }
+  __device__ __forceinline__ SharedPlaces from(int place) const { return {first + place * (kThreads * 16)}; }
   __device__ __forceinline__ void copy_here(const void* p) const { ptx::copy_async(first, p); }
   __device__ __forceinline__ uint4 get() const { return ptx::load_shared(first); }
+};
+
+// In registers, which is faster where few are needed.
+struct RegisterPlaces {
+  uint4* first;  // of a local array, indexed by constants only
+
+  __device__ __forceinline__ RegisterPlaces from(int place) const { return {first + place}; }
+  __device__ __forceinline__ void copy_here(const void* p) const { *first = ptx::load_sys(p); }
+  __device__ __forceinline__ uint4 get() const { return *first; }
 };
 
 // Through a pointer to each rank's memory. The parts are added in rank order.

@@ -46,11 +46,12 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   const u32 begin = site.rank * per_rank;
   const u32 end = min(begin + per_rank, site.rows);
 
-  typename Chunk<Layout, Transport>::Pending pending[kDepth];
+  using InFlight = Chunk<Layout, Transport, SharedPlaces<Layout::kThreads>>;
+  typename InFlight::Pending pending[kDepth];
   Cursor<Layout> next{begin + blockIdx.x}, now = next;
   const auto fetch = [&](int i) {
     if (next.row < end) {
-      Chunk<Layout, Transport>(rows.memory_of_chunk(i), pending[i]).load(transport, next.row * Layout::kRowBytes, next.chunk);
+      InFlight(rows.places(i), pending[i]).load(transport, next.row * Layout::kRowBytes, next.chunk);
       next.advance();
     }
     ptx::close_copies();
@@ -75,7 +76,7 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
     for (int i = 0; i < kDepth; ++i) {
       if (now.row >= end) break;
       ptx::copies_arrived<kDepth - 1>();
-      rows.add(Chunk<Layout, Transport>(rows.memory_of_chunk(i), pending[i]), local, now.chunk);
+      rows.add(InFlight(rows.places(i), pending[i]), local, now.chunk);
       fetch(i);
       const Cursor<Layout> done = now;
       now.advance();

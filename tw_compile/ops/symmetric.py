@@ -5,8 +5,8 @@ out; the residual, as it is carried from site to site and as it leaves; and what
 for each slot, dtype, hidden size and power of two of rows. It is made on first use, by all ranks together, and stays where
 it is for good: the pointers are in captured CUDA graphs.
 
-The kernels (``csrc/``): from ``TWO_SHOT_ROWS`` tokens on each rank finishes a part of the rows for all; below, each finishes
-all for itself. Which rank owns which row: ``own_rows``.
+The kernels (``csrc/``): for few tokens each rank finishes all rows for itself, in one_shot; otherwise a part of them for all, in
+two_shot. Which it is: ``kernel_of``. Which rank owns which row: ``own_rows``.
 """
 
 import concurrent.futures
@@ -26,8 +26,12 @@ from ..planning import ctas_beside_gemms
 from . import agree, nvrtc
 from .reference import empty_results
 
-# Tokens from which each row is reduced by one rank only.
+# Rows of the smallest workspace; for so many or more each row is reduced by one rank only.
 TWO_SHOT_ROWS = 32
+
+# Rows, times the peers that each comes from, up to which one_shot is faster: on two ranks for all that fit, on four up to 16
+# tokens (benchmarks/results/kernel-tp*.json).
+ONE_SHOT_ROWS_FROM_PEERS = 48
 
 # CTAs of a two-shot kernel with nothing beside it, if the caller leaves it open.
 CTAS_ALONE = 32
@@ -48,6 +52,12 @@ def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
     return min(rank * part, rows), min((rank + 1) * part, rows)
 
 
+def kernel_of(rows: int, world: int) -> str:
+    """The kernel for a number of tokens. Both give the same bits."""
+    one_shot = rows < TWO_SHOT_ROWS and rows * (world - 1) <= ONE_SHOT_ROWS_FROM_PEERS
+    return "one_shot" if one_shot else "two_shot"
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the threads of a CTA share a row (csrc/row.cuh): the same for all kernels, as the order of summation hangs on it.
@@ -56,7 +66,7 @@ class Layout:
     unroll:  16-byte vectors of a thread in a chunk
     chunks:  in a row
     depth:   chunks that a two-shot thread has in flight; has no influence on the bits
-    shared:  bytes of dynamic shared memory that two_shot needs, and that one_shot needs, with one chunk in flight
+    shared:  bytes of dynamic shared memory that two_shot needs, and that one_shot needs
     """
 
     threads: int
@@ -85,7 +95,7 @@ class Layout:
                 roomy = min(shared_limit, max(cls.ROOMY, fixed + chunk))
                 depth = min(depth, (roomy - fixed) // chunk)
             if depth > 0:
-                return cls(threads, unroll, chunks, depth, (fixed + depth * chunk, fixed + chunk))
+                return cls(threads, unroll, chunks, depth, (fixed + depth * chunk, fixed + (chunk if landing > 4 else 0)))
         raise RuntimeError(
             f"a row of {hidden} does not fit into the {shared_limit} bytes of shared memory that a thread block of this GPU can "
             "have: use transport 'process_group'"
@@ -373,7 +383,7 @@ class Symmetric:
         """Begin a site on the side stream; wait() gives its results.
 
         x:        [..., H] this rank's partial sums
-        residual: [..., H], dtype and shape of x, or None; where there are TWO_SHOT_ROWS tokens or more, read in own_rows only.
+        residual: [..., H], dtype and shape of x, or None; read in own_rows only by two_shot.
                   Or what the slot's last site left with ``shard``
         weight:   [H], of x's dtype or float32, or None for ones; used as ``weight + offset``
         bias:     [H], of x's dtype, or None; added to the sum, which then is multiplied by ``scale``
@@ -493,8 +503,7 @@ class Symmetric:
         self._error.raise_if_set(self.timeout_s, cause)
 
     def kernel_of(self, rows: int) -> str:
-        """The kernel for a number of tokens. Both give the same bits."""
-        return "two_shot" if rows >= TWO_SHOT_ROWS else "one_shot"
+        return kernel_of(rows, self.world)
 
     def kernel(self, name: str, dtype: torch.dtype, hidden: int, center: bool) -> nvrtc.Kernel:
         key = name, dtype, hidden, center
