@@ -161,6 +161,16 @@ def test_any_other_mask_does_not(mask, form):
     assert keys_of_first_half(split(attend)) == 6
 
 
+def test_a_mask_with_a_size_in_it():
+    """Of a dynamic shape, which is a node of its own."""
+
+    def attend(q, k, v):
+        query, key = position(q.shape[2])
+        return SDPA(q, k, v, attn_mask=(key + q.shape[2] <= query + q.shape[2])[None, None])
+
+    split(attend, dynamic=True)
+
+
 def test_a_mask_that_hides_softly_is_no_causal_mask():
     def attend(q, k, v):
         query, key = position()

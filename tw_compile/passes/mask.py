@@ -14,6 +14,7 @@ from .token_axis import expr
 
 _INDEX = sympy.symbols("i0:8", integer=True, nonnegative=True)
 
+INDEX = (torch.int32, torch.int64)  # dtypes that hold any index
 _AND = (aten.bitwise_and.Tensor, aten.logical_and.default)
 _SHAPED = (aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor, aten.clone.default, aten.alias.default)
 _COMPARISONS = {
@@ -24,32 +25,39 @@ _COMPARISONS = {
 }
 
 
-def hides_later_keys(mask: Node) -> bool:
+def hides_later_keys(mask: Node, offset=0) -> bool:
     """Whether a mask [..., queries, keys], True or 0 where attention is allowed, hides every key from all earlier queries.
 
-    Earlier by index: a key j > i is hidden from query i.
+    Earlier by index: a key j > i + offset is hidden from query i. offset: a formula of sizes, see ``first_row``
     """
     if calls(mask, *_SHAPED):
         # Trailing dimensions only: a slice or an expansion of the first ones keeps what holds for the last two.
         shape, before = value(mask).shape, value(mask.args[0]).shape
         same = len(before) >= 2 and all(not is_one(b) or is_one(a) for a, b in zip(shape[-2:], before[-2:]))
         sliced = calls(mask, aten.slice.Tensor) and mask.args[1] % len(before) >= len(before) - 2 and mask.args[2] != 0
-        return same and not sliced and hides_later_keys(mask.args[0])
+        return same and not sliced and hides_later_keys(mask.args[0], offset)
     if calls(mask, *_AND):
-        return any(is_tensor(a) and value(a).dim() >= 2 and hides_later_keys(a) for a in mask.args)
+        return any(is_tensor(a) and value(a).dim() >= 2 and hides_later_keys(a, offset) for a in mask.args)
     if calls(mask, aten.where.self):
         allowed, shown, hidden = mask.args
-        return _constant(shown) == 0 and _constant(hidden) is not None and _hidden(value(mask), hidden) and hides_later_keys(allowed)
+        return _constant(shown) == 0 and _constant(hidden) is not None and _hidden(value(mask), hidden) and hides_later_keys(allowed, offset)
     if mask.target in _COMPARISONS and value(mask).dim() >= 2:
         a, b = (_formula(operand, value(mask).dim()) for operand in mask.args)
         if a is None or b is None:
             return False
-        # allowed <=> slack >= 0; with key = query + d for d >= 1 it must be negative
+        # allowed <=> slack >= 0; with key = query + offset + d for d >= 1 it must be negative
         query, key = _INDEX[value(mask).dim() - 2], _INDEX[value(mask).dim() - 1]
         d = sympy.Symbol("d", integer=True, positive=True)
-        slack = sympy.expand(_COMPARISONS[mask.target](a, b).subs(key, query + d))
+        slack = sympy.expand(_COMPARISONS[mask.target](a, b).subs(key, query + offset + d))
         return bool(slack.is_negative)
     return False
+
+
+def first_row(positions: Node):
+    """The formula of the first of ``positions`` [tokens], if each of the others is one more than that before it."""
+    formula = _own_formula(positions)
+    first = None if formula is None else sympy.expand(formula - _INDEX[0])
+    return None if first is None or first.has(_INDEX[0]) else first
 
 
 def _constant(node: Node):
@@ -63,7 +71,7 @@ def _hidden(mask: torch.Tensor, hidden: Node) -> bool:
 def _formula(node, rank: int):
     """An integer tensor, broadcast to ``rank`` dimensions, as a formula of the index; None where it is none."""
     own = _own_formula(node)
-    if own is None or not isinstance(node, Node):
+    if own is None or not is_tensor(node):
         return own
     shift = rank - value(node).dim()
     return own.subs({_INDEX[d]: _INDEX[d + shift] for d in range(value(node).dim())}, simultaneous=True)
@@ -84,7 +92,7 @@ def _own_formula(node):
             return None
         return a + b if calls(node, aten.add.Tensor) else a - b
     if calls(node, prims.convert_element_type.default, aten.clone.default, aten.alias.default):
-        return _own_formula(node.args[0]) if not value(node).dtype.is_floating_point else None
+        return _own_formula(node.args[0]) if value(node).dtype in INDEX else None
     if calls(node, aten.unsqueeze.default):
         at = node.args[1] % value(node).dim()
         return _moved(node.args[0], lambda d: _INDEX[d + (d >= at)])
@@ -101,6 +109,8 @@ def _own_formula(node):
         return _moved(node.args[0], lambda d: _INDEX[d] + (start if d == dim else 0))
     if calls(node, aten.index.Tensor):
         return _indexed(node)
+    if value(node).dim() == 0 and value(node).dtype in INDEX:
+        return sympy.Symbol(f"%{node.name}", integer=True)  # the same number wherever it is used
     return None
 
 
