@@ -5,6 +5,8 @@ can be shown, the first half's queries do not need the second half's keys. An in
 own index: ``arange(n)`` is i₀, a slice from s is i₀ + s, and so on.
 """
 
+import math
+
 import sympy
 import torch
 from torch.fx import Node
@@ -30,27 +32,48 @@ def hides_later_keys(mask: Node, offset=0) -> bool:
 
     Earlier by index: a key j > i + offset is hidden from query i. offset: a formula of sizes, see ``first_row``
     """
-    if calls(mask, *_SHAPED):
-        # Trailing dimensions only: a slice or an expansion of the first ones keeps what holds for the last two.
-        shape, before = value(mask).shape, value(mask.args[0]).shape
-        same = len(before) >= 2 and all(not is_one(b) or is_one(a) for a, b in zip(shape[-2:], before[-2:]))
-        sliced = calls(mask, aten.slice.Tensor) and mask.args[1] % len(before) >= len(before) - 2 and mask.args[2] != 0
-        return same and not sliced and hides_later_keys(mask.args[0], offset)
+    later = offset + sympy.Symbol("d", integer=True, positive=True)
+    while calls(mask, *_SHAPED) and _keeps_queries_and_keys(mask):
+        mask = mask.args[0]
+    if not calls(mask, aten.where.self):
+        return any(_slack(part, later).is_negative for part in _conjunction(mask))
+    allowed, shown, hidden = mask.args[0], *map(_constant, mask.args[1:])
+    if shown != 0 or hidden is None or not hides_later_keys(allowed, offset):
+        return False
+    # A query from which all keys are hidden by a finite number attends to all of them alike, later ones too.
+    shows_own = all(_slack(part, offset).is_nonnegative for part in _conjunction(allowed))
+    return hidden == -math.inf or (hidden <= torch.finfo(value(mask).dtype).min and shows_own)
+
+
+def _conjunction(mask: Node) -> list[Node]:
+    """The masks of which all must allow an entry."""
+    if calls(mask, *_SHAPED) and _keeps_queries_and_keys(mask):
+        return _conjunction(mask.args[0])
     if calls(mask, *_AND):
-        return any(is_tensor(a) and value(a).dim() >= 2 and hides_later_keys(a, offset) for a in mask.args)
-    if calls(mask, aten.where.self):
-        allowed, shown, hidden = mask.args
-        return _constant(shown) == 0 and _constant(hidden) is not None and _hidden(value(mask), hidden) and hides_later_keys(allowed, offset)
-    if mask.target in _COMPARISONS and value(mask).dim() >= 2:
-        a, b = (_formula(operand, value(mask).dim()) for operand in mask.args)
-        if a is None or b is None:
-            return False
-        # allowed <=> slack >= 0; with key = query + offset + d for d >= 1 it must be negative
-        query, key = _INDEX[value(mask).dim() - 2], _INDEX[value(mask).dim() - 1]
-        d = sympy.Symbol("d", integer=True, positive=True)
-        slack = sympy.expand(_COMPARISONS[mask.target](a, b).subs(key, query + offset + d))
-        return bool(slack.is_negative)
-    return False
+        return [part for a in mask.args if _constant(a) is not True for part in _conjunction(a)]
+    return [mask]
+
+
+def _keeps_queries_and_keys(call: Node) -> bool:
+    """Whether a call changes leading dimensions only: what holds for the last two holds on."""
+    before, after = value(call.args[0]).shape, value(call).shape
+    if len(before) < 2:
+        return False
+    if calls(call, aten.unsqueeze.default):
+        return call.args[1] % len(after) < len(after) - 2
+    if calls(call, aten.slice.Tensor):
+        # Of the last two, those at the end may be left out: queries and keys keep their numbers.
+        return call.args[1] % len(before) < len(before) - 2 or (call.args[2] == 0 and len(call.args) < 5)
+    return all(not is_one(b) or is_one(a) for b, a in zip(before[-2:], after[-2:]))
+
+
+def _slack(mask: Node, key):
+    """Of a comparison [..., queries, keys]: a formula of the query, >= 0 where it allows query + ``key``. NaN where not known."""
+    rank = value(mask).dim()
+    a, b = (_formula(operand, rank) for operand in mask.args) if mask.target in _COMPARISONS and rank >= 2 else (None, None)
+    if a is None or b is None:
+        return sympy.nan
+    return sympy.expand(_COMPARISONS[mask.target](a, b).subs(_INDEX[rank - 1], _INDEX[rank - 2] + key))
 
 
 def first_row(positions: Node):
@@ -62,10 +85,6 @@ def first_row(positions: Node):
 
 def _constant(node: Node):
     return node.args[1] if calls(node, aten.full.default) else None
-
-
-def _hidden(mask: torch.Tensor, hidden: Node) -> bool:
-    return _constant(hidden) <= torch.finfo(mask.dtype).min
 
 
 def _formula(node, rank: int):
