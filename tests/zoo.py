@@ -200,5 +200,31 @@ def generate(path, cache="dynamic", dtype=torch.float32, device="cpu", **how) ->
     return Generated(tw_compile.reports()[before:], tokens, eager_tokens, error, eager_error)
 
 
+def chunks(path, cache="dynamic") -> Outcome:
+    """On a rank: one prompt in three calls, each with the cache of those before it."""
+    import transformers
+
+    torch._dynamo.reset()
+    before = len(tw_compile.reports())
+    model, reference = loaded(path, torch.float32, "cpu")
+    ids = torch.randint(3, VOCAB, (1, 3 * 8), generator=torch.Generator().manual_seed(1))
+
+    def run(forward):
+        if cache == "dynamic":
+            past = transformers.DynamicCache(config=model.config)
+        else:
+            past = transformers.StaticCache(config=model.config, max_cache_len=32)
+            model(ids[:, :1], past_key_values=past)  # so that there is one
+            past.reset()
+        return torch.cat([forward(part, past_key_values=past).logits for part in ids.split(8, 1)], 1)
+
+    with torch.no_grad(), without_codegen():
+        eager = run(model)
+        out = run(torch.compile(model, backend=backend.tokenweave, fullgraph=True, options={"tokenweave.min_tokens": 2}))
+        exact = reference(ids, use_cache=False).logits
+    all_reduces = 2 * LAYERS + splits_embedding(model)
+    return Outcome(tw_compile.reports()[before:], all_reduces, distance(out, eager), distance(out, exact), distance(eager, exact))
+
+
 def distance(a, b) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
