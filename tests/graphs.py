@@ -236,6 +236,7 @@ class _Run(Interpreter):
         self.replaced = {
             c10d.all_reduce.default: lambda x, *_: x * RANKS,
             c10d.wait_tensor.default: lambda x: x,
+            c10d.all_gather_into_tensor.default: lambda x, ranks, _: torch.cat([x] * ranks),
             ops.linear: implementation.linear,
             ops.start: implementation.start,
             ops.wait: implementation.wait,

@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory):
 def check_forward(ranks, path, name, batch=1, *arguments):
     first, *others = ranks(zoo.forward, path, batch, *arguments)
     (report,) = first.reports
-    zoo.check_report(report, MODELS[name], first.all_reduces, batch)
+    zoo.check_report(report, MODELS[name], first.all_reduces)
     assert all(other.reports == first.reports for other in others)
     return first
 

@@ -20,6 +20,7 @@ from . import attention
 from .cache import Write, put_entries, view_of, write_of
 from .cut import Cut
 from .emit import Emitter
+from .gather import GATHER, gather_along, side_by_side
 from .graph_utils import Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
 from .token_axis import Split, TokenAxis, expr, expr_of, split_rule
 
@@ -105,6 +106,9 @@ class _Splitter:
         if calls(node, aten.sym_size.int):
             self._whole(node)
             return
+        if calls(node, GATHER) and axes[node.args[0]].dim == 0 and (found := side_by_side(node)):
+            self._gather(node, *found)
+            return
         if write := write_of(node, axes):
             self._write(node, write)
             return
@@ -154,6 +158,13 @@ class _Splitter:
                 made[index].append(self._in_half(half, operator.getitem, call, index))
         for index, user in results.items():
             self.env[user] = Halves(tuple(made[index]), axis)
+
+    def _gather(self, node: Node, cat: Node, dim: int, between: list[Node]) -> None:
+        """Both halves of a gather along another dimension than the first, where they have their tokens."""
+        x, ranks, group = node.args
+        parts = [gather_along(partial(self._in_half, half), self._half(x, half, None), ranks, group, dim) for half in (0, 1)]
+        self.env |= dict.fromkeys([node, *between])  # nobody else reads these
+        self.env[cat] = Halves(tuple(parts), self.env[x].axis)
 
     def _causal_attention(self, node: Node, rule: Split) -> None:
         queries, mask = self.env[node.args[0]].nodes, attention.attention_mask(node)
