@@ -41,7 +41,14 @@ A prompt of a padded batch, then single tokens. Greedy, in float32, compiled wit
 
 {generation}
 
-{cache_notes}
+Caches are written by each half in turn, which joins nothing. A static cache is written in place; a dynamic one grows by
+concatenation.
+
+One sequence behind a cache, as of a prompt in chunks, is cut along its tokens where the mask shows that the first half does not
+see what the second half writes: with a dynamic cache that grows by all tokens it does. A static cache of transformers {transformers}
+counts its length in a tensor for each layer, and the mask goes by the first layer's alone; and `generate` makes the mask of a
+static cache outside of the model. What then waits for both halves is a join in the report, with this reason. So it is with one
+sequence behind a sliding window.
 
 ## An op that has no rule
 
@@ -77,8 +84,6 @@ NOTES = {
     "goes to q, k, v and the first residual, and there is no norm to fuse it with",
     "aten.sort.default": "tokens are sorted by expert, and then taken from there by index: an entry of the sorted ones may come from either "
     "half, so experts run on all tokens. Attention, router and both communications stay cut",
-    "_c10d_functional.all_gather_into_tensor.default": "q, k and v, or their packed projection, are gathered from the ranks along dimension 0, where a batch "
-    "that is cut between its sequences has them. One sequence is cut along its tokens, which has no such join",
 }  # fmt: skip
 
 
@@ -91,7 +96,7 @@ def main():
     ranks = Ranks(2, timeout=300)
     table = [("model", "sites", "one", "batch", "float32", "bfloat16")]
     generation = [("model", "cache", "graphs", "joins", "same tokens", "bfloat16")]
-    why, why_cache = {}, {}
+    why = {}
     for name in zoo.MODELS:
         path = zoo.make(name, folder)
         one = ranks(zoo.forward, path)[0]
@@ -112,8 +117,6 @@ def main():
             same = "yes" if torch.equal(wide.tokens, wide.eager_tokens) else "no"
             ratio = f"{half.error / half.eager_error:.2f}"
             generation.append((name, cache, modes, str(len(wide.reports[0].joins)), same, ratio))
-            for op in {join.op for join in wide.reports[0].joins} - set(NOTES):
-                why_cache.setdefault(op, {})[f"{name}, {cache} cache"] = True
     ranks.stop()
 
     import test_extending as examples
@@ -122,17 +125,10 @@ def main():
         transformers=transformers.__version__, torch=torch.__version__.split("+")[0], ranks=2,
         table=rows(table), generation=rows(generation),
         notes="\n".join(f"- {', '.join(names)}: {NOTES[reason]}." for reason, names in why.items() if reason in NOTES),
-        cache_notes=CACHE if "aten.index_put.default" in why_cache else "",
         rule=body(examples.test_an_op_with_a_rule_stays_cut, "assert"),
         all_reduce=body(examples.test_an_all_reduce_of_ones_own_is_a_site, "(match,)"),
     )  # fmt: skip
     (HERE / "models.md").write_text(text)
-
-
-CACHE = (
-    "A static cache is written at positions that are a tensor, by `index_put`: keys and values of both halves are joined for\n"
-    "it, two joins in each layer. A dynamic cache is written by concatenation, which stays cut."
-)
 
 
 def mode(report) -> str:

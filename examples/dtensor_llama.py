@@ -2,14 +2,12 @@
 
     torchrun --nproc-per-node 2 examples/dtensor_llama.py [--sequence-parallel]
 
-Takes the same arguments as llama.py and prints the same. With --sequence-parallel each rank has its own tokens of what goes
-from layer to layer.
+Takes the arguments of llama.py too and prints the same. With --sequence-parallel each rank has its own tokens of what
+goes from layer to layer.
 """
 
-import sys
-
 import torch.distributed as dist
-from llama import Llama, main
+from llama import Llama, command_line, main
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -57,9 +55,11 @@ def sequence_parallel_llama(config, device):
     return parallelize_module(model, mesh, gather)
 
 
+def build(config, device, args):
+    return (sequence_parallel_llama if args.sequence_parallel else parallel_llama)(config, device)
+
+
 if __name__ == "__main__":
-    if "--sequence-parallel" in sys.argv:
-        sys.argv.remove("--sequence-parallel")
-        main(sequence_parallel_llama)
-    else:
-        main(parallel_llama)
+    parser = command_line()
+    parser.add_argument("--sequence-parallel", action="store_true", help="each rank holds and norms its own tokens between the layers")
+    main(build, parser)

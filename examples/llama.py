@@ -293,12 +293,12 @@ def _checkpoint(folder):
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
-def main(build):
-    """Read the command line, and compare the model that ``build(config, device)`` makes, on the meta device.
+def main(build, parser):
+    """Read the command line, and compare the model that ``build(config, device, args)`` makes, on the meta device.
 
     Whatever goes wrong on a rank ends it with a message, and torchrun then ends the others.
     """
-    args = arguments()
+    args = arguments(parser)
     if "RANK" not in os.environ:
         sys.exit(f"This runs on several ranks. Start it with: torchrun --nproc-per-node 2 {sys.argv[0]}")
     try:
@@ -321,7 +321,7 @@ def cause(error):
     return None
 
 
-def arguments():
+def command_line():
     parser = argparse.ArgumentParser(description='A tensor-parallel Llama, backend="tokenweave" against "inductor".')
     parser.add_argument("--size", choices=SIZES, default="tiny", help="shapes of the random weights (default: tiny)")
     parser.add_argument("--weights", type=Path, help="folder with config.json and *.safetensors, instead of random ones")
@@ -335,6 +335,10 @@ def arguments():
         metavar="NAME=VALUE",
         help="of torch.compile(options=...), any number of times: tokenweave.mode=fuse, triton.cudagraphs=True",
     )
+    return parser
+
+
+def arguments(parser):
     args = parser.parse_args()
     for option in args.option:
         if "=" not in option:
@@ -365,7 +369,7 @@ def compare(build, args):
     )
 
     with torch.device("meta"):
-        model = build(config, device).to(dtype).eval()
+        model = build(config, device, args).to(dtype).eval()
     fill(model, config, device, args.weights)
     ids = torch.randint(config.vocab, (args.batch, args.tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -469,4 +473,4 @@ def say(*text, **how):
 
 
 if __name__ == "__main__":
-    main(lambda config, device: Llama(config, tp=dist.group.WORLD))
+    main(lambda config, device, args: Llama(config, tp=dist.group.WORLD), command_line())

@@ -8,11 +8,16 @@ from unittest import mock
 
 import torch
 from sites import INNER, H
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import detect_fake_mode
 from torch._inductor import compile_fx as inductor
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from tw_compile import backend, ops, passes
 from tw_compile.options import Options
@@ -71,6 +76,27 @@ def capture_with_inputs(model, *inputs, dynamic=False) -> tuple[Graph, list]:
     with torch.no_grad(), without_codegen(keeping_inputs):
         torch.compile(model, backend=backend.tokenweave, options=options, dynamic=dynamic, fullgraph=True)(*inputs)
     return graphs[-1], arguments  # the graphs of higher-order ops come before the one that calls them
+
+
+def trace_with_inputs(function, *inputs, dynamic=False) -> tuple[Graph, list]:
+    """What ``capture_with_inputs`` gives, in half the time: without Dynamo, so for functions that change nothing in place."""
+    mode, graphs = FakeTensorMode(shape_env=ShapeEnv()), []
+
+    def fake(tensor):
+        dims = [DimDynamic.DUCK if dynamic and size not in (H, INNER) else DimDynamic.STATIC for size in tensor.shape]
+        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims))
+
+    fakes = [fake(tensor) for tensor in inputs]
+    pairs = [pair for f, tensor in zip(fakes, inputs) for pair in zip(f.shape, tensor.shape)]
+    sizes = {str(symbol): (symbol, size) for symbol, size in pairs if isinstance(symbol, torch.SymInt)}
+    symbols = [symbol for symbol, _ in sizes.values()]  # inputs of the graph, as Dynamo makes them
+    keep = torch._inductor.config.patch(post_grad_custom_pre_pass=lambda graph: graphs.append(copy(graph)))
+    with torch.no_grad(), mode, V.set_fake_mode(mode), enable_python_dispatcher(), keep:
+        gm = make_fx(lambda *args: function(*args[len(symbols) :]), decomposition_table=select_decomp_table())(*symbols, *fakes)
+        gm.graph.eliminate_dead_code()
+        inductor._recursive_joint_graph_passes(gm)
+        run_as_it_is(gm, [*symbols, *fakes], is_inference=True)
+    return graphs[-1], [size for _, size in sizes.values()] + list(inputs)
 
 
 def capture(model, *inputs, dynamic=False) -> Graph:
@@ -183,12 +209,13 @@ class Rewritten:
         return sum(node.target is op for node in self.after.nodes)
 
 
-def rewrite(function, *inputs, dynamic=False, symmetric=False, **options) -> Rewritten:
+def rewrite(function, *inputs, dynamic=False, symmetric=False, by=capture_with_inputs, **options) -> Rewritten:
     """Capture a function and run the passes on it. That every all-reduce is in the report is part of every test.
 
     symmetric: whether the passes may place values in a workspace, as over symmetric memory
+    by:        ``capture_with_inputs``, or ``trace_with_inputs``
     """
-    before, arguments = capture_with_inputs(function, *inputs, dynamic=dynamic)
+    before, arguments = by(function, *inputs, dynamic=dynamic)
     with V.set_fake_mode(detect_fake_mode([n.meta["val"] for n in before.nodes if n.op == "placeholder"])):
         after, report = passes.rewrite(copy(before), Options(**options), lambda group, device: symmetric)
     assert len(report.sites) + len(report.refusals) == len(all_reduces(before))
@@ -236,6 +263,7 @@ class _Run(Interpreter):
         self.replaced = {
             c10d.all_reduce.default: lambda x, *_: x * RANKS,
             c10d.wait_tensor.default: lambda x: x,
+            c10d.all_gather_into_tensor.default: lambda x, ranks, _: torch.cat([x] * ranks),
             ops.linear: implementation.linear,
             ops.start: implementation.start,
             ops.wait: implementation.wait,

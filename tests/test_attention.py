@@ -161,6 +161,16 @@ def test_any_other_mask_does_not(mask, form):
     assert keys_of_first_half(split(attend)) == 6
 
 
+def test_a_mask_with_a_size_in_it():
+    """Of a dynamic shape, which is a node of its own."""
+
+    def attend(q, k, v):
+        query, key = position(q.shape[2])
+        return SDPA(q, k, v, attn_mask=(key + q.shape[2] <= query + q.shape[2])[None, None])
+
+    split(attend, dynamic=True)
+
+
 def test_a_mask_that_hides_softly_is_no_causal_mask():
     def attend(q, k, v):
         query, key = position()
@@ -175,6 +185,37 @@ def test_a_causal_mask_whose_rows_are_shifted_is_no_causal_mask():
         return SDPA(q, k, v, attn_mask=(key <= query)[3:9, :6][None, None])
 
     assert keys_of_first_half(split(attend)) == 6
+
+
+def test_a_causal_mask_of_which_every_other_row_is_taken_is_no_causal_mask():
+    def attend(q, k, v):
+        query, key = position(12)
+        return SDPA(q, k, v, attn_mask=(key <= query)[::2, :6][None, None])
+
+    assert keys_of_first_half(split(attend)) == 6
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_mask_for_each_head_is_no_causal_mask(at):
+    """As many heads as tokens, whose dimensions a causal mask has instead of the queries' or the keys'."""
+
+    def attend(q, k, v):
+        head, other = position(HEADS)
+        return SDPA(q, k, v, attn_mask=(other <= head).unsqueeze(at)[None])
+
+    split(attend, tokens=HEADS)
+
+
+@pytest.mark.parametrize("least", [float("-inf"), torch.finfo(torch.float32).min], ids=["-inf", "finite"])
+def test_a_query_from_which_all_keys_are_hidden(least):
+    """As of padding on the left. Where what is added to hide a key is finite, it attends to all of them alike."""
+
+    def attend(q, k, v, padding):
+        query, key = position()
+        return SDPA(q, k, v, attn_mask=torch.where((key <= query) & padding[None, :], 0.0, least)[None, None])
+
+    new = split(attend, torch.tensor([False, False, False, True, True, True]))
+    assert keys_of_first_half(new) == (3 if least == float("-inf") else 6)
 
 
 # --- the ops of CUDA, by what they are documented to do ---------------------------------------------------------------

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from graphs import without_codegen
 from models import VOCAB, parallel, whole
@@ -14,6 +15,7 @@ from test_split import mlp, mlp_inputs
 
 import tw_compile
 from tw_compile import backend, ops
+from tw_compile.passes.find import c10d
 
 
 def compiled(function, **kwargs):
@@ -113,6 +115,17 @@ def test_a_graph_of_refusals_only_is_an_error_with_the_reasons_where_forced(worl
     with pytest.raises(Exception, match="(?s)none of its all-reduces can be fused.*the reduced value goes to aten.sin.default") as raised:
         compiled(lambda x: all_reduce(x).sin(), options={"tokenweave.mode": "fuse"})(values(8, H))
     assert isinstance(raised.value.inner_exception, tw_compile.TokenWeaveError)
+
+
+def test_a_graph_of_refused_reduce_scatters_is_told_as_such(world, quick, messages):
+    def scatter(x):
+        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", 2, dist.group.WORLD.group_name))
+
+    compiled(lambda x: scatter(x).sin())(values(8, H))
+    compiled(lambda x: scatter(x).sin() + all_reduce(x[:4]).sin())(values(8, H))
+    assert [message.split(": ")[1] for message in messages()] == [
+        "none of its reduce-scatters can be fused", "none of its all-reduces and reduce-scatters can be fused",
+    ]  # fmt: skip
 
 
 def test_mode_off_only_reports(world, quick, messages):

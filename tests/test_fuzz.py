@@ -5,16 +5,19 @@ draws that many; what failed once stands below by name.
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from graphs import rewrite
+from graphs import capture, rewrite, trace_with_inputs
 from sites import H, all_reduce
 from workspace import Workspace
 
 from tw_compile import TokenWeaveError
+from tw_compile.passes.find import c10d
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
@@ -131,6 +134,17 @@ def _mix(mix, h, wide):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
     elif mix == "window":
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal & (position[:, None] - position[None, :] < 3))
+    elif mix == "behind a cache":
+        past = torch.full((batch, HEADS, 3, H // HEADS), 0.5)
+        mask = torch.arange(tokens + 3)[None, :] <= position[:, None] + 3
+        out = F.scaled_dot_product_attention(q, torch.cat((past, k), 2), torch.cat((past * 2, v), 2), attn_mask=mask)
+    elif mix in ("static cache", "static cache, ahead"):
+        k, v = (torch.full((batch, HEADS, 16, H // HEADS), fill).index_copy(2, position + 2, new) for fill, new in ((4.0, k), (9.0, v)))
+        mask = torch.arange(16)[None, :] <= position[:, None] + (2 if mix == "static cache" else 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    elif mix == "gathered":
+        parts = c10d.wait_tensor(c10d.all_gather_into_tensor(h @ wide[: H // 2].t(), 2, dist.group.WORLD.group_name))
+        return torch.cat(parts.chunk(2), -1)
     elif mix == "full":
         out = F.scaled_dot_product_attention(q, k, v)
     else:  # written out, with a cap on the scores
@@ -144,7 +158,7 @@ def check(block: Block):
     if block.mode == "auto":
         options["min_tokens"] = 2
     try:
-        rewritten = rewrite(block, *block.inputs(), dynamic=block.dynamic, symmetric=True, **options)
+        rewritten = rewrite(block, *block.inputs(), dynamic=block.dynamic, symmetric=True, by=trace_with_inputs, **options)
     except TokenWeaveError as error:
         # A forced mode that cannot be had is an error: here, when every sum has a second reader, or no norm reads what it is a
         # part of.
@@ -154,9 +168,22 @@ def check(block: Block):
     rewritten.check(Workspace())
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_what_is_traced_is_what_is_compiled(dynamic):
+    """The graphs of the two ways to one have the same calls."""
+    block = Block(tuple(Layer(mix=mix, bias=True) for mix in ("mlp", "causal", "static cache", "gathered")), 2, 5)
+
+    def calls_of(graph):
+        return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+    by_dynamo, (traced, _) = (way(block, *block.inputs(), dynamic=dynamic) for way in (capture, trace_with_inputs))
+    assert calls_of(traced) == calls_of(by_dynamo)
+
+
 LAYERS = st.builds(
     Layer,
-    mix=st.sampled_from(("mlp", "causal", "grouped", "masked", "window", "full", "written", "cumulative")),
+    mix=st.sampled_from(("mlp", "causal", "grouped", "masked", "window", "full", "written", "cumulative",
+                         "behind a cache", "static cache", "static cache, ahead", "gathered")),
     norm=st.sampled_from(("hf", "torch", "gemma", "bare", "layer", "layer, bare", "layer, by hand")),
     residual_first=st.booleans(),
     halved=st.booleans(),
@@ -180,7 +207,7 @@ BLOCKS = st.builds(
 
 @pytest.mark.timeout(0)
 @settings(
-    max_examples=int(os.environ.get("TW_FUZZ", 60)), deadline=None, database=None, derandomize="TW_FUZZ" not in os.environ,
+    max_examples=int(os.environ.get("TW_FUZZ", 200)), deadline=None, database=None, derandomize="TW_FUZZ" not in os.environ,
     suppress_health_check=list(HealthCheck), print_blob=False,
     phases=[Phase.generate],  # to shrink what failed takes many minutes; it is printed whole
 )  # fmt: skip

@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory):
 def check_forward(ranks, path, name, batch=1, *arguments):
     first, *others = ranks(zoo.forward, path, batch, *arguments)
     (report,) = first.reports
-    zoo.check_report(report, MODELS[name], first.all_reduces, batch)
+    zoo.check_report(report, MODELS[name], first.all_reduces)
     assert all(other.reports == first.reports for other in others)
     return first
 
@@ -59,11 +59,15 @@ def test_dynamic_shapes(ranks, checkpoint):
 
 
 def check_generate(ranks, path, *arguments, **how):
-    """A prompt is woven, decoding is fused, in at most three graphs and none of them broken; the ranks agree."""
+    """A prompt is woven, decoding is fused, in at most three graphs and none of them broken; the ranks agree.
+
+    Writing to a cache joins nothing.
+    """
     results = ranks(functools.partial(zoo.generate, **how), path, *arguments)
     modes = [report.mode for report in results[0].reports]
     assert modes[0] == "weave" and set(modes[1:]) == {"fuse"} and len(modes) <= 3
     assert all(torch.equal(result.tokens, results[0].tokens) for result in results)
+    assert {join.op for join in results[0].reports[0].joins} <= set(zoo.BY_EXPERT)
     return results[0]
 
 
@@ -83,3 +87,16 @@ def test_generate_in_bfloat16(ranks, checkpoint, cache):
     """The tokens may differ; the logits that they are drawn from are as good as eager's."""
     result = check_generate(ranks, checkpoint("Qwen3"), cache, torch.bfloat16, do_sample=False)
     assert result.error <= 1.1 * result.eager_error < 0.03
+
+
+@pytest.mark.parametrize("cache, joined", [("dynamic", set()), ("static", {"aten.index_put.default"})])
+def test_a_prompt_in_chunks(ranks, checkpoint, cache, joined):
+    """One sequence, cut along its tokens: those before it are in the cache.
+
+    A static cache has a length in each layer, as a tensor, and the mask goes by the first layer's alone.
+    """
+    first, *others = ranks(zoo.chunks, checkpoint("Llama"), cache)
+    assert first.difference < 2e-6
+    assert {report.mode for report in first.reports} == {"weave"}
+    assert {join.op for report in first.reports for join in report.joins} <= joined
+    assert all(other.reports == first.reports for other in others)

@@ -3,6 +3,7 @@
 import expecttest
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from graphs import capture, rewrite, text
 from models import STYLES, VOCAB, parallel
@@ -10,6 +11,7 @@ from sites import INNER, H, all_reduce, hf_norm, torch_norm, values
 
 from tw_compile import ops, passes
 from tw_compile.options import Options, TokenWeaveError
+from tw_compile.passes.find import c10d
 from tw_compile.passes.token_axis import Split, register_token_rule
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -310,6 +312,28 @@ def test_a_value_of_every_token_from_outside_in_a_batch():
     between(lambda x, y: x + y, values(5, H), tokens=(4, 5))
     between(lambda x, y: x + y, values(5, H), tokens=(5, 5))
     between(lambda x, y: x + y, values(5, 1, H), tokens=(5, 5))
+
+
+def gathered(x, dim):
+    whole = c10d.wait_tensor(c10d.all_gather_into_tensor(x, 2, dist.group.WORLD.group_name))
+    return torch.cat(whole.chunk(2), dim)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_a_gather_along_another_dimension_than_the_first(batch, dynamic):
+    """Of a batch too, which is cut along the first."""
+    new = between(lambda x: gathered(x[..., :4], -1) @ torch.ones(8, H), tokens=(batch, 6), dynamic=dynamic)
+    assert new.count(c10d.all_gather_into_tensor.default) == 2
+
+
+def test_a_gather_along_the_first_dimension_is_done_whole():
+    between(lambda x: gathered(x, 0)[3:], joins=["_c10d_functional.all_gather_into_tensor.default"], tokens=(3, 6))
+    between(
+        lambda x: torch.cat(c10d.wait_tensor(c10d.all_gather_into_tensor(x[..., :4], 2, dist.group.WORLD.group_name)).chunk(2)[::-1], -1)
+        @ torch.ones(8, H),
+        joins=["_c10d_functional.all_gather_into_tensor.default"], tokens=(3, 6),
+    )  # fmt: skip
 
 
 def test_a_registered_rule_is_used(monkeypatch):

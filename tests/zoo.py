@@ -29,14 +29,12 @@ class Model:
 
     embedding:   why the all-reduce of the embedding is none
     joins:       op -> how many of it run whole where the model is woven, at most: versions of transformers differ
-    batch_joins: those of a batch, which is cut between its sequences, besides
     """
 
     config: str
     changes: dict = field(default_factory=dict)
     embedding: str = ""
     joins: dict = field(default_factory=dict)
-    batch_joins: dict = field(default_factory=dict)
 
 
 # An entry of the sorted tokens may come from either half.
@@ -45,22 +43,18 @@ BY_EXPERT = {"aten.sort.default": LAYERS, "aten.index.Tensor": 2 * LAYERS}
 NO_NORM = "the reduced value has 4 users"
 
 
-def gathers(number) -> dict:
-    return {"_c10d_functional.all_gather_into_tensor.default": number}
-
-
 MODELS = {
     "Llama": Model("LlamaConfig"),
     "Mistral": Model("MistralConfig", WINDOW),
     "Qwen2": Model("Qwen2Config"),
     "Qwen2, sliding window": Model("Qwen2Config", dict(use_sliding_window=True, max_window_layers=1, **WINDOW)),
     "Qwen3": Model("Qwen3Config", dict(head_dim=16)),
-    "Phi-3": Model("Phi3Config", batch_joins=gathers(4)),
+    "Phi-3": Model("Phi3Config"),
     "Gemma 2": Model("Gemma2Config", dict(head_dim=16, **WINDOW)),
     "Gemma 3": Model("Gemma3TextConfig", dict(head_dim=16, **WINDOW)),
     "Granite": Model("GraniteConfig", dict(residual_multiplier=0.5)),
-    "OLMo 2": Model("Olmo2Config", embedding=NO_NORM, batch_joins=gathers(3)),
-    "OLMo 3": Model("Olmo3Config", WINDOW, embedding=NO_NORM, batch_joins=gathers(3)),
+    "OLMo 2": Model("Olmo2Config", embedding=NO_NORM),
+    "OLMo 3": Model("Olmo3Config", WINDOW, embedding=NO_NORM),
     "Seed-OSS": Model("SeedOssConfig", dict(head_dim=16, **BIAS)),
     "Ministral": Model("MinistralConfig", dict(head_dim=16, **WINDOW)),
     "Starcoder 2": Model("Starcoder2Config", WINDOW),
@@ -142,14 +136,14 @@ def forward(path, batch=1, tokens=32, dynamic=False, dtype=torch.float32, codege
     return Outcome(tw_compile.reports()[before:], all_reduces, distance(out, eager), distance(out, exact), distance(eager, exact))
 
 
-def check_report(report, model: Model, all_reduces: int, batch: int) -> None:
+def check_report(report, model: Model, all_reduces: int) -> None:
     """Every all-reduce is in the report as expected, and whatever can be woven is."""
     refused = [model.embedding] if model.embedding and all_reduces % 2 else []
     assert [refusal.reason.split(" (")[0] for refusal in report.refusals] == refused
     assert len(report.sites) == all_reduces - len(refused)
     assert report.mode == "weave" and all(site.woven for site in report.sites)
-    joins, allowed = Counter(join.op for join in report.joins), model.joins | (model.batch_joins if batch > 1 else {})
-    assert set(joins) == set(allowed) and all(joins[op] <= allowed[op] for op in joins)
+    joins = Counter(join.op for join in report.joins)
+    assert set(joins) == set(model.joins) and all(joins[op] <= model.joins[op] for op in joins)
 
 
 @dataclass
@@ -198,6 +192,32 @@ def generate(path, cache="dynamic", dtype=torch.float32, device="cpu", **how) ->
         finally:
             model.forward = eager
     return Generated(tw_compile.reports()[before:], tokens, eager_tokens, error, eager_error)
+
+
+def chunks(path, cache="dynamic") -> Outcome:
+    """On a rank: one prompt in three calls, each with the cache of those before it."""
+    import transformers
+
+    torch._dynamo.reset()
+    before = len(tw_compile.reports())
+    model, reference = loaded(path, torch.float32, "cpu")
+    ids = torch.randint(3, VOCAB, (1, 3 * 8), generator=torch.Generator().manual_seed(1))
+
+    def run(forward):
+        if cache == "dynamic":
+            past = transformers.DynamicCache(config=model.config)
+        else:
+            past = transformers.StaticCache(config=model.config, max_cache_len=32)
+            model(ids[:, :1], past_key_values=past)  # so that there is one
+            past.reset()
+        return torch.cat([forward(part, past_key_values=past).logits for part in ids.split(8, 1)], 1)
+
+    with torch.no_grad(), without_codegen():
+        eager = run(model)
+        out = run(torch.compile(model, backend=backend.tokenweave, fullgraph=True, options={"tokenweave.min_tokens": 2}))
+        exact = reference(ids, use_cache=False).logits
+    all_reduces = 2 * LAYERS + splits_embedding(model)
+    return Outcome(tw_compile.reports()[before:], all_reduces, distance(out, eager), distance(out, exact), distance(eager, exact))
 
 
 def distance(a, b) -> float:

@@ -28,14 +28,16 @@ def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Re
     on a cache hit this does not run.
     """
     report = Report(requested=asdict(options))
-    whole, refused = unshard(graph)
-    found = [*refused, *find(whole)]
+    whole, scatters = unshard(graph)
+    reduces = find(whole)
+    found = [*scatters, *reduces]
     matches = [f for f in found if isinstance(f, Match)]
     report.refusals = [f for f in found if isinstance(f, Refusal)]
     rows = [_site(match) for match in matches]
     if options.mode == "off" or not matches:
         report.sites = rows if options.mode == "off" else []
-        return graph, _idle(report, options, bool(found))
+        kinds = [name for name, some in (("all-reduces", reduces), ("reduce-scatters", scatters)) if some]
+        return graph, _idle(report, options, kinds)
 
     device = value(matches[0].total).device  # asked now: the passes below replace the node
     ctas = 0 if options.ctas == "auto" else options.ctas
@@ -57,14 +59,14 @@ def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Re
     return graph, report
 
 
-def _idle(report: Report, options: Options, any_found: bool) -> Report:
-    """The report of a graph that is left as it is."""
+def _idle(report: Report, options: Options, kinds: list[str]) -> Report:
+    """The report of a graph that is left as it is. kinds: of what it has"""
     if options.mode == "off":
         report.reasons.append("mode is off")
         return report
     reason = (
-        "none of its all-reduces can be fused"
-        if any_found
+        f"none of its {' and '.join(kinds)} can be fused"
+        if kinds
         else "it contains no all-reduce; is the model tensor-parallel, and are its collectives inside the compiled region?"
     )
     if options.mode != "auto":

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from .cache import first_key
+from .emit import size_of
 from .graph_utils import aten, is_one, prims, value
 from .mask import hides_later_keys
 from .token_axis import Split, TokenAxis, register_token_rule
@@ -92,31 +94,43 @@ def _axis_of_mask(mask: Node, axis: TokenAxis) -> TokenAxis | None:
     return TokenAxis(dim, axis.unit) if dim >= 0 and not is_one(value(mask).shape[dim]) else None
 
 
-def is_cut_causally(node: Node, axes) -> bool:
-    """Whether the first half's queries see the first half's keys alone, so that the two halves are different calls."""
+def is_cut_causally(node: Node, axes, rows) -> bool:
+    """Whether the first half's queries do not see the second half's keys, so that the two halves are different calls.
+
+    rows: rows(keys or values) -> the Write that they are, or None
+    """
     if node.target not in SIGNATURES or axes[node.args[0]].dim != 2:
         return False
-    mask = attention_mask(node)
-    own_keys = all(a in axes and axes[a].dim == 2 for a in node.args[1:3])
-    return is_causal(node) or (own_keys and mask is not None and mask not in axes and hides_later_keys(mask))
+    if is_causal(node):
+        return True
+    mask, writes = attention_mask(node), [rows(a) for a in node.args[1:3]]
+    if mask is None or mask in axes or any(write is None or write.axis.dim != 2 for write in writes):
+        return False
+    first = first_key(*writes)
+    return first is not None and hides_later_keys(mask, first)
 
 
-def causal_halves(emit, node: Node, queries, keys, values, mask_rows) -> tuple[Node, Node]:
-    """Both halves of a causal attention's result (not the op's tuple).
+def causal_halves(emit, node: Node, queries, keys, values) -> tuple[Node, Node]:
+    """Both halves of the result (not the op's tuple) of an attention that ``is_causal``.
 
-    emit:      emit(half) -> a function (target, *args, **kwargs) -> Node
+    emit: emit(half) -> a function (target, *args, **kwargs) -> Node
     queries, keys, values: the two halves of each, [B, heads, T, D]
-    mask_rows: the rows of the mask of each half, or None for ``is_causal``
     """
     first, second = emit(0), emit(1)
-    tokens = _tokens(first, keys[0])
-    if mask_rows is None:
-        whole = _attend(first, node, queries[0], keys[0], values[0], True)
-        return first(operator.getitem, whole, 0), _bottom_right(second, node, queries[1], keys, values)
-    own = first(aten.slice.Tensor, mask_rows[0], value(mask_rows[0]).dim() - 1, 0, tokens)
-    past = _attend(first, node, queries[0], keys[0], values[0], False, own)
-    every = [second(aten.cat.default, list(pair), 2) for pair in (keys, values)]
-    rest = _attend(second, node, queries[1], *every, False, mask_rows[1])
+    whole = _attend(first, node, queries[0], keys[0], values[0], True)
+    return first(operator.getitem, whole, 0), _bottom_right(second, node, queries[1], keys, values)
+
+
+def masked_halves(emit, node: Node, queries, keys, values, mask_rows) -> tuple[Node, Node]:
+    """The same of one whose mask hides the second half's keys from the first half.
+
+    keys, values: those that the first half sees, which are the first of all keys, and all
+    mask_rows: the rows of the mask of each half
+    """
+    first, second = emit(0), emit(1)
+    seen = first(aten.slice.Tensor, mask_rows[0], value(mask_rows[0]).dim() - 1, 0, size_of(first, keys[0], 2))
+    past = _attend(first, node, queries[0], keys[0], values[0], False, seen)
+    rest = _attend(second, node, queries[1], keys[1], values[1], False, mask_rows[1])
     return first(operator.getitem, past, 0), second(operator.getitem, rest, 0)
 
 
@@ -152,11 +166,6 @@ def _bottom_right(emit, node: Node, query, keys, values) -> Node:
     return emit(prims.convert_element_type.default, merged, value(out[0]).dtype)
 
 
-def _tokens(emit, node: Node):
-    size = value(node).shape[2]
-    return size if isinstance(size, int) else emit(aten.sym_size.int, node, 2)
-
-
 # Arguments that a graph may leave out, by position.
 _DEFAULTS = {
     _FLASH: (None, None, None, 0.0, False),
@@ -170,5 +179,5 @@ def _as_rows(emit, lse: Node, query) -> Node:
     """The log-sum-exp as [B, heads, T, 1]: ops return it so, or without the last dimension, or padded along T."""
     if value(lse).dim() == 4:
         return lse
-    rows = emit(aten.slice.Tensor, lse, 2, 0, _tokens(emit, query))
+    rows = emit(aten.slice.Tensor, lse, 2, 0, size_of(emit, query, 2))
     return emit(aten.unsqueeze.default, rows, -1)

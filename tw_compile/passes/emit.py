@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._sympy.functions import FloorDiv
 
-from .graph_utils import value
+from .graph_utils import aten, value
 
 
 class Emitter:
@@ -59,3 +59,9 @@ class Emitter:
                 first = self(operator.add if size.is_Add else operator.mul, first, other)
             return first
         raise KeyError(f"cannot compute the size {size}")
+
+
+def size_of(emit, node: Node, dim: int):
+    """A size of a value as an op's argument. emit: a function (target, *args) -> Node"""
+    size = value(node).shape[dim]
+    return size if isinstance(size, int) else emit(aten.sym_size.int, node, dim)

@@ -5,6 +5,8 @@ can be shown, the first half's queries do not need the second half's keys. An in
 own index: ``arange(n)`` is i₀, a slice from s is i₀ + s, and so on.
 """
 
+import math
+
 import sympy
 import torch
 from torch.fx import Node
@@ -14,6 +16,7 @@ from .token_axis import expr
 
 _INDEX = sympy.symbols("i0:8", integer=True, nonnegative=True)
 
+INDEX = (torch.int32, torch.int64)  # dtypes that hold any index
 _AND = (aten.bitwise_and.Tensor, aten.logical_and.default)
 _SHAPED = (aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor, aten.clone.default, aten.alias.default)
 _COMPARISONS = {
@@ -24,46 +27,70 @@ _COMPARISONS = {
 }
 
 
-def hides_later_keys(mask: Node) -> bool:
+def hides_later_keys(mask: Node, offset=0) -> bool:
     """Whether a mask [..., queries, keys], True or 0 where attention is allowed, hides every key from all earlier queries.
 
-    Earlier by index: a key j > i is hidden from query i.
+    Earlier by index: a key j > i + offset is hidden from query i. offset: a formula of sizes, see ``first_row``
     """
-    if calls(mask, *_SHAPED):
-        # Trailing dimensions only: a slice or an expansion of the first ones keeps what holds for the last two.
-        shape, before = value(mask).shape, value(mask.args[0]).shape
-        same = len(before) >= 2 and all(not is_one(b) or is_one(a) for a, b in zip(shape[-2:], before[-2:]))
-        sliced = calls(mask, aten.slice.Tensor) and mask.args[1] % len(before) >= len(before) - 2 and mask.args[2] != 0
-        return same and not sliced and hides_later_keys(mask.args[0])
+    later = offset + sympy.Symbol("d", integer=True, positive=True)
+    while calls(mask, *_SHAPED) and _keeps_queries_and_keys(mask):
+        mask = mask.args[0]
+    if not calls(mask, aten.where.self):
+        return any(_slack(part, later).is_negative for part in _conjunction(mask))
+    allowed, shown, hidden = mask.args[0], *map(_constant, mask.args[1:])
+    if shown != 0 or hidden is None or not hides_later_keys(allowed, offset):
+        return False
+    # A query from which all keys are hidden by a finite number attends to all of them alike, later ones too.
+    shows_own = all(_slack(part, offset).is_nonnegative for part in _conjunction(allowed))
+    return hidden == -math.inf or (hidden <= torch.finfo(value(mask).dtype).min and shows_own)
+
+
+def _conjunction(mask: Node) -> list[Node]:
+    """The masks of which all must allow an entry."""
+    if calls(mask, *_SHAPED) and _keeps_queries_and_keys(mask):
+        return _conjunction(mask.args[0])
     if calls(mask, *_AND):
-        return any(is_tensor(a) and value(a).dim() >= 2 and hides_later_keys(a) for a in mask.args)
-    if calls(mask, aten.where.self):
-        allowed, shown, hidden = mask.args
-        return _constant(shown) == 0 and _constant(hidden) is not None and _hidden(value(mask), hidden) and hides_later_keys(allowed)
-    if mask.target in _COMPARISONS and value(mask).dim() >= 2:
-        a, b = (_formula(operand, value(mask).dim()) for operand in mask.args)
-        if a is None or b is None:
-            return False
-        # allowed <=> slack >= 0; with key = query + d for d >= 1 it must be negative
-        query, key = _INDEX[value(mask).dim() - 2], _INDEX[value(mask).dim() - 1]
-        d = sympy.Symbol("d", integer=True, positive=True)
-        slack = sympy.expand(_COMPARISONS[mask.target](a, b).subs(key, query + d))
-        return bool(slack.is_negative)
-    return False
+        return [part for a in mask.args if _constant(a) is not True for part in _conjunction(a)]
+    return [mask]
+
+
+def _keeps_queries_and_keys(call: Node) -> bool:
+    """Whether a call changes leading dimensions only: what holds for the last two holds on."""
+    before, after = value(call.args[0]).shape, value(call).shape
+    if len(before) < 2:
+        return False
+    if calls(call, aten.unsqueeze.default):
+        return call.args[1] % len(after) < len(after) - 2
+    if calls(call, aten.slice.Tensor):
+        # Of the last two, those at the end may be left out: queries and keys keep their numbers.
+        return call.args[1] % len(before) < len(before) - 2 or (call.args[2] == 0 and len(call.args) < 5)
+    return all(not is_one(b) or is_one(a) for b, a in zip(before[-2:], after[-2:]))
+
+
+def _slack(mask: Node, key):
+    """Of a comparison [..., queries, keys]: a formula of the query, >= 0 where it allows query + ``key``. NaN where not known."""
+    rank = value(mask).dim()
+    a, b = (_formula(operand, rank) for operand in mask.args) if mask.target in _COMPARISONS and rank >= 2 else (None, None)
+    if a is None or b is None:
+        return sympy.nan
+    return sympy.expand(_COMPARISONS[mask.target](a, b).subs(_INDEX[rank - 1], _INDEX[rank - 2] + key))
+
+
+def first_row(positions: Node):
+    """The formula of the first of ``positions`` [tokens], if each of the others is one more than that before it."""
+    formula = _own_formula(positions)
+    first = None if formula is None else sympy.expand(formula - _INDEX[0])
+    return None if first is None or first.has(_INDEX[0]) else first
 
 
 def _constant(node: Node):
     return node.args[1] if calls(node, aten.full.default) else None
 
 
-def _hidden(mask: torch.Tensor, hidden: Node) -> bool:
-    return _constant(hidden) <= torch.finfo(mask.dtype).min
-
-
 def _formula(node, rank: int):
     """An integer tensor, broadcast to ``rank`` dimensions, as a formula of the index; None where it is none."""
     own = _own_formula(node)
-    if own is None or not isinstance(node, Node):
+    if own is None or not is_tensor(node):
         return own
     shift = rank - value(node).dim()
     return own.subs({_INDEX[d]: _INDEX[d + shift] for d in range(value(node).dim())}, simultaneous=True)
@@ -84,7 +111,7 @@ def _own_formula(node):
             return None
         return a + b if calls(node, aten.add.Tensor) else a - b
     if calls(node, prims.convert_element_type.default, aten.clone.default, aten.alias.default):
-        return _own_formula(node.args[0]) if not value(node).dtype.is_floating_point else None
+        return _own_formula(node.args[0]) if value(node).dtype in INDEX else None
     if calls(node, aten.unsqueeze.default):
         at = node.args[1] % value(node).dim()
         return _moved(node.args[0], lambda d: _INDEX[d + (d >= at)])
@@ -101,6 +128,8 @@ def _own_formula(node):
         return _moved(node.args[0], lambda d: _INDEX[d] + (start if d == dim else 0))
     if calls(node, aten.index.Tensor):
         return _indexed(node)
+    if value(node).dim() == 0 and value(node).dtype in INDEX:
+        return sympy.Symbol(f"%{node.name}", integer=True)  # the same number wherever it is used
     return None
 
 

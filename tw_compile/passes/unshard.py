@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from ..report import Refusal
 from .emit import Emitter
 from .find import WAIT, AllReduce, c10d, match_site
+from .gather import GATHER, gather_along
 from .graph_utils import (
     VIEWS,
     Ancestors,
@@ -42,7 +43,6 @@ from .graph_utils import (
 from .token_axis import Split, TokenAxis, expr, split_rule
 
 SCATTER = c10d.reduce_scatter_tensor.default
-GATHER = c10d.all_gather_into_tensor.default
 _REFUSED = {c10d.reduce_scatter_tensor_coalesced.default: "reduce_scatter_tensor_coalesced reduces several tensors at once"}
 
 
@@ -281,11 +281,7 @@ class _Unsharder:
         if (shard, axis) not in self.wholes:
             shape = list(value(shard).shape)
             self._learn(shape[axis.dim], length, site)
-            whole = self.emit(WAIT, self.emit(GATHER, self._argument(shard), site.ranks, site.group))
-            if axis.dim != 0:
-                split = self.emit(aten.split.Tensor, whole, self._size(shape[0]))
-                parts = [self.emit(operator.getitem, split, rank) for rank in range(site.ranks)]
-                whole = self.emit(aten.cat.default, parts, axis.dim)
+            whole = gather_along(self.emit, self._argument(shard), site.ranks, site.group, axis.dim)
             shape[axis.dim] = length
             self.wholes[shard, axis] = self._shaped(whole, shape)
         return self.wholes[shard, axis]

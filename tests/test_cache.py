@@ -1,0 +1,296 @@
+"""Writes to a key-value cache stay cut: each half writes its own, and the first half's queries read no more than they may."""
+
+import functools
+
+import expecttest
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import capture, rewrite, run_as_it_is, text, without_codegen
+from sites import H, all_reduce, hf_norm, values
+
+from tw_compile import backend, passes
+from tw_compile.options import Options
+
+pytestmark = pytest.mark.usefixtures("world")
+
+HEADS, D = 4, 4
+CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+SDPA = F.scaled_dot_product_attention
+
+
+def block(x, residual, weight, *inputs, attend):
+    """An attention between two sites. attend: (query, key, value, *inputs) -> ([B, heads, T, D], *new caches)"""
+    residual = residual + all_reduce(x)
+    normed = hf_norm(residual, weight)
+    batch, tokens = x.shape[:2]
+    q, k, v = ((normed * f).view(batch, tokens, HEADS, D).transpose(1, 2) for f in (1.0, 1.5, 2.0))
+    out, *caches = attend(q, k, v, *inputs)
+    return hf_norm(residual + all_reduce(out.transpose(1, 2).reshape(batch, tokens, H)), weight), *caches
+
+
+def cut(attend, *inputs, batch=1, tokens=6, joins=0, dynamic=False, **options):
+    """Weave it, and assert that the results are right, the caches included, and how many writes were joined."""
+    shape = (batch, tokens, H)
+    arguments = values(*shape), values(*shape), values(H), *inputs
+    new = rewrite(functools.partial(block, attend=attend), *arguments, mode="weave", dynamic=dynamic, **options)
+    assert new.report.mode == "weave" and len(new.report.joins) == joins
+    assert all("no mask is known to hide" in join.reason for join in new.report.joins)
+    new.check()
+    return new
+
+
+def keys_of_first_half(new) -> torch.fx.Node:
+    return next(n for n in new.after.nodes if n.target is CPU and n.meta["half"] == 0).args[1]
+
+
+# --- a static cache --------------------------------------------------------------------------------------------------
+
+ROWS = 10
+
+
+def caches(batch=1, fill=3.0):
+    """Full of what was there before: whoever reads it is found out."""
+    return [torch.full((batch, HEADS, ROWS, D), fill), torch.full((batch, HEADS, ROWS, D), -fill)]
+
+
+def static(q, k, v, keys, vals, start, allowed=lambda query, key: key <= query, in_place=True, **how):
+    """Written at start, start + 1, …"""
+    at = torch.arange(q.shape[2]) + start
+    put = (lambda cache, new: cache.index_copy_(2, at, new)) if in_place else (lambda cache, new: cache.index_copy(2, at, new))
+    keys, vals = put(keys, k), put(vals, v)
+    mask = allowed(at[:, None], torch.arange(ROWS)[None, :])
+    return SDPA(q, keys, vals, attn_mask=mask[None, None], **how), *(() if in_place else (keys, vals))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["returned", "in place"])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_static_cache(batch, in_place, dynamic):
+    attend = functools.partial(static, in_place=in_place)
+    new = cut(attend, *caches(batch), torch.tensor(2), batch=batch, dynamic=dynamic)
+    assert new.count(torch.ops.aten.index_put.default) == 4
+    assert new.count(torch.ops.aten.cat.default) == 1, "the tokens at the end; no cache"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_both_halves_write_in_place(batch):
+    """Inductor copies no cache."""
+    graphs = []
+
+    def keeping(gm, inputs, **kwargs):
+        run = run_as_it_is(gm, inputs, **kwargs)
+        graphs.append(gm.graph)
+        return run
+
+    shape = (batch, 6, H)
+    with torch.no_grad(), without_codegen(keeping):
+        compiled = torch.compile(functools.partial(block, attend=static), backend=backend.tokenweave, options={"tokenweave.mode": "weave"})
+        compiled(values(*shape), values(*shape), values(H), *caches(batch), torch.tensor(2))
+    writes = [node for node in graphs[-1].nodes if "index_put" in str(node.target)]
+    assert [str(node.target) for node in writes] == ["aten.index_put_.default"] * 4
+    # Into the caches themselves, of which Inductor then has nothing to copy back.
+    assert all(node.args[0].op == "placeholder" or node.args[0] in writes for node in writes)
+
+
+def test_the_first_half_does_not_wait_for_the_second():
+    new = cut(static, *caches(), torch.tensor(2))
+    assert keys_of_first_half(new).meta["half"] == 0
+
+
+NOT_HIDDEN = {
+    "all": lambda q, k: k < ROWS + q,
+    "one ahead": lambda q, k: k <= q + 1,
+    "later ones": lambda q, k: k >= q,
+}
+
+
+@pytest.mark.parametrize("mask", NOT_HIDDEN)
+def test_a_mask_that_shows_later_rows(mask):
+    """The first half reads what the second half writes, not what was there before."""
+    new = cut(functools.partial(static, allowed=NOT_HIDDEN[mask]), *caches(), torch.tensor(2), joins=2)
+    assert keys_of_first_half(new).meta["half"] == 1
+
+
+def test_no_mask():
+    def attend(q, k, v, keys, vals, at):
+        return (SDPA(q, keys.index_copy(2, at, k), vals.index_copy(2, at, v)),)
+
+    cut(attend, *caches(), torch.arange(6) + 2, joins=2)
+
+
+def test_a_mask_from_elsewhere():
+    def attend(q, k, v, keys, vals, at, mask):
+        return (SDPA(q, keys.index_copy(2, at, k), vals.index_copy(2, at, v), attn_mask=mask),)
+
+    cut(attend, *caches(), torch.arange(6) + 2, torch.rand(1, 1, 6, ROWS) > 0.3, joins=2)
+    cut(attend, *caches(4), torch.arange(6) + 2, torch.rand(4, 1, 6, ROWS) > 0.3, batch=4)
+
+
+def test_positions_in_any_order():
+    """The mask goes by rows as they follow, but they do not."""
+
+    def attend(q, k, v, keys, vals, at):
+        mask = torch.arange(ROWS)[None, :] <= torch.arange(6)[:, None]
+        return (SDPA(q, keys.index_copy(2, at, k), vals.index_copy(2, at, v), attn_mask=mask),)
+
+    at = torch.tensor([5, 4, 3, 2, 1, 0])
+    cut(attend, *caches(), at, joins=2)
+    cut(attend, *caches(3), at, batch=3)
+
+
+def test_a_mask_that_begins_elsewhere():
+    """Its rows are those of other positions than the cache is written at."""
+
+    def attend(q, k, v, keys, vals, start, other):
+        mask = torch.arange(ROWS)[None, :] <= torch.arange(6)[:, None] + other
+        at = torch.arange(6) + start
+        return (SDPA(q, keys.index_copy(2, at, k), vals.index_copy(2, at, v), attn_mask=mask),)
+
+    cut(attend, *caches(), torch.tensor(0), torch.tensor(4), joins=2)
+
+
+def test_values_at_other_positions_than_keys():
+    def attend(q, k, v, keys, vals, start):
+        at = torch.arange(6) + start
+        mask = torch.arange(ROWS)[None, :] <= at[:, None]
+        return (SDPA(q, keys.index_copy(2, at, k), vals.index_copy(2, torch.arange(6), v), attn_mask=mask),)
+
+    cut(attend, *caches(), torch.tensor(2), joins=2)
+
+
+def test_a_cache_that_is_read_by_another_op_too():
+    def attend(q, k, v, keys, vals, start):
+        out, keys, vals = static(q, k, v, keys, vals, start, in_place=False)
+        return out + keys.mean(2, keepdim=True), keys, vals
+
+    cut(attend, *caches(), torch.tensor(2), joins=1)
+    cut(attend, *caches(2), torch.tensor(2), batch=2)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_grouped_queries(batch):
+    """Keys are repeated for the heads that share them, between the cache and the attention."""
+
+    def attend(q, k, v, keys, vals, start):
+        at = torch.arange(6) + start
+        mask = torch.arange(ROWS)[None, :] <= at[:, None]
+        shared = [c[:, :2].index_copy(2, at, new[:, :2]) for c, new in ((keys, k), (vals, v))]
+        wide = [c[:, :, None].expand(-1, -1, 2, -1, -1).reshape(-1, HEADS, ROWS, D) for c in shared]
+        return SDPA(q, *wide, attn_mask=mask), *shared
+
+    cut(attend, *caches(batch), torch.tensor(2), batch=batch)
+
+
+# --- behind those of earlier calls -----------------------------------------------------------------------------------
+
+PAST = 3
+
+
+def past(batch=1):
+    return values(batch, HEADS, PAST, D), values(batch, HEADS, PAST, D)
+
+
+def appended(q, k, v, keys, vals, allowed=lambda query, key: key <= query):
+    keys, vals = torch.cat((keys, k), 2), torch.cat((vals, v), 2)
+    before = keys.shape[2] - q.shape[2]
+    mask = allowed(torch.arange(q.shape[2])[:, None] + before, torch.arange(keys.shape[2])[None, :])
+    return SDPA(q, keys, vals, attn_mask=mask), keys, vals
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_dynamic_cache(batch, dynamic):
+    new = cut(appended, *past(batch), batch=batch, dynamic=dynamic)
+    if batch == 1 and not dynamic:
+        assert keys_of_first_half(new).meta["val"].shape[2] == PAST + 3
+
+
+@pytest.mark.parametrize("mask", NOT_HIDDEN)
+def test_a_mask_that_shows_later_keys(mask):
+    new = cut(functools.partial(appended, allowed=NOT_HIDDEN[mask]), *past(), joins=2)
+    assert keys_of_first_half(new).meta["val"].shape[2] == PAST + 6
+
+
+def test_a_window():
+    cut(functools.partial(appended, allowed=lambda q, k: (k <= q) & (k > q - 3)), *past())
+    cut(functools.partial(static, allowed=lambda q, k: (k <= q) & (k > q - 3)), *caches(), torch.tensor(2))
+
+
+def test_tokens_in_front_of_others_are_not_a_cache():
+    def attend(q, k, v, keys, vals):
+        return SDPA(q, torch.cat((k, keys), 2), torch.cat((v, vals), 2)), keys
+
+    new = rewrite(functools.partial(block, attend=attend), values(1, 6, H), values(1, 6, H), values(H), *past(), mode="weave")
+    assert [join.op for join in new.report.joins] == ["aten.cat.default"] * 2
+    new.check()
+
+
+# --- the graphs ------------------------------------------------------------------------------------------------------
+
+
+class Snapshot(expecttest.TestCase):
+    def split(self, batch, names, attend, *inputs):
+        shape = (batch, 4, H)
+        graph = capture(functools.partial(block, attend=attend), values(*shape), values(*shape), values(H), *inputs)
+        sites = passes.fuse(graph, passes.find(graph), "auto", 0)
+        graph, _, joins = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
+        assert not joins
+        graph.eliminate_dead_code()
+        lines = text(graph, names).splitlines()
+        kept = ("index_put", "flash", "copy_", "iota", "return", "cat")
+        return "\n".join(line for line in lines if any(word in line for word in kept)) + "\n"
+
+    def test_a_static_cache_between_tokens(self):
+        self.assertExpectedInline(self.split(1, "x residual weight start keys values", static, *caches(), torch.tensor(2)), """\
+  %16 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %26 = aten.index_put(keys, [None, None, %24], %22) : f32[1, 4, 10, 4]
+1 %27 = aten.index_put(%26, [None, None, %25], %23) : f32[1, 4, 10, 4]
+0 %34 = aten.index_put(values, [None, None, %24], %32) : f32[1, 4, 10, 4]
+1 %35 = aten.index_put(%34, [None, None, %25], %33) : f32[1, 4, 10, 4]
+  %36 = prims.iota(10, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[10]
+0 %48 = aten._scaled_dot_product_flash_attention_for_cpu(%14, %26, %34, 0, False, attn_mask=%47) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+1 %49 = aten._scaled_dot_product_flash_attention_for_cpu(%15, %27, %35, 0, False, attn_mask=%46) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+  %60 = aten.copy_(keys, %27) : f32[1, 4, 10, 4]
+  %61 = aten.copy_(values, %35) : f32[1, 4, 10, 4]
+  %62 = aten.cat([%57, %59], 1) : f32[1, 4, 16]
+  return %62
+""")
+
+    def test_a_static_cache_between_sequences(self):
+        self.assertExpectedInline(self.split(2, "x residual weight start keys values", static, *caches(2), torch.tensor(2)), """\
+  %16 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %24 = prims.iota(1, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
+0 %26 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %28 = aten.index_put(keys, [%25, %27, %17], %22) : f32[2, 4, 10, 4]
+1 %30 = prims.iota(1, start=1, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
+1 %32 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+1 %34 = aten.index_put(%28, [%31, %33, %17], %23) : f32[2, 4, 10, 4]
+0 %42 = prims.iota(1, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
+0 %44 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %46 = aten.index_put(values, [%43, %45, %17], %40) : f32[2, 4, 10, 4]
+1 %48 = prims.iota(1, start=1, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
+1 %50 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+1 %52 = aten.index_put(%46, [%49, %51, %17], %41) : f32[2, 4, 10, 4]
+  %54 = prims.iota(10, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[10]
+0 %63 = aten._scaled_dot_product_flash_attention_for_cpu(%14, %29, %47, attn_mask=%62) : (f32[1, 4, 4, 4], f32[1, 4, 4])
+1 %64 = aten._scaled_dot_product_flash_attention_for_cpu(%15, %35, %53, attn_mask=%62) : (f32[1, 4, 4, 4], f32[1, 4, 4])
+  %75 = aten.copy_(keys, %34) : f32[2, 4, 10, 4]
+  %76 = aten.copy_(values, %52) : f32[2, 4, 10, 4]
+  %77 = aten.cat([%72, %74], 0) : f32[2, 4, 16]
+  return %77
+""")
+
+    def test_a_dynamic_cache_between_tokens(self):
+        self.assertExpectedInline(self.split(1, "x residual weight keys values", appended, *past()), """\
+  %22 = aten.cat([keys, %20, %21], 2) : f32[1, 4, 7, 4]
+  %29 = aten.cat([values, %27, %28], 2) : f32[1, 4, 7, 4]
+  %30 = prims.iota(7, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[7]
+  %32 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %39 = aten.cat([keys, %20], 2) : f32[1, 4, 5, 4]
+0 %40 = aten.cat([values, %27], 2) : f32[1, 4, 5, 4]
+0 %44 = aten._scaled_dot_product_flash_attention_for_cpu(%14, %39, %40, 0, False, attn_mask=%43) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+1 %45 = aten._scaled_dot_product_flash_attention_for_cpu(%15, %22, %29, 0, False, attn_mask=%42) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+  %56 = aten.cat([%53, %55], 1) : f32[1, 4, 16]
+  return %56, %22, %29
+""")
