@@ -21,22 +21,25 @@ class Workspace:
         self.slots = {}
         self.lent = {"linear": 0, "borrow": 0, "shard": 0}
 
-    def _slot(self, group, slot):
-        return self.slots.setdefault((group, slot), _Slot())
+    def _slot(self, group, slot, dtype):
+        key = group, slot, dtype
+        if key not in self.slots:
+            self.slots[key] = _Slot(dtype)
+        return self.slots[key]
 
     def linear(self, a, b, bias, group, transport, slot):
         self.lent["linear"] += 1
-        return self._slot(group, slot).write(a @ b if bias is None else a @ b + bias)
+        return self._slot(group, slot, a.dtype).write(a @ b if bias is None else a @ b + bias)
 
     def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, wide, shard):
-        self._slot(group, slot).start(x, residual, (weight, bias, shift, eps, scale, offset, center))
+        self._slot(group, slot, x.dtype).start(x, residual, (weight, bias, shift, eps, scale, offset, center))
         return x.new_empty(0)
 
     def wait(self, token, x, residual, weight, bias, shift, after, group, transport, slot, wide, shard, borrow):
         assert wide == shard
         self.lent["borrow"] += borrow
         self.lent["shard"] += shard
-        return self._slot(group, slot).finish(shard, borrow)
+        return self._slot(group, slot, x.dtype).finish(shard, borrow)
 
     def fused(self, *site):
         group, transport, _, slot, _, *flags = site[9:]
@@ -45,8 +48,8 @@ class Workspace:
 
 
 class _Slot:
-    def __init__(self):
-        self.buffer, self.own_rows = torch.full((ENTRIES,), NAN), torch.full((ENTRIES,), NAN)
+    def __init__(self, dtype):
+        self.buffer, self.own_rows = torch.full((ENTRIES,), NAN, dtype=dtype), torch.full((ENTRIES,), NAN)
         self.every_row, self.pending = None, None  # every_row: of the sharded residual, as all ranks together have it
 
     def write(self, value):
