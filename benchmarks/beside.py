@@ -13,21 +13,17 @@ and the host's microseconds for a start and a wait, as a compiled graph calls th
 """
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import time
-from datetime import date
-from pathlib import Path
 
+import result_file
 import torch
 import torch.distributed as dist
 
 from tw_compile import ops
 from tw_compile.ops import transport
 
-HERE = Path(__file__).parent
 HIDDEN, INTERMEDIATE = 8192, 28672
 GEMMS, KERNELS, SAMPLES, SLOT = 8, 16, 9, 0
 NUMERICS = None, None, None, 1e-5, 1.0, 0.0, False  # weight, bias, shift, eps, scale, offset, center
@@ -51,18 +47,8 @@ def main():
         for row in rows:
             print("  ".join(f"{key} {value}" for key, value in row.items()))
         print(f"host: {host_us:.2f} µs for a start and a wait")
-        result = {
-            "machine": {"gpu": torch.cuda.get_device_name(device), "gpus": dist.get_world_size()},
-            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-            "date": date.today().isoformat(),
-            "command": "torchrun benchmarks/beside.py " + " ".join(sys.argv[1:]),
-            "note": "medians of the slowest rank, without CUDA graphs",
-            "host_us": round(host_us, 2),
-            "rows": rows,
-        }
-        path = HERE / "results" / f"beside-tp{dist.get_world_size()}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print("wrote", path.relative_to(HERE.parent))
+    name, note = f"beside-tp{dist.get_world_size()}", "medians of the slowest rank, without CUDA graphs"
+    result_file.write(name, device, note, rows, host_us=round(host_us, 2))
     dist.destroy_process_group()
 
 

@@ -13,26 +13,20 @@ The rows of a result file, one for each size and side, have
 
 import functools
 import gc
-import json
 import math
-import platform
 import statistics
-import sys
 import time
-from datetime import date
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+import result_file
 import variants
 from variants import llama
 
 import tw_compile
 from tw_compile import ops
 from tw_compile.ops import transport
-
-HERE = Path(__file__).parent
 
 # Every side may compile for small and for large sizes, and all of them compile the same functions.
 torch._dynamo.config.recompile_limit = 64
@@ -179,33 +173,14 @@ def rows(size, measured, device):
         yield {**size, "tp": dist.get_world_size(), "side": side, **ratios, "cuda_graphs": device.type == "cuda", **figures}
 
 
+def write(name, device, note, rows):
+    """Write results/<name>.json, with the transports in force."""
+    transports = sorted({report.transport for report in tw_compile.reports() if report.transport})
+    result_file.write(name, device, note, rows, transport=transports)
+
+
 def show(size, measured):
     """One line: how many times as fast as Inductor each side is."""
     inductor = measured.get("inductor", {}).get("ms", math.nan)
     cells = [f"{side} {inductor / figures['ms']:.2f}× ({figures['ms']:.3f} ms)" for side, figures in measured.items()]
     llama.say(f"{size['batch']:3} × {size['tokens']:<6}", "  ".join(cells))
-
-
-def write(name, device, note, rows):
-    """Write results/<name>.json, on the first rank."""
-    if dist.get_rank() != 0:
-        return
-    ranks = dist.get_world_size()
-    on_gpus = device.type == "cuda"
-    versions = {"torch": torch.__version__}
-    if on_gpus:
-        versions |= {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
-    gpu = {"gpu": torch.cuda.get_device_name(device), "gpus": ranks} if on_gpus else None
-    result = {
-        "machine": gpu or {"cpu": platform.machine(), "ranks": ranks},
-        "versions": versions,
-        "date": date.today().isoformat(),
-        "command": f"torchrun --nproc-per-node {ranks} benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
-        "transport": sorted({report.transport for report in tw_compile.reports() if report.transport}),
-        "note": note,
-        "rows": list(rows),
-    }
-    path = HERE / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print("wrote", path.relative_to(HERE.parent), flush=True)

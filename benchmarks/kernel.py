@@ -14,13 +14,10 @@ Writes benchmarks/results/kernel-*.json, one row for each size and number of CTA
 
 import argparse
 import itertools
-import json
 import os
-import statistics
 import sys
-from datetime import date
-from pathlib import Path
 
+import result_file
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
@@ -30,11 +27,11 @@ from timing import time_of
 from tw_compile.ops.reference import add_norm
 from tw_compile.ops.symmetric import TWO_SHOT_ROWS, Symmetric
 
-HERE = Path(__file__).parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SLOT = 2
 KERNELS = ("auto", "one_shot", "two_shot")
 NUMERICS = None, 1e-5, 1.0, 0.0, False  # shift, eps, scale, offset, center
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -66,8 +63,8 @@ def main():
                 compiled = torch.compile(rounded_add_norm)
                 for tokens in args.tokens:
                     rows += measure(ours, compiled, device, dtype, hidden, tokens, ceiling, args)
-    if dist.get_rank() == 0:
-        write(rows, device)
+    note = "in CUDA graphs; the fused side without copies and with a sharded residual; medians of the slowest rank"
+    result_file.write(f"kernel-tp{dist.get_world_size()}", device, note, rows)
     dist.destroy_process_group()
 
 
@@ -145,22 +142,6 @@ def reduced(x):
 def say(message):
     if dist.get_rank() == 0:
         print(message, flush=True)
-
-
-def write(rows, device):
-    result = {
-        "machine": {"gpu": torch.cuda.get_device_name(device), "gpus": dist.get_world_size()},
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))},
-        "date": date.today().isoformat(),
-        "command": "torchrun benchmarks/kernel.py " + " ".join(sys.argv[1:]),
-        "note": "in CUDA graphs; the fused side without copies and with a sharded residual; medians of the slowest rank",
-        "rows": rows,
-    }
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"kernel-tp{dist.get_world_size()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print("wrote", path.relative_to(HERE.parent))
 
 
 if __name__ == "__main__":

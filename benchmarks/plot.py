@@ -1,4 +1,5 @@
-"""Draw a result file, beside it: speedup over the size for prefill and decode, kernels over time for a timeline.
+"""Draw a result file, beside it: speedup over the size for prefill and decode, kernels over time for a timeline, and for
+kernel.py the time of the fused kernel over that of NCCL and Inductor.
 
     python benchmarks/plot.py benchmarks/results/prefill-70B-tp4.json
 """
@@ -34,9 +35,30 @@ SIDE_COLOURS = {
 def main():
     for path in map(Path, sys.argv[1:]):
         result = json.loads(path.read_text())
-        figure = timeline(result) if "lane" in result["rows"][0] else speedups(result)
+        fields = result["rows"][0]
+        figure = (timeline if "lane" in fields else kernels if "ctas" in fields else speedups)(result)
         figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
         print("wrote", path.with_suffix(".svg"))
+
+
+def kernels(result):
+    """A line for each number of CTAs, over the tokens."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    lines = {}
+    for row in result["rows"]:
+        lines.setdefault(row["ctas"], {})[row["tokens"]] = row["ratio"]
+    for ctas, ratios in lines.items():
+        axes.plot(ratios.keys(), ratios.values(), marker="o", markersize=3, label=f"{ctas} CTAs" if ctas else "by itself")
+    ticks = sorted({row["tokens"] for row in result["rows"]})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, ticks, rotation=45)
+    axes.minorticks_off()
+    axes.set_ylim(0, 1.5)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("time over NCCL and compiled add and norm")
+    axes.legend(title=f"{result['rows'][0]['ranks']} × {result['machine']['gpu']}")
+    axes.grid(alpha=0.3)
+    return figure
 
 
 def speedups(result):

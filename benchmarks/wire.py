@@ -13,12 +13,9 @@ direction, reads and writes together.
 """
 
 import ctypes
-import json
 import os
-import sys
-from datetime import date
-from pathlib import Path
 
+import result_file
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
@@ -26,7 +23,6 @@ from timing import replay_time
 
 from tw_compile.ops import nvrtc
 
-HERE = Path(__file__).parent
 PART = 16 << 20  # bytes for each peer
 WAYS = ("registers", "cp.async", "bulk")
 PIECE, PIECES = 8192, 24  # of a bulk copy; in flight in a CTA
@@ -121,17 +117,8 @@ def main():
     if dist.get_rank() == 0:
         for row in rows:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        result = {
-            "machine": {"gpu": torch.cuda.get_device_name(device), "gpus": dist.get_world_size()},
-            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-            "date": date.today().isoformat(),
-            "command": "torchrun benchmarks/wire.py " + " ".join(sys.argv[1:]),
-            "note": "GB/s of each rank in each direction, reads and writes together, on all ranks at once; medians of the slowest rank",
-            "rows": rows,
-        }
-        path = HERE / "results" / f"wire-tp{dist.get_world_size()}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print("wrote", path.relative_to(HERE.parent))
+    note = "GB/s of each rank in each direction, reads and writes together, on all ranks at once; medians of the slowest rank"
+    result_file.write(f"wire-tp{dist.get_world_size()}", device, note, rows)
     dist.destroy_process_group()
 
 
