@@ -93,6 +93,19 @@ def test_causal_over_keys_that_are_not_cut_is_done_whole():
     split(lambda q, k, v, key, val: SDPA(q, key, val, is_causal=True), values(*shape), values(*shape), joins=[str(CPU)])
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+def test_two_queries_for_each_token(masked):
+    """Heads that share their keys, as queries of one head: the second half's keys are not those behind the first half's queries."""
+
+    def attend(q, k, v):
+        q = q.transpose(1, 2).reshape(1, 12, 2, D).transpose(1, 2)
+        mask = torch.arange(6)[None, :] <= torch.arange(12)[:, None]
+        out = SDPA(q, k[:, :2], v[:, :2], attn_mask=mask if masked else None, is_causal=not masked)
+        return out.transpose(1, 2).reshape(1, 6, HEADS, D).transpose(1, 2)
+
+    split(attend, joins=[] if masked else [str(CPU)])
+
+
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 

@@ -57,8 +57,8 @@ def caches(batch=1, fill=3.0):
 def static(q, k, v, keys, vals, start, allowed=lambda query, key: key <= query, in_place=True, **how):
     """Written at start, start + 1, …"""
     at = torch.arange(q.shape[2]) + start
-    put = (lambda cache, new: cache.index_copy_(2, at, new)) if in_place else (lambda cache, new: cache.index_copy(2, at, new))
-    keys, vals = put(keys, k), put(vals, v)
+    put = torch.Tensor.index_copy_ if in_place else torch.Tensor.index_copy
+    keys, vals = put(keys, 2, at, k), put(vals, 2, at, v)
     mask = allowed(at[:, None], torch.arange(ROWS)[None, :])
     return SDPA(q, keys, vals, attn_mask=mask[None, None], **how), *(() if in_place else (keys, vals))
 

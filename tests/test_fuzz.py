@@ -141,7 +141,8 @@ def _mix(mix, h, wide):
         mask = torch.arange(tokens + 3)[None, :] <= position[:, None] + 3
         out = F.scaled_dot_product_attention(q, torch.cat((past, k), 2), torch.cat((past * 2, v), 2), attn_mask=mask)
     elif mix in ("static cache", "static cache, ahead"):
-        k, v = (torch.full((batch, HEADS, 16, H // HEADS), fill, dtype=q.dtype).index_copy(2, position + 2, new) for fill, new in ((4.0, k), (9.0, v)))
+        caches = (torch.full((batch, HEADS, 16, H // HEADS), fill, dtype=q.dtype) for fill in (4.0, 9.0))
+        k, v = (cache.index_copy(2, position + 2, new) for cache, new in zip(caches, (k, v)))
         mask = torch.arange(16)[None, :] <= position[:, None] + (2 if mix == "static cache" else 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     elif mix == "gathered":

@@ -83,7 +83,7 @@ def _attention(node, axes):
         return None
     if is_causal(node):
         # Both halves of all three, by ``second_half`` below; a mask on top of is_causal is not an op's choice to have.
-        same = len(kv) == 2 and all(axes[a].dim == 2 for a in kv)
+        same = len(kv) == 2 and all(axes[a] == axis for a in kv)
         return Split(outputs) if same and mask is None else None
     return Split(outputs, whole=frozenset(kv), slices=slices)
 
@@ -104,7 +104,7 @@ def is_cut_causally(node: Node, axes, rows) -> bool:
     if is_causal(node):
         return True
     mask, writes = attention_mask(node), [rows(a) for a in node.args[1:3]]
-    if mask is None or mask in axes or any(write is None or write.axis.dim != 2 for write in writes):
+    if mask is None or mask in axes or any(write is None or write.axis != axes[node.args[0]] for write in writes):
         return False
     first = first_key(*writes)
     return first is not None and hides_later_keys(mask, first)

@@ -50,8 +50,8 @@ def write_of(node: Node, axes) -> Write | None:
         return Write(node, tuple(before), rows, dim, axes[rows]) if last else None
     if calls(node, aten.index_put.default) and len(node.args) == 3:
         cache, (*others, positions), rows = node.args
-        along_one = is_tensor(positions) and value(positions).dim() == 1 and value(positions).dtype in INDEX and not any(others)
-        if not along_one or rows not in axes or positions in axes or value(rows).dim() != value(cache).dim():
+        is_index = is_tensor(positions) and value(positions).dim() == 1 and value(positions).dtype in INDEX
+        if not is_index or any(others) or positions in axes or rows not in axes or value(rows).dim() != value(cache).dim():
             return None
         dim, axis = len(others), axes[rows]
         return Write(node, (cache,), rows, dim, axis, positions) if axis.dim in (0, dim) else None

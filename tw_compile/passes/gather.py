@@ -21,7 +21,7 @@ def gather_along(emit, x: Node, ranks: int, group: str, dim: int) -> Node:
 
 
 def side_by_side(call: Node) -> tuple[Node, int, list[Node]] | None:
-    """Of a call of GATHER, if all that is made of it is what ``gather_along`` makes: (the cat, its dimension, what stands in between)."""
+    """(the cat, its dimension, the calls in between) of a GATHER that is used as in ``gather_along``, and in no other way."""
     x, ranks, _ = call.args
     wait = _only_user(call)
     split = _only_user(wait) if calls(wait, WAIT) else None

@@ -33,7 +33,7 @@ class Halves:
     axis: TokenAxis
 
 
-NOT_HIDDEN = "no mask is known to hide what the second half writes from the first half"
+_NOT_HIDDEN = "no mask is known to hide what the second half writes from the first half"
 
 
 def split(graph: Graph, sites: list[Node], cut: Cut) -> tuple[Graph, list[Node], list[Join]]:
@@ -123,8 +123,8 @@ class _Splitter:
             self._causal_attention(node, rule)
             return
         self._follow(node)
-        whole_or_half = lambda half: lambda a: self._join(a) if a in rule.whole else self._half(a, half, rule.slices.get(a))
-        self.env[node] = Halves(tuple(self._again(node, rule, half, whole_or_half(half)) for half in (0, 1)), rule.axis)
+        of_input = lambda half: lambda a: self._join(a) if a in rule.whole else self._half(a, half, rule.slices.get(a))
+        self.env[node] = Halves(tuple(self._again(node, rule, half, of_input(half)) for half in (0, 1)), rule.axis)
 
     def _again(self, node: Node, rule: Split, half: int, of_input) -> Node:
         """The call that ``rule`` makes of ``node`` for a half. of_input: a node of the old graph -> its argument"""
@@ -198,6 +198,7 @@ class _Splitter:
         self.written[node] = write
 
     def _write_entries(self, node: Node, write: Write, cache: Node) -> None:
+        """A write between sequences: the halves are slices of the cache, and the cache is not made of them."""
         at, parts = [expr(n) * expr_of(write.axis.unit) for n in (0, self.cut.first, self.cut.length)], []
         for half, first, end in zip((0, 1), map(self.emit.size, at), map(self.emit.size, at[1:])):
             emit = partial(self._in_half, half)
@@ -206,7 +207,7 @@ class _Splitter:
         self.env[node], self.joined[node] = Halves(tuple(parts), write.axis), cache
 
     def _follow(self, node: Node) -> None:
-        """A call that has been made with all of what the halves have written: a view of it, or something that waits for both."""
+        """A call that takes all of what the halves have written: it is a view of that, or waits for both."""
         for a in node.all_input_nodes:
             if a not in self.written or isinstance(value(node), torch.SymInt):
                 continue
@@ -214,7 +215,7 @@ class _Splitter:
             if view := view_of(write, node):
                 self.written[node] = view
             else:
-                self.joins.append(Join(str(write.call.target), source_of(write.call), NOT_HIDDEN))
+                self.joins.append(Join(str(write.call.target), source_of(write.call), _NOT_HIDDEN))
                 self.written = {n: w for n, w in self.written.items() if w.call is not write.call}
 
     def _first(self, old: Node) -> Node:
