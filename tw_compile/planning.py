@@ -43,7 +43,7 @@ def ctas_beside_gemms(world: int) -> int:
     """CTAs of a two-shot kernel beside GEMMs, if the caller leaves it open.
 
     As few as keep the wire busy, since each takes an SM from them. The fewer the ranks, the more rows each has to norm for as
-    many bytes on the wire: with two ranks 8 CTAs reach 130 GB/s and 16 reach 250, with four ranks 8 reach 300 of the 330 that
+    many bytes on the wire: with two ranks 8 CTAs reach 160 GB/s and 16 reach 260, with four ranks 8 reach 290 of the 327 that
     an H200 can (benchmarks/results/kernel-*.json).
     """
     return max(8, 32 // world)

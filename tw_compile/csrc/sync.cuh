@@ -2,10 +2,11 @@
 //
 // Flags. Word [cta * W + p] of a rank's signal pad is written by rank p only, and only ever grows: it holds the number of
 // the last barrier ("epoch") at which p's CTA arrived, and in its low bits the number of rows of p's call: ranks that run
-// different numbers of tokens notice it here, before any of them has a result. A CTA counts its own barriers in `epochs`, in device memory, so the
-// host knows nothing of epochs and a CUDA graph can be replayed. Nothing is reset, so there is no moment at which a flag
-// of one call could be taken for one of another; the comparison is of the difference, so wrapping is harmless. A CTA
-// counts the same on all ranks because the grid and the number of barriers are functions of (rows, H, W, ctas) alone.
+// different numbers of tokens notice it here, before any of them has a result. A CTA counts its own barriers in `epochs`,
+// in device memory, so the host knows nothing of epochs and a CUDA graph can be replayed. Nothing is reset, so there is no
+// moment at which a flag of one call could be taken for one of another; a rank is never more than one barrier ahead, and
+// the comparison is of the difference, so wrapping is harmless. A CTA counts the same on all ranks because the grid and
+// the number of barriers are functions of (rows, H, W, ctas) alone.
 //
 // Order. One barrier is: __syncthreads; thread p stores the epoch into rank p's pad with release at system scope, then
 // reads its own pad with acquire at system scope until p's flag has arrived; __syncthreads.
@@ -28,7 +29,6 @@ namespace tw {
 
 // What a CTA writes to site.error when it gives up. The host raises on it (ops/symmetric.py).
 constexpr u32 kErrorMagic = 0x7457f417u;
-
 constexpr u32 kOtherRows = 2;  // as the phase: the peer has come, with another number of rows
 
 // rows: of the peer, where phase is kOtherRows
