@@ -76,7 +76,7 @@ class Layout:
     shared: tuple[int, int]
 
     SHAPES = (512, 2), (512, 1), (256, 1), (128, 1)  # most threads, unroll; the first that shared memory has room for
-    MAX_DEPTH = {"peer": 3, "multimem": 3}  # the switch's sums come to registers
+    MAX_DEPTH = 3  # more is no faster over peer memory, and the sums of multimem come to registers
     ROOMY = 164 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
 
     @classmethod
@@ -90,7 +90,7 @@ class Layout:
             threads = -(-vectors // (chunks * unroll * 32)) * 32
             kept = threads * unroll * chunks * 16 * (4 // itemsize) if chunks > 1 else 0
             fixed, chunk = 2 * 32 * 4 + kept, threads * unroll * landing * 16
-            depth = cls.MAX_DEPTH[transport]
+            depth = cls.MAX_DEPTH
             if landing:
                 roomy = min(shared_limit, max(cls.ROOMY, fixed + chunk))
                 depth = min(depth, (roomy - fixed) // chunk)
