@@ -209,15 +209,16 @@ class Rewritten:
         return sum(node.target is op for node in self.after.nodes)
 
 
-def rewrite(function, *inputs, dynamic=False, symmetric=False, by=capture_with_inputs, **options) -> Rewritten:
+def rewrite(function, *inputs, dynamic=False, symmetric=False, plan_of=lambda *_: None, by=capture_with_inputs, **options) -> Rewritten:
     """Capture a function and run the passes on it. That every all-reduce is in the report is part of every test.
 
     symmetric: whether the passes may place values in a workspace, as over symmetric memory
+    plan_of:   what stands for rehearsals
     by:        ``capture_with_inputs``, or ``trace_with_inputs``
     """
     before, arguments = by(function, *inputs, dynamic=dynamic)
     with V.set_fake_mode(detect_fake_mode([n.meta["val"] for n in before.nodes if n.op == "placeholder"])):
-        after, report = passes.rewrite(copy(before), Options(**options), lambda group, device: symmetric)
+        after, report = passes.rewrite(copy(before), Options(**options), lambda group, device: symmetric, plan_of)
     assert len(report.sites) + len(report.refusals) == len(all_reduces(before))
     return Rewritten(before, after, arguments, report)
 

@@ -3,49 +3,57 @@
 import pytest
 
 from tw_compile.options import Options
-from tw_compile.planning import TILE, WEAVE_MIN_TOKENS, ctas_beside_gemms, first_half, loses, min_tokens
+from tw_compile.planning import MARGIN, TILE, WEAVE_MIN_TOKENS, Plan, by_rule, by_times, first_half, min_tokens
 
 
-def test_the_threshold():
-    assert min_tokens(Options(), 8192, None) == WEAVE_MIN_TOKENS
-    for sms in (None, 132):
-        assert min_tokens(Options(mode="weave"), 8192, sms) == 2
-        assert min_tokens(Options(min_tokens=100), 8192, sms) == 100
-        assert min_tokens(Options(mode="weave", min_tokens=100), 8192, sms) == 100
-        assert min_tokens(Options(min_tokens=1), 8192, sms) == 2, "one token cannot be split"
-
-
-def test_each_half_fills_the_gpu():
+def test_by_rule_each_half_fills_the_gpu():
     """H200: 132 SMs. A row of tiles is 32 of them for 70B shapes, 16 for those of 8B."""
-    assert min_tokens(Options(), 8192, 132) == 2048
-    assert min_tokens(Options(), 4096, 132) == 4096
-    assert all(min_tokens(Options(), hidden, 132) % (2 * TILE) == 0 for hidden in range(64, 32768, 8))
+    assert by_rule(8192, None) == Plan(WEAVE_MIN_TOKENS)
+    assert by_rule(8192, 132) == Plan(2048)
+    assert by_rule(4096, 132) == Plan(4096)
+    assert all(by_rule(hidden, 132).min_tokens % (2 * TILE) == 0 for hidden in range(64, 32768, 8))
 
 
-# A layer's weights, hidden size and ranks; and whether weaving is ever faster than fusing on H200s, as it was measured.
-@pytest.mark.parametrize("weights, hidden, world, pays", [(855.6e6, 8192, 2, False), (855.6e6, 8192, 4, True), (218.1e6, 4096, 2, True)])
-def test_hiding_the_communication_must_be_worth_the_sms(weights, hidden, world, pays):
-    sites, bytes_of_element = 2, 2
-    wire_bytes = sites * 2 * (world - 1) / world * hidden * bytes_of_element
-    reason = loses(2 * weights / world, wire_bytes, 132, ctas_beside_gemms(world))
-    assert (reason is None) == pays, reason
+@pytest.mark.parametrize("plan", [Plan(512), Plan(None)])
+def test_what_the_user_says_of_the_threshold_goes_before_a_plan(plan):
+    assert min_tokens(Options(), plan) == plan.min_tokens
+    assert min_tokens(Options(mode="weave"), plan) == 2
+    assert min_tokens(Options(min_tokens=100), plan) == 100
+    assert min_tokens(Options(mode="weave", min_tokens=100), plan) == 100
+    assert min_tokens(Options(min_tokens=1), plan) == 2, "one token cannot be split"
 
 
-def test_compute_of_unknown_size_is_no_reason():
-    assert loses(0, 1e4, 132, 8) is None
+SIZES, FUSED = (256, 512, 1024), [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("woven, plan", [
+    ({(4, 4): [2.0, 2.0, 2.0]}, Plan(1024, 4, 4, 2.0)),
+    ({(4, 4): [0.9, 1.5, 2.0]}, Plan(256, 4, 4, 2.0)),
+    ({(4, 4): [0.5, 2.0, 2.0]}, Plan(1024, 4, 4, 2.0)),  # faster at few tokens again: the threshold is one
+    ({(4, 4): [0.5, 1.0, 4.0]}, Plan(None, 4, 4, 1.0)),
+    ({(4, 4): [2.0, 4.0, 8.0], (8, 4): [2.0, 4.0, 5.0]}, Plan(None, 8, 4, 0.8)),
+    ({(4, 4): [9.0, 9.0, 2.0], (8, 4): [9.0, 1.2, 2.1]}, Plan(512, 8, 4, 1.905)),  # all sizes together
+    ({(4, 3): [9.0, 9.0, 2.0], (4, 5): [9.0, 9.0, 1.9]}, Plan(1024, 4, 5, 2.105)),
+    ({(4, 4): [9.0, 9.0, (1 - MARGIN / 2) * 4.0]}, Plan(None, 4, 4, 1.01)),
+])  # fmt: skip
+def test_by_times_the_fastest_plan_for_all_sizes_together(woven, plan):
+    assert by_times(SIZES, FUSED, woven) == plan
 
 
 @pytest.mark.parametrize("options", [Options(), Options(mode="weave"), Options(min_tokens=2 * TILE)])
 @pytest.mark.parametrize("per_step", [1, 5])
-def test_both_halves_have_something_at_every_length(options, per_step):
+@pytest.mark.parametrize("eighths", [3, 4, 5])
+def test_both_halves_have_something_at_every_length(options, per_step, eighths):
+    least = min_tokens(options, by_rule(8192, None))
     for length in range(2, 5000):
-        assert 0 < first_half(length, per_step, options, min_tokens(options, 8192, None)) < length
+        assert 0 < first_half(length, per_step, options, least, eighths) < length
 
 
-def test_from_the_threshold_on_the_cut_is_on_a_tile_near_the_middle():
+@pytest.mark.parametrize("eighths", [3, 4, 5])
+def test_from_the_threshold_on_the_cut_is_on_a_tile_near_the_middle(eighths):
     for length in range(WEAVE_MIN_TOKENS, 10000, 7):
-        first = first_half(length, 1, Options(), WEAVE_MIN_TOKENS)
-        assert first % TILE == 0 and abs(first - length / 2) <= TILE
+        first = first_half(length, 1, Options(), WEAVE_MIN_TOKENS, eighths)
+        assert first % TILE == 0 and 0 <= length * eighths / 8 - first <= TILE
 
 
 def test_a_batch_is_cut_between_sequences():

@@ -12,7 +12,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-from . import ops, passes
+from . import ops, passes, planning, rehearsal
 from .ops import transport
 from .options import Options, parse
 from .report import Report, record
@@ -41,11 +41,27 @@ def tokenweave(gm, inputs, *, mode=None, options=None):
     _fix_module_floats(gm)
     theirs = config.get("post_grad_custom_pre_pass") or torch._inductor.config.post_grad_custom_pre_pass or ()
     theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
-    before = counters["inductor"].copy()
-    compiled = compile_fx(gm, inputs, config_patches={**config, "post_grad_custom_pre_pass": _Pass(ours, theirs)})
-    for name in counters["inductor"] - before:
-        if name.startswith(_COUNTER):
-            record(_with_transport(Report.from_dict(json.loads(name.removeprefix(_COUNTER))), ours))
+
+
+    def compile_with(rewriting):
+        before = counters["inductor"].copy()
+        compiled = compile_fx(gm, inputs, config_patches={**config, "post_grad_custom_pre_pass": rewriting})
+        names = [name for name in counters["inductor"] - before if name.startswith(_COUNTER)]
+        return compiled, [_with_transport(Report.from_dict(json.loads(name.removeprefix(_COUNTER))), ours) for name in names]
+
+    rewriting = _Pass(ours, theirs)
+    try:
+        compiled, reports = compile_with(rewriting)
+    except Exception:
+        if rewriting.unplanned is None:
+            raise
+        _agree_on_plan(*rewriting.unplanned, None, ours)
+        compiled, reports = compile_with(_Pass(ours, theirs))
+    for report in reports:
+        if report.rehearsal and (plan := _other_plan(report, ours)):
+            compiled, reports = compile_with(_Pass(ours, theirs, plan))
+    for report in reports:
+        record(report)
     return compiled
 
 
@@ -97,17 +113,35 @@ def _with_transport(report: Report, options: Options) -> Report:
     return report
 
 
+def _agree_on_plan(section, group: str, device: torch.device, mine, options: Options):
+    transport.choose(options.transport, group, device, None if options.timeout == "auto" else options.timeout)
+    return rehearsal.agree_on(section, group, device, options.transport, mine)
+
+
+def _other_plan(report: Report, options: Options):
+    """The plan of all ranks, where it is not the one that this rank has compiled a graph with."""
+    site, mine = report.sites[0], planning.Plan(**report.rehearsal["plan"])
+    section = rehearsal.Section.from_dict(report.rehearsal["section"])
+    plan = _agree_on_plan(section, site.group, torch.device(site.device), mine, options)
+    return None if plan == mine else plan
+
+
+class _Unplanned(Exception):
+    """The graph is to be rehearsed first."""
+
+
 class _Pass(CustomGraphPass):
     """The passes, where Inductor calls them, and after them those that the user configured there.
 
-    Free of side effects: on a cache hit they do not run.
+    Free of side effects: on a cache hit they do not run. plan: the one to use, whatever this rank has.
     """
 
-    def __init__(self, options: Options, then: tuple):
-        self.options, self.then = options, then
+    def __init__(self, options: Options, then: tuple, plan: planning.Plan | None = None):
+        self.options, self.then, self.plan = options, then, plan
+        self.unplanned = None  # (section, group, device), if that is why it failed
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        new, report = passes.rewrite(graph, self.options, self._may_be_symmetric)
+        new, report = passes.rewrite(graph, self.options, self._may_be_symmetric, self._plan_of)
         if new is not graph:
             _become(graph, new)
         counters["inductor"][_COUNTER + json.dumps(report.to_dict())] += 1
@@ -118,6 +152,13 @@ class _Pass(CustomGraphPass):
         usable, _ = transport.candidates(self.options.transport, group, device)
         return any(name != "process_group" for name in usable)
 
+    def _plan_of(self, section, group: str, device: torch.device) -> planning.Plan:
+        plan = self.plan or rehearsal.known(section, group, device, self.options.transport)
+        if plan is None:
+            self.unplanned = section, group, device
+            raise _Unplanned  # a rehearsal is for all ranks together, and one that has this graph in its cache does not come here
+        return plan
+
     def uuid(self):
         if not all(isinstance(other, CustomGraphPass) for other in self.then):
             return None  # what a plain function does cannot be part of a cache key: no cache
@@ -125,7 +166,7 @@ class _Pass(CustomGraphPass):
         files = sorted(str(path) for path in Path(__file__).parent.rglob("*.py"))
         # The rank too: where a shard is cut from a whole, each rank cuts out its own.
         world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return get_hash_for_files(tuple(files), repr((self.options, then, world, torch.cuda.device_count())))
+        return get_hash_for_files(tuple(files), repr((self.options, self.plan, then, world, torch.cuda.device_count())))
 
 
 def _become(graph: torch.fx.Graph, new: torch.fx.Graph) -> None:

@@ -55,6 +55,8 @@ class Report:
     requested:  the options as the user gave them
     transport:  what carries the sites: ``multimem``, ``peer`` or ``process_group``; '' where there is none
     split:      (first half, second half) along the cut axis, as numbers or symbolic text; None where not woven
+    rehearsal:  what was rehearsed (``rehearsal.Section``), and the ``planning.Plan`` that came of it, as plain data; None where
+                nothing was
     reasons:    why mode or transport are not what could have been hoped for
     """
 
@@ -62,6 +64,7 @@ class Report:
     mode: str = "off"
     transport: str = ""
     split: tuple | None = None
+    rehearsal: dict | None = None
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     joins: list[Join] = field(default_factory=list)

@@ -1,15 +1,14 @@
 """Compiles the CUDA kernels at run time, for this GPU and these sizes, and loads them.
 
 NVRTC and the driver come from cuda-python, which torch's CUDA builds bring along: no toolkit, no compiler, no header is
-needed. Compiled kernels are kept in ``$TW_COMPILE_CACHE_DIR`` (``~/.cache/tw_compile``), to be shared by all processes.
+needed. Compiled kernels are kept on disk (``files``), to be shared by all processes.
 Importing this module needs neither a GPU nor cuda-python.
 """
 
 import functools
-import hashlib
-import os
-import tempfile
 from pathlib import Path
+
+from .. import files
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 
@@ -90,34 +89,20 @@ def compile_source(source: bytes, name: str, command: list[str]) -> tuple[bytes,
 def cubin(name: str, arch: str, macros: dict[str, object]) -> bytes:
     """The compiled ``csrc/<name>.cu``, from the cache if it is there."""
     command = options(arch, macros)
-    path = _cache_directory() / f"{name}-{_fingerprint(name, command)}.cubin"
+    path = files.path(name, _ingredients(name, command), "cubin")
     try:
         return path.read_bytes()
     except OSError:
         pass
     compiled, _ = compile_kernel(name, command)
-    try:
-        # Many ranks may do this at once: each writes a file of its own, and the rename is atomic.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(compiled)
-        os.replace(file.name, path)
-    except OSError:
-        pass  # a directory that cannot be written only costs the time to compile again
+    files.write(path, compiled)
     return compiled
 
 
-def _cache_directory() -> Path:
-    directory = os.environ.get("TW_COMPILE_CACHE_DIR")
-    return Path(directory) if directory else Path.home() / ".cache" / "tw_compile"
-
-
-def _fingerprint(name: str, command: list[str]) -> str:
+def _ingredients(name: str, command: list[str]) -> tuple:
     _, nvrtc = _bindings()
-    digest = hashlib.sha256(repr((command, check(nvrtc.nvrtcVersion()))).encode())
-    for path in (SOURCES / f"{name}.cu", *sorted(SOURCES.glob("*.cuh"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:32]
+    sources = SOURCES / f"{name}.cu", *sorted(SOURCES.glob("*.cuh"))
+    return command, check(nvrtc.nvrtcVersion()), [(source.name, source.read_bytes()) for source in sources]
 
 
 class Kernel:

@@ -6,7 +6,7 @@ from torch.fx import Graph
 
 from ..options import Options, TokenWeaveError
 from ..report import Refusal, Report, Site
-from .cut import Cut, choose_cut
+from .cut import Cut, choose_cut, section_of
 from .find import Match, find
 from .fuse import fuse
 from .graph_utils import value
@@ -18,12 +18,13 @@ from .weave import weave
 __all__ = ["rewrite", "unshard", "find", "fuse", "choose_cut", "split", "weave", "place"]
 
 
-def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Report]:
+def rewrite(graph: Graph, options: Options, may_be_symmetric, plan_of=lambda section, group, device: None) -> tuple[Graph, Report]:
     """Find the sites of a graph and do what the options ask for. Returns the new graph, and what was done.
 
     Sequence-parallel sites are found in the form that ``unshard`` gives them; ``graph`` keeps its own where nothing is done.
 
     may_be_symmetric: (group name, device) -> whether its sites may run over symmetric memory, so that values should live there
+    plan_of:          (section, group name, device) -> the Plan that was rehearsed for it, or None for one by rule
     Raises TokenWeaveError where ``mode`` asks for what the graph does not allow. Free of side effects but on ``graph``:
     on a cache hit this does not run.
     """
@@ -44,11 +45,14 @@ def rewrite(graph: Graph, options: Options, may_be_symmetric) -> tuple[Graph, Re
     graph, sites = whole, fuse(whole, matches, options.transport, ctas)
     report.mode, cut = "fuse", "mode is fuse"
     if options.mode != "fuse":
-        cut = choose_cut(sites, options)
+        plan, section = None, section_of(sites, options)
+        if section is not None and (plan := plan_of(section, matches[0].group, device)):
+            report.rehearsal = {"section": asdict(section), "plan": asdict(plan)}
+        cut = choose_cut(sites, options, plan)
     woven = []
     if isinstance(cut, Cut):
         graph, woven, report.joins = split(graph, sites, cut)
-        graph = weave(graph)
+        graph = weave(graph, cut.ctas or ctas)
         report.mode, report.split = "weave", tuple(n if isinstance(n, int) else str(n) for n in cut.halves)
     elif options.mode == "weave" and options.min_tokens == "auto":
         raise TokenWeaveError(f"option 'tokenweave.mode' is 'weave', but this graph cannot be woven: {cut}")

@@ -1,71 +1,88 @@
 """Fused graph -> where to cut it, or why not at all."""
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import Node
 
+from .. import rehearsal
 from ..options import Options
-from ..planning import ctas_beside_gemms, first_half, loses, min_tokens
-from .graph_utils import arguments, aten, calls, is_one, value
+from ..planning import Plan, by_rule, first_half, min_tokens
+from .attention import SIGNATURES
+from .graph_utils import aten, calls, is_one, value
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where all sites of a graph are cut: dimension ``dim`` of their shape, ``first`` of its ``length`` entries in front."""
+    """Where all sites of a graph are cut: dimension ``dim`` of their shape, ``first`` of its ``length`` entries in front.
+
+    ctas: of the communication kernels, 0 for their own choice
+    """
 
     dim: int
     length: object
     first: object
+    ctas: int = 0
 
     @property
     def halves(self) -> tuple:
         return self.first, self.length - self.first
 
 
-def choose_cut(sites: list[Node], options: Options) -> Cut | str:
+def section_of(sites: list[Node], options: Options) -> rehearsal.Section | None:
+    """What is to be rehearsed of a graph with these ``fused`` calls; None where nothing can be, or nothing is left to decide."""
+    x = value(sites[0].args[0])
+    if not rehearsal.possible(x.device):
+        return None
+    if options.min_tokens != "auto" and options.split != "auto" and options.ctas != "auto":
+        return None
+    *batch, hidden = x.shape
+    tokens = math.prod(size for size in batch)
+    sizes = (tokens,) if isinstance(tokens, int) else tuple(s for s in rehearsal.SIZES if s * hidden <= rehearsal.MAX_ELEMENTS)
+    phases = [_phase(site, hidden) for site in sites[1 : 1 + rehearsal.PHASES]]
+    if None in phases or not phases or not sizes or (isinstance(tokens, int) and tokens < rehearsal.SIZES[0]):
+        return None
+    sequences = batch[0] if len(batch) > 1 and isinstance(batch[0], int) else 1
+    ctas = 0 if options.ctas == "auto" else options.ctas
+    return rehearsal.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases))
+
+
+def choose_cut(sites: list[Node], options: Options, plan: Plan | None = None) -> Cut | str:
     """The cut for a graph's ``fused`` calls, or why there is none.
 
-    Compares symbolic sizes: this is where the threshold becomes a guard of the compiled graph.
+    plan: None goes by a rule. Compares symbolic sizes: this is where the threshold becomes a guard of the compiled graph.
     """
-    shape = value(sites[0].args[0]).shape
-    dim = next((i for i, size in enumerate(shape[:-1]) if not is_one(size)), None)
+    x = value(sites[0].args[0])
+    *batch, hidden = x.shape
+    dim = next((i for i, size in enumerate(batch) if not is_one(size)), None)
     if dim is None:
         return "one token cannot be split"
-    sms = _sms(value(sites[0].args[0]).device)
-    if sms is not None and options.mode == "auto" == options.min_tokens:
-        world = _resolve_process_group(arguments(sites[0])["group"]).size()
-        ctas = ctas_beside_gemms(world) if options.ctas == "auto" else options.ctas
-        if reason := loses(_flops(sites), _wire_bytes(sites, world), sms, ctas):
-            return reason
-    tokens, per_step, least = 1, 1, min_tokens(options, shape[-1], sms)
-    for size in shape[:-1]:
-        tokens = tokens * size
-    for size in shape[dim + 1 : -1]:
-        per_step = per_step * size
-    if not tokens >= least:
+    plan = plan or by_rule(hidden, sms_of(x.device))
+    least = min_tokens(options, plan)
+    if least is None:
+        return f"in a rehearsal on this machine the woven graph was not faster, but took {1 / plan.gain:.2f} of the fused one's time"
+    if not math.prod(batch) >= least:
         return f"fewer than {least} tokens"
-    first = first_half(shape[dim], per_step, options, least)
-    return first if isinstance(first, str) else Cut(dim, shape[dim], first)
+    first = first_half(batch[dim], math.prod(batch[dim + 1 :]), options, least, plan.eighths)
+    return first if isinstance(first, str) else Cut(dim, batch[dim], first, plan.ctas)
 
 
-def _sms(device: torch.device) -> int | None:
+def sms_of(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
 
 
-def _flops(sites: list[Node]) -> float:
-    """Of one token, in the GEMMs between the first and the last site."""
-    total, node = 0, sites[0]
-    while node is not sites[-1]:
-        node = node.next
+def _phase(site: Node, hidden: int) -> tuple | None:
+    """The work between a site and the one in front of it, for a rehearsal; None if it does not end in a GEMM."""
+    ops, node = [], site.prev
+    while not calls(node, site.target) and node.op != "root":
         if calls(node, aten.mm.default, aten.addmm.default):
-            rows, columns = value(node.args[-1]).shape
-            total += 2 * rows * columns if isinstance(rows, int) and isinstance(columns, int) else 0
-    return total
-
-
-def _wire_bytes(sites: list[Node], world: int) -> float:
-    """Of one token, for the sites that have compute in front of them: in each direction, from and to one rank."""
-    x = value(sites[0].args[0])
-    return (len(sites) - 1) * 2 * (world - 1) / world * x.shape[-1] * x.dtype.itemsize
+            ops.append(("mm", *value(node.args[-1]).shape))
+        elif calls(node, *SIGNATURES):
+            query, key = (value(a) for a in node.args[:2])
+            ops.append(("attention", query.shape[1], key.shape[1], query.shape[3]))
+        node = node.prev
+    ops.reverse()
+    if not ops or ops[-1][0] != "mm" or ops[-1][2] != hidden or not all(isinstance(size, int) for op in ops for size in op[1:]):
+        return None
+    return tuple(ops)

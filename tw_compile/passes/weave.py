@@ -17,14 +17,17 @@ from .. import ops
 from .graph_utils import arguments, calls, in_order, is_tensor, value
 
 
-def weave(graph: Graph) -> Graph:
-    """graph: as ``split`` leaves it, with two calls of ``fused`` for each site, marked by half."""
-    return _Weaver(graph).run()
+def weave(graph: Graph, ctas: int = 0) -> Graph:
+    """
+    graph: as ``split`` leaves it, with two calls of ``fused`` for each site, marked by half
+    ctas:  of the kernels that run beside the other half's work, 0 for their own choice
+    """
+    return _Weaver(graph, ctas).run()
 
 
 class _Weaver:
-    def __init__(self, graph: Graph):
-        self.old, self.new = graph, Graph(graph.owning_module)
+    def __init__(self, graph: Graph, ctas: int):
+        self.old, self.new, self.ctas = graph, Graph(graph.owning_module), ctas
         self.env: dict[Node, Node] = {}
         self.newest = [None, None]  # the tensor that each half made last
         self.starts: dict[Node, Node] = {}
@@ -66,7 +69,7 @@ class _Weaver:
             self._put(node, self._wait(node))
 
     def _start(self, node: Node) -> Node:
-        given = {name: self.env[a] if isinstance(a, Node) else a for name, a in arguments(node).items()}
+        given = {name: self.env[a] if isinstance(a, Node) else a for name, a in arguments(node).items()} | {"ctas": self.ctas}
         start = self.new.call_function(ops.start, in_order(ops.start, given))
         start.meta = {**node.meta, "val": value(node)[0].new_empty(0)}
         self._newest(start)

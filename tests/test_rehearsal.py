@@ -1,0 +1,186 @@
+"""The rehearsal: what of a graph it takes, and that all ranks have the same plan, however they came to it."""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from graphs import rewrite, without_codegen
+from models import HIDDEN, VOCAB, parallel, whole
+from test_split import mlp, mlp_inputs
+
+import tw_compile
+from tw_compile import backend, rehearsal
+from tw_compile.ops.process_group import ProcessGroup
+from tw_compile.planning import Plan
+
+SIZES = 16, 32
+# Attention and MLP of a layer on one of two ranks, as tests/models.py has them.
+ATTENTION = ("mm", 64, 32), ("mm", 64, 16), ("mm", 64, 16), ("attention", 2, 1, 16), ("mm", 32, 64)
+MLP = ("mm", 64, 64), ("mm", 64, 64), ("mm", 64, 64)
+
+
+class Rank:
+    """A rank that rehearses on the CPU, with plans on a disk of its own."""
+
+    def __init__(self, folder, **patches):
+        self.rehearsals = []
+        rehearse = patches.pop("_rehearse", rehearsal._rehearse)
+
+        def logged(section, *args):
+            self.rehearsals.append(section)
+            return rehearse(section, *args)
+
+        self.patches = [
+            mock.patch.multiple(rehearsal, possible=lambda device: True, SIZES=SIZES, SAMPLES=1, _rehearse=logged, **patches),
+            mock.patch.dict(os.environ, TW_COMPILE_CACHE_DIR=folder),
+            mock.patch.dict(rehearsal._agreed, clear=True),  # as in a new process
+            without_codegen(),
+            torch.no_grad(),
+        ]
+
+    def __enter__(self):
+        for patch in self.patches:
+            patch.__enter__()
+        torch._dynamo.reset()
+        self.before = len(tw_compile.reports())
+        return self
+
+    def __exit__(self, *error):
+        for patch in reversed(self.patches):
+            patch.__exit__(*error)
+
+    @property
+    def reports(self):
+        return tw_compile.reports()[self.before :]
+
+
+def compiled(model, **options):
+    options = {f"tokenweave.{name}": option for name, option in options.items()}
+    return torch.compile(model, backend=backend.tokenweave, dynamic=options.pop("tokenweave.dynamic", True), options=options)
+
+
+def ids_of(tokens, batch=1):
+    return torch.randint(0, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+def faster_from(tokens, ctas=4, eighths=5):
+    """In place of a rehearsal."""
+    return lambda *args: Plan(tokens, ctas, eighths, 1.1)
+
+
+def really():
+    with tempfile.TemporaryDirectory() as folder, Rank(folder) as rank:
+        model, ids = parallel("functional", 1), ids_of(48)
+        out, expected = compiled(model)(ids), whole(1)(ids)
+        (section,), (report,) = rank.rehearsals, rank.reports
+        assert (out - expected).norm() < 0.02 * expected.norm()
+        return section, report.rehearsal, os.listdir(folder)
+
+
+def test_the_first_layers_are_rehearsed_as_they_are(ranks):
+    (section, kept, files), (other_section, other_kept, _) = ranks(really)
+    assert section == other_section
+    assert section == rehearsal.Section(HIDDEN, "bfloat16", SIZES, 1, 0, (ATTENTION, MLP))
+    assert rehearsal.Section.from_dict(kept["section"]) == section
+    assert kept == other_kept and kept["plan"]["gain"] > 0
+    assert len(files) == 1
+
+
+def starts_of_a_batch(batch):
+    """On a rank: the times of a batch, each cut between two of its sequences."""
+    section = rehearsal.Section(HIDDEN, "float32", (batch * 16,), batch, 0, (ATTENTION, MLP))
+    stage = rehearsal._Stage(section, ProcessGroup(dist.group.WORLD.group_name, torch.device("cpu")), torch.device("cpu"))
+    stage.set()
+    starts, start = [], stage.carrier.start
+    stage.carrier.start = lambda x, *args: (starts.append(len(x)), start(x, *args))
+    assert len(stage.times([None, (0, 4)], batch * 16)) == 2
+    return starts
+
+
+def test_a_batch_is_rehearsed_cut_between_sequences(ranks):
+    for starts in ranks(starts_of_a_batch, 3):
+        assert set(starts[0::2]) == {16} and set(starts[1::2]) == {32}
+
+
+# What the user leaves open, of one graph: options -> (sizes, sequences, ctas) of what is rehearsed.
+OPEN = [
+    (1, dict(), (SIZES, 1, 0)),
+    (2, dict(dynamic=False), ((40,), 2, 0)),
+    (1, dict(dynamic=False), ((20,), 1, 0)),
+    (1, dict(ctas=3), (SIZES, 1, 3)),
+    (1, dict(mode="weave"), (SIZES, 1, 0)),
+    (1, dict(min_tokens=8, split=8), (SIZES, 1, 0)),
+    (1, dict(mode="fuse"), None),
+    (1, dict(min_tokens=8, split=8, ctas=3), None),
+]
+
+
+@pytest.mark.parametrize("batch, options, expected", OPEN)
+def test_what_is_left_to_decide_is_rehearsed(world, monkeypatch, batch, options, expected):
+    monkeypatch.setattr(rehearsal, "possible", lambda device: True)
+    monkeypatch.setattr(rehearsal, "SIZES", SIZES)
+    seen = []
+    rewrite(mlp, *mlp_inputs(batch, 20), plan_of=lambda section, *_: seen.append(section), **{"dynamic": True} | options)
+    assert [(s.sizes, s.sequences, s.ctas) for s in seen] == ([expected] if expected else [])
+
+
+def of_plan():
+    """On a rank: a plan for 256 tokens or more, then one for none."""
+    seen = []
+    for least, sizes in ((256, (500, 40)), (None, (500,))):
+        with tempfile.TemporaryDirectory() as folder, Rank(folder, _rehearse=faster_from(least)) as rank:
+            run = compiled(parallel("functional", 1))
+            for tokens in sizes:
+                run(ids_of(tokens))
+            seen.append((len(rank.rehearsals), [(r.mode, r.split, r.reasons[0]) for r in rank.reports]))
+    return seen
+
+
+def test_a_plan_decides(ranks):
+    for some, none in ranks(of_plan):
+        rehearsals, [(weave, split, _), (fuse, _, reason)] = some
+        assert rehearsals == 1, "one section: the second graph has the plan of the first"
+        assert (weave, fuse, reason) == ("weave", "fuse", "not woven: fewer than 256 tokens")
+        assert "5*s" in split[0]
+        _, [(mode, _, reason)] = none
+        assert mode == "fuse"
+        assert reason == "not woven: in a rehearsal on this machine the woven graph was not faster, but took 0.91 of the fused one's time"
+
+
+def of_ranks_with_different_plans(cases):
+    """Each rank in processes that find the plan of its rank on its disk, or none."""
+    seen = []
+    with tempfile.TemporaryDirectory() as folder:
+        with Rank(folder, _rehearse=faster_from(1000)):
+            compiled(parallel("functional", 1))(ids_of(40))
+        (path,) = Path(folder).iterdir()
+        for plans in cases:
+            plan = plans[dist.get_rank()]
+            path.unlink() if plan is None else path.write_text(json.dumps(asdict(plan)))
+            with Rank(folder, _rehearse=faster_from(2000)) as rank:
+                compiled(parallel("functional", 1))(ids_of(40))
+                (report,) = rank.reports
+                seen.append((len(rank.rehearsals), Plan(**report.rehearsal["plan"]), report.mode))
+    return seen
+
+
+A, B = Plan(8, 0, 4, 1.2), Plan(512, 0, 4, 1.2)
+
+
+CASES = {  # each rank's plan -> rehearsals, what they agree on, mode
+    (A, A): (0, A, "weave"),
+    (A, B): (0, A, "weave"),
+    (None, B): (0, B, "fuse"),
+    (None, None): (1, Plan(2000, 4, 5, 1.1), "fuse"),
+}
+
+
+def test_ranks_with_different_plans_agree(ranks):
+    for seen in ranks(of_ranks_with_different_plans, list(CASES)):
+        assert seen == list(CASES.values())

@@ -1,0 +1,245 @@
+"""Whether weaving a graph pays on this machine, and how: measured, in seconds, before the graph is compiled for the first time.
+
+What decides is how GEMMs take to being cut in two, and to the SMs and the bandwidth that they lose, wave by wave; no formula of ours
+came within the few per cent that are at stake. So the GEMMs, the attention and the sites of two layers are run as the compiled
+graph will run them: fused, and woven with several numbers of CTAs and cuts, at several numbers of tokens. What is the same on both
+sides, such as elementwise kernels, is left out.
+
+What comes of it is a ``planning.Plan``, the same on all ranks: of the times of the slowest one. Plans are kept on disk.
+"""
+
+import functools
+import json
+import logging
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from . import files
+from .options import Options
+from .ops import agree, transport
+from .planning import Plan, by_rule, by_times, first_half
+
+log = logging.getLogger("tw_compile")
+
+# Tokens at which a graph of any number of tokens is rehearsed, as long as the reduced values have so many elements.
+SIZES = 256, 512, 1024, 2048, 4096, 8192
+MAX_ELEMENTS = 1 << 25
+
+PHASES = 4  # of compute between two sites: two layers
+CTAS = 4, 8, 16
+EIGHTHS = 3, 4, 5
+SAMPLES = 5
+# Clocks for which the GPU waits before each sample: the host has enqueued most of it by then, and is not what is measured.
+HEAD_START = 2_000_000
+
+
+@dataclass(frozen=True)
+class Section:
+    """What of a graph is rehearsed.
+
+    hidden, dtype: of the reduced values
+    sizes:         numbers of tokens
+    sequences:     that the tokens are; if there are several, the cut is between them
+    ctas:          that the user asked for; 0 for any
+    phases:        the work in front of each site but the first: ("mm", rows, columns) of a GEMM's weight, the last one's columns being
+                   ``hidden``; ("attention", heads, heads of keys and values, channels of a head)
+    """
+
+    hidden: int
+    dtype: str
+    sizes: tuple
+    sequences: int
+    ctas: int
+    phases: tuple
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Section":
+        """From ``asdict``, also after a detour through JSON, which knows no tuples."""
+        phases = tuple(tuple(map(tuple, phase)) for phase in data["phases"])
+        return cls(**{**data, "sizes": tuple(data["sizes"]), "phases": phases})
+
+
+def possible(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+_agreed = {}  # (section, group name, requested transport) -> Plan
+
+
+def known(section: Section, group: str, device: torch.device, requested: str) -> Plan | None:
+    """The plan for a section, as far as this rank knows without asking others."""
+    plan = _agreed.get((section, group, requested))
+    if plan is None:
+        try:
+            plan = Plan(**json.loads(_path(section, group, device, requested).read_bytes()))
+        except (OSError, ValueError, TypeError):  # not there, or not one of ours
+            pass
+    return plan
+
+
+def agree_on(section: Section, group: str, device: torch.device, requested: str, mine: Plan | None) -> Plan:
+    """The plan of all ranks of the group: that of the first one that has any, or what they now measure together.
+
+    mine: what this rank has
+
+    A collective of the group when it is first asked for a section.
+    """
+    key = section, group, requested
+    if key not in _agreed:
+        said = agree.exchange(group, "the plan of a graph", json.dumps(mine and asdict(mine)))
+        plan = next((Plan(**theirs) for theirs in map(json.loads, said) if theirs), None)
+        if plan is None:
+            plan = _rehearse(section, group, device, requested)
+        if plan.gain is not None:
+            files.write(_path(section, group, device, requested), json.dumps(asdict(plan)).encode())
+        _agreed[key] = plan
+    return _agreed[key]
+
+
+def _path(section: Section, group: str, device: torch.device, requested: str):
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    world = _resolve_process_group(group).size()
+    return files.path("plan", (asdict(section), requested, gpu, world, agree.version()), "json")
+
+
+def _rehearse(section: Section, group: str, device: torch.device, requested: str) -> Plan:
+    begin = time.perf_counter()
+    carrier = transport.another(requested, group, device)
+    stage = _Stage(section, carrier, device)
+    lacking = agree.exchange(group, "a rehearsal", stage.lacks_memory() or "")
+    if any(lacking):
+        plan = by_rule(section.hidden, torch.cuda.get_device_properties(device).multi_processor_count)
+        log.warning("not rehearsed, so that it is woven from %d tokens on by a rule: %s", plan.min_tokens, max(lacking))
+        return plan
+    ctas = (section.ctas,) if section.ctas or carrier.name == "process_group" else CTAS
+    variants = [None, *((c, e) for c in ctas for e in EIGHTHS)]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        stage.set()
+        times = [stage.times(variants, tokens) for tokens in section.sizes]
+    said = agree.exchange(group, "the end of a rehearsal", json.dumps(times))
+    slowest = [list(map(max, *at_size)) for at_size in zip(*map(json.loads, said))]
+    fused, *woven = zip(*slowest)
+    plan = by_times(section.sizes, fused, dict(zip(variants[1:], woven)))
+    log.info("rehearsed in %.1f s: %s, of %s", time.perf_counter() - begin, plan, dict(zip(map(str, variants), zip(*slowest))))
+    return plan
+
+
+class _Stage:
+    """Where a section is run."""
+
+    def __init__(self, section, carrier, device):
+        self.section, self.carrier, self.device, self.dtype = section, carrier, device, getattr(torch, section.dtype)
+        ops = {op for phase in section.phases for op in phase}
+        self.weights = {op[1:]: None for op in sorted(ops) if op[0] == "mm"}  # (rows, columns) -> tensor
+        self.channels = max(section.hidden, *(op[1] * op[3] if op[0] == "attention" else op[1] for op in ops))
+        self.columns = max(columns for _, columns in self.weights)
+
+    def lacks_memory(self) -> str | None:
+        """A rehearsal may take half of what is free."""
+        if self.device.type == "cpu":
+            return None
+        tokens = max(self.section.sizes)
+        # A value going in and one coming out; workspaces of three slots: sums and residuals, in float32 too.
+        elements = sum(k * n for k, n in self.weights) + tokens * (self.channels + 2 * self.columns + 12 * self.section.hidden)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        needed = elements * self.dtype.itemsize
+        return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else None
+
+    def set(self):
+        generator = torch.Generator(self.device).manual_seed(0)  # the user's stays as it is
+        draw = functools.partial(torch.randn, generator=generator, device=self.device, dtype=self.dtype)
+        # As models have them, transposed; random, since zeros take less power, and so are faster.
+        self.weights = {(k, n): draw(n, k).mul_(k**-0.5).t() for k, n in self.weights}
+        self.values = draw(max(self.section.sizes) * self.channels)
+        self.weight = torch.ones(self.section.hidden, device=self.device, dtype=self.dtype)
+
+    def times(self, variants, tokens) -> list[float]:
+        """Seconds of this rank, medians over samples in turns. variants: None, fused, or (ctas, eighths), woven."""
+        runs = []
+        for variant in variants:
+            sequence, sequences = tokens // self.section.sequences, self.section.sequences
+            ctas, eighths = variant or (0, 4)
+            if sequences == 1:
+                first = first_half(tokens, 1, Options(), tokens, eighths)
+            else:
+                first = first_half(sequences, sequence, Options(), tokens) * sequence
+            pieces = [first, sequence * sequences - first] if variant else [sequence * sequences]
+            runs.append(functools.partial(self._run, pieces, sequence, ctas))
+        taken = [[self._seconds(run) for run in runs] for _ in range(SAMPLES + 1)]
+        return [statistics.median(samples) for samples in zip(*taken[1:])]
+
+    def _seconds(self, run):
+        x = self.values[: 8 * self.section.hidden].view(8, -1)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda._sleep(HEAD_START)
+        self._fused(x, None, 0, 0)  # the ranks begin together
+        if self.device.type == "cpu":
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def _run(self, pieces, sequence, ctas):
+        """All phases: fused where there is one piece, woven where there are more, each behind ``sequence`` tokens or fewer."""
+        norms, residuals = [self._value(tokens, self.section.hidden) for tokens in pieces], [None] * len(pieces)
+        woven, begun = len(pieces) > 1, set()
+        for number, phase in enumerate(self.section.phases):
+            for slot in range(len(pieces)):
+                if slot in begun:
+                    norms[slot], residuals[slot] = self.carrier.wait(slot, True)
+                x = self._compute(phase, norms[slot], slot, sequence, sum(pieces[:slot]) % sequence)
+                if woven:
+                    self.carrier.start(*self._site(x, residuals[slot]), ctas, slot, number, True, True)
+                    begun.add(slot)
+                else:
+                    norms[slot], residuals[slot] = self._fused(x, residuals[slot], slot, number)
+        for slot in begun:
+            self.carrier.wait(slot, True)
+
+    def _compute(self, phase, norm, slot, sequence, before):
+        tokens = norm.shape[0]
+        for kind, *sizes in phase[:-1]:
+            if kind == "mm":
+                torch.mm(self._input(norm, sizes[0]), self.weights[tuple(sizes)])
+            else:
+                self._attend(*sizes, tokens, sequence, before)
+        rows, columns = phase[-1][1:]
+        return self.carrier.linear(self._input(norm, rows), self.weights[rows, columns], None, slot)
+
+    def _attend(self, heads, kv_heads, channels, tokens, sequence, before):
+        """Causal; of the tokens behind a cut within a sequence in two parts, as passes/attention.py does it."""
+        sequences, queries = (1, tokens) if before else (max(tokens // sequence, 1), min(tokens, sequence))
+
+        def heads_of(number, length):
+            return self._value(sequences * length, number * channels).view(sequences, length, number, channels).transpose(1, 2)
+
+        gqa = {"enable_gqa": True} if heads != kv_heads else {}
+        query, keys = heads_of(heads, queries), heads_of(kv_heads, queries)
+        F.scaled_dot_product_attention(query, keys, keys, is_causal=True, **gqa)
+        if before:
+            keys = heads_of(kv_heads, before)
+            F.scaled_dot_product_attention(query, keys, keys, **gqa)
+
+    def _fused(self, x, residual, slot, number):
+        return self.carrier.fused(*self._site(x, residual), 0, slot, number, True, True, True)
+
+    def _site(self, x, residual):
+        return x, residual, self.weight, None, None, 1e-5, 1.0, 0.0, False
+
+    def _input(self, norm, channels):
+        return norm if channels == self.section.hidden else self._value(norm.shape[0], channels)
+
+    def _value(self, tokens, channels):
+        return self.values[: tokens * channels].view(tokens, channels)
