@@ -9,7 +9,7 @@ of CTAs, with
     tokens, ranks, ctas, gemm_us (alone), beside_us, told_us, slowdown (beside_us over gemm_us, less 1), told_slowdown,
     share (of the SMs that the CTAs take), comm_us (a kernel alone), comm_beside_us
 
-and the host's microseconds for a start and a wait, as a compiled graph calls them, in ``host_us``.
+and the host's microseconds for a start and a wait, by the functions that a compiled graph calls, in ``host_us``.
 """
 
 import argparse
@@ -21,8 +21,7 @@ import result_file
 import torch
 import torch.distributed as dist
 
-from tw_compile import ops
-from tw_compile.ops import transport
+from tw_compile.ops import direct, transport
 
 HIDDEN, INTERMEDIATE = 8192, 28672
 GEMMS, KERNELS, SAMPLES, SLOT = 8, 16, 9, 0
@@ -124,8 +123,8 @@ def time_of_host(device, group, pairs=100):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(pairs):
-            token = ops.start(x, *site, group, "peer", 0, SLOT, 0, True, True)
-            ops.wait(token, x, *site[:4], None, group, "peer", SLOT, True, True, True)
+            token = direct.start(x, *site, group, "peer", 0, SLOT, 0, True, True)
+            direct.wait(token, x, *site[:4], None, group, "peer", SLOT, True, True, True)
         if sample >= 0:
             taken.append((time.perf_counter() - begin) / pairs * 1e6)
     slowest = torch.tensor(statistics.median(taken), device=device)
