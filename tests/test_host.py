@@ -2,7 +2,6 @@
 
 import ctypes
 import shutil
-import struct
 import subprocess
 from types import SimpleNamespace
 
@@ -135,7 +134,8 @@ def packed(sites, x):
     """What the last launch on x's shape was given (csrc/site.cuh): what a call changes."""
     arguments = sites._call(SLOT, x.dtype, x.shape).arguments
     names = "rows x residual bias weight norm_out residual_out site weight_is_float takes_carried whole eps scale offset shift_is_float shift"
-    return SimpleNamespace(**dict(zip(names.split(), struct.unpack_from("<I6Q4I3fIQ", arguments._buffer, arguments._at))))
+    values = Arguments._CALL.unpack(arguments._buffer[-Arguments._CALL.size :])
+    return SimpleNamespace(**dict(zip(names.split(), values)))
 
 
 def site(weight=None, bias=None, shift=None, center=False):

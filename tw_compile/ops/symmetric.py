@@ -126,6 +126,9 @@ class Arguments:
     """The argument of a launch (csrc/site.cuh, Site), packed once but for what changes from call to call.
 
     All pointers are addresses; ``workspaces`` and ``pads`` in rank order.
+
+    set(rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, takes_carried, whole_residual, eps, scale,
+    offset, shift_is_float, shift) packs what changes.
     """
 
     _CALL = struct.Struct("<I6Q4I3fIQ")
@@ -135,7 +138,8 @@ class Arguments:
         turned = [(rank + i) % world for i in range(world)]
         fixed = struct.Struct(f"<{2 * world + 6}QI")
         self._buffer = ctypes.create_string_buffer(self.size(world))
-        self._at, self._timeout_at = fixed.size, 8 * (2 * world + 3)
+        self.set = functools.partial(self._CALL.pack_into, self._buffer, fixed.size)
+        self._timeout_at = 8 * (2 * world + 3)
         fixed.pack_into(
             self._buffer,
             0,
@@ -159,15 +163,6 @@ class Arguments:
     @classmethod
     def size(cls, world: int) -> int:
         return struct.calcsize(f"<{2 * world + 6}QI") + cls._CALL.size
-
-    def set(
-        self, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, carried, whole, eps, scale, offset,
-        shift_is_float, shift,
-    ) -> None:  # fmt: skip
-        self._CALL.pack_into(
-            self._buffer, self._at, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float,
-            carried, whole, eps, scale, offset, shift_is_float, shift,
-        )  # fmt: skip
 
 
 class _ErrorRecord:
@@ -254,13 +249,9 @@ class _Workspace:
             whole_residual_at,
             staging_at,
         )
-        self._names = {owner.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
-        self._load = functools.partial(owner.kernel, dtype=dtype, hidden=hidden)
-        self.kernels = functools.cache(self._kernels)
-
-    def _kernels(self, center: bool) -> dict[str, nvrtc.Kernel]:
-        """All by name: a CUDA graph of another number of rows may be captured next."""
-        return {name: self._load(name, center=center) for name in self._names}
+        names = {owner.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
+        # center -> name -> Kernel. All names at once: a CUDA graph of another number of rows may be captured next.
+        self.kernels = functools.cache(lambda center: {name: owner.kernel(name, dtype, hidden, center) for name in names})
 
 
 class _Call:
@@ -283,11 +274,8 @@ class _Call:
         self.one_shot = self._kernel != "two_shot"
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
-        self.launcher = functools.cache(self._launcher)
-
-    def _launcher(self, center: bool, ctas: int, otherwise: int) -> tuple[nvrtc.Kernel, int]:
-        """The kernel and its grid."""
-        return self.workspace.kernels(center)[self._kernel], self.grid(ctas, otherwise)
+        # (center, ctas, otherwise) -> (Kernel, number of CTAs): see grid
+        self.launcher = functools.cache(lambda center, *ctas: (workspace.kernels(center)[self._kernel], self.grid(*ctas)))
 
     def grid(self, ctas: int, otherwise: int) -> int:
         """The number of CTAs, the same on all ranks. ctas: the caller's wish, 0 for none."""
