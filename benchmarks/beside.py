@@ -9,8 +9,8 @@ of CTAs, with
     tokens, ranks, ctas, gemm_us (alone), beside_us, told_us, slowdown (beside_us over gemm_us, less 1), told_slowdown,
     share (of the SMs that the CTAs take), comm_us (a kernel alone), comm_beside_us
 
-and the host's microseconds for a start and a wait, by the functions that a compiled graph calls, in ``host_us``; ``driver_us`` of it
-are those of the CUDA driver.
+and the host's microseconds for a start and a wait, by the functions that a compiled graph calls, in ``host_us``; ``driver_us``
+of them are the CUDA driver's.
 """
 
 import argparse

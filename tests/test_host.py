@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,11 @@ static int note(const char *name, unsigned long a, unsigned long b, unsigned lon
 }
 
 typedef unsigned long Handle;
-int cuEventCreate(Handle *event, unsigned flags) { static Handle events; return *event = ++events, note("create", *event, flags, 0, 0); }
+int cuEventCreate(Handle *event, unsigned flags) {
+  static Handle events;
+  *event = ++events;
+  return note("create", *event, flags, 0, 0);
+}
 int cuEventRecord(Handle event, Handle stream) { return note("record", event, stream, 0, 0); }
 int cuStreamWaitEvent(Handle stream, Handle event, unsigned flags) { return note("wait", stream, event, flags, 0); }
 int cuLaunchKernel(Handle function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned by, unsigned bz, unsigned shared,
@@ -102,6 +107,17 @@ def test_what_is_missing_is_said(library, monkeypatch, tmp_path):
         host.calls.__wrapped__(library)
 
 
+def test_a_cache_that_cannot_be_written_does_no_harm(library, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TW_COMPILE_CACHE_DIR", str(tmp_path / "file"))
+    assert host.calls.__wrapped__(library).event()
+
+
+def test_it_is_compiled_once(driver, library, monkeypatch):
+    monkeypatch.setattr(host, "_compile", lambda: pytest.fail("compiled again"))
+    assert host.calls.__wrapped__(library).event()
+
+
 # --- Symmetric -------------------------------------------------------------------------------------------------------
 
 
@@ -109,12 +125,12 @@ class Workspace:
     """Of this rank alone, in this process's memory."""
 
     def __init__(self, owner, dtype, hidden, rows):
-        self.activations, self.carried, self.whole_residual = (torch.zeros(rows, hidden, dtype=d) for d in (dtype, torch.float32, dtype))
+        self.activations, self.whole_residual = (torch.zeros(rows, hidden, dtype=dtype) for _ in range(2))
+        self.carried = torch.zeros(rows, hidden)
         self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0), 8
-        start, launch = owner.calls
-        kernel = SimpleNamespace(
-            start=lambda *given: start(FUNCTION, THREADS, SHARED, *given), launch=lambda *given: launch(FUNCTION, THREADS, SHARED, *given)
-        )
+        loaded = FUNCTION, THREADS, SHARED
+        calls = owner._host
+        kernel = SimpleNamespace(start=partial(calls.start, *loaded), launch=partial(calls.launch, *loaded))
         self.kernels = lambda center: {"one_shot": kernel, "two_shot": kernel}
 
 
@@ -123,7 +139,6 @@ def symmetric_sites(driver, world, monkeypatch):
     monkeypatch.setattr(host, "calls", lambda: driver.calls)
     monkeypatch.setattr(symmetric, "_Workspace", Workspace)
     monkeypatch.setattr(symmetric, "_ErrorRecord", lambda: SimpleNamespace(words=[0], raise_if_set=lambda *_: None))
-    monkeypatch.setattr(Symmetric, "calls", (driver.calls.start, driver.calls.launch), raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: SimpleNamespace(cuda_stream=SIDE))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: CURRENT, raising=False)
@@ -133,9 +148,11 @@ def symmetric_sites(driver, world, monkeypatch):
 def packed(sites, x):
     """What the last launch on x's shape was given (csrc/site.cuh): what a call changes."""
     arguments = sites._call(SLOT, x.dtype, x.shape).arguments
-    names = "rows x residual bias weight norm_out residual_out site weight_is_float takes_carried whole eps scale offset shift_is_float shift"
-    values = Arguments._CALL.unpack(arguments._buffer[-Arguments._CALL.size :])
-    return SimpleNamespace(**dict(zip(names.split(), values)))
+    names = (
+        "rows", "x", "residual", "bias", "weight", "norm_out", "residual_out", "site", "weight_is_float", "takes_carried", "whole",
+        "eps", "scale", "offset", "shift_is_float", "shift",
+    )  # fmt: skip
+    return SimpleNamespace(**dict(zip(names, Arguments._CALL.unpack(arguments._buffer[-Arguments._CALL.size :]))))
 
 
 def site(weight=None, bias=None, shift=None, center=False):

@@ -29,7 +29,8 @@ static PyObject *load(PyObject *module, PyObject *path) {
   *(void **)&driver->stream_wait_event = dlsym(library, "cuStreamWaitEvent");
   *(void **)&driver->launch_kernel = dlsym(library, "cuLaunchKernel");
   *(void **)&driver->get_error_name = dlsym(library, "cuGetErrorName");
-  if (!driver->event_create || !driver->event_record || !driver->stream_wait_event || !driver->launch_kernel || !driver->get_error_name)
+  if (!driver->event_create || !driver->event_record || !driver->stream_wait_event || !driver->launch_kernel ||
+      !driver->get_error_name)
     return PyErr_Format(PyExc_RuntimeError, "%s is not a CUDA driver", name);
   Py_RETURN_NONE;
 }

@@ -51,7 +51,8 @@ def _compile() -> bytes:
         raise RuntimeError("the driver is called through csrc/host.c, and there is no C compiler for it")
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "host.so"
-        command = [*compiler.split(), "-O2", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", SOURCES / "host.c", "-o", out]
+        options = "-O2", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", "-o", out
+        command = [*compiler.split(), SOURCES / "host.c", *options]
         run = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if run.returncode:
             why = next((line for line in run.stderr.splitlines() if "error" in line), f"{compiler} failed")
