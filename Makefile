@@ -13,7 +13,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
-SOURCES := setup.py $(shell find tw_compile -name '*.py' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py $(shell find tw_compile -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 
 TORCH := torch>=2.11
 CPU_TORCH := torch==2.13.0

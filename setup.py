@@ -5,9 +5,9 @@ setup(
     version="0.1.0",
     description='torch.compile(model, backend="tokenweave"): overlap the all-reduces of tensor-parallel LLMs with compute',
     packages=find_packages(include=["tw_compile", "tw_compile.*"]),
-    package_data={"tw_compile": ["csrc/*.cu", "csrc/*.cuh"]},
+    package_data={"tw_compile": ["csrc/*.cu", "csrc/*.cuh", "csrc/*.c"]},
     python_requires=">=3.10",
-    # cuda-bindings compiles and launches the kernels at run time (NVRTC), so that no CUDA toolkit is needed; CUDA builds
+    # cuda-bindings compiles and loads the kernels at run time (NVRTC), so that no CUDA toolkit is needed; CUDA builds
     # of torch bring NVRTC itself. It installs and imports without a GPU.
     install_requires=["torch>=2.11", "cuda-bindings>=13.0"],
     extras_require={

@@ -9,7 +9,8 @@ of CTAs, with
     tokens, ranks, ctas, gemm_us (alone), beside_us, told_us, slowdown (beside_us over gemm_us, less 1), told_slowdown,
     share (of the SMs that the CTAs take), comm_us (a kernel alone), comm_beside_us
 
-and the host's microseconds for a start and a wait, as a compiled graph calls them, in ``host_us``.
+and the host's microseconds for a start and a wait, by the functions that a compiled graph calls, in ``host_us``; ``driver_us``
+of them are the CUDA driver's.
 """
 
 import argparse
@@ -21,8 +22,7 @@ import result_file
 import torch
 import torch.distributed as dist
 
-from tw_compile import ops
-from tw_compile.ops import transport
+from tw_compile.ops import direct, transport
 
 HIDDEN, INTERMEDIATE = 8192, 28672
 GEMMS, KERNELS, SAMPLES, SLOT = 8, 16, 9, 0
@@ -42,13 +42,13 @@ def main():
         group = dist.group.WORLD.group_name
         peer, _ = transport.choose("peer", group, device, timeout_s=30)
         rows = [measure(peer, device, args.tokens, ctas) for ctas in args.ctas]
-        host_us = time_of_host(device, group)
+        host_us, driver_us = times_of_host(peer, device, group)
     if dist.get_rank() == 0:
         for row in rows:
             print("  ".join(f"{key} {value}" for key, value in row.items()))
-        print(f"host: {host_us:.2f} µs for a start and a wait")
+        print(f"host: {host_us:.2f} µs for a start and a wait, of which the driver {driver_us:.2f}")
     name, note = f"beside-tp{dist.get_world_size()}", "medians of the slowest rank, without CUDA graphs"
-    result_file.write(name, device, note, rows, host_us=round(host_us, 2))
+    result_file.write(name, device, note, rows, host_us=round(host_us, 2), driver_us=round(driver_us, 2))
     dist.destroy_process_group()
 
 
@@ -112,22 +112,39 @@ def together(run, run_on_side, side, device):
     return slowest.tolist()
 
 
-def time_of_host(device, group, pairs=100):
-    """Microseconds for the host to start a site and wait for it, on the slowest rank; one token, so that the GPU keeps up."""
+def times_of_host(peer, device, group):
+    """Microseconds for the host to start a site and wait for it, and for the driver's part; one token, so that the GPU keeps up."""
     x = torch.zeros(1, HIDDEN, device=device, dtype=torch.bfloat16)
     weight = torch.ones(HIDDEN, device=device, dtype=torch.bfloat16)
-    site = None, weight, None, None, 1e-5, 1.0, 0.0, False
+
+    def pair():
+        token = direct.start(x, None, weight, None, None, 1e-5, 1.0, 0.0, False, group, "peer", 0, SLOT, 0, True, True)
+        direct.wait(token, x, None, weight, None, None, None, group, "peer", SLOT, True, True, True)
+
+    pair()
+    kernel, ctas = peer._call(SLOT, x.dtype, x.shape).launcher(False, 0, 0)
+    given = peer._call(SLOT, x.dtype, x.shape).arguments.address
+    current, side, calls, (fork, done) = peer._current(), peer._side, peer._host, peer._events[SLOT]
+
+    def driver():
+        kernel.start(ctas, given, current, side, fork, done)
+        calls.wait(current, done)
+
+    return time_of_host(pair, device), time_of_host(driver, device)
+
+
+def time_of_host(run, device, calls=100):
+    """Microseconds of the host for a call, on the slowest rank."""
     taken = []
     for sample in range(-3, 30):
         torch.cuda.synchronize()
         dist.all_reduce(torch.zeros(1, device=device))
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        for _ in range(pairs):
-            token = ops.start(x, *site, group, "peer", 0, SLOT, 0, True, True)
-            ops.wait(token, x, *site[:4], None, group, "peer", SLOT, True, True, True)
+        for _ in range(calls):
+            run()
         if sample >= 0:
-            taken.append((time.perf_counter() - begin) / pairs * 1e6)
+            taken.append((time.perf_counter() - begin) / calls * 1e6)
     slowest = torch.tensor(statistics.median(taken), device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return slowest.item()

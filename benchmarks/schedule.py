@@ -19,7 +19,7 @@ import torch.distributed as dist
 import variants
 from variants import llama
 
-from tw_compile.ops import symmetric, transport
+from tw_compile.ops import gemms, transport
 from tw_compile.rehearsal import Section, _Stage
 
 
@@ -64,7 +64,7 @@ class WithoutComm(_Stage):
             self._compute(phase, norm, 0, tokens, 0)
 
     def run(self, pieces, ctas, told):
-        symmetric.TOLD_CTAS = ctas if told else 0
+        gemms.MAX_CTAS = ctas if told else 0
         self._run(pieces, sum(pieces), ctas)
 
 
@@ -80,9 +80,9 @@ def measure(stage, model, tokens, ctas, samples, device):
     for run in ways.values():
         run()
     torch.cuda.synchronize()
-    told_ctas = symmetric.TOLD_CTAS
+    max_ctas = gemms.MAX_CTAS
     times = common.median_times({way: common.recorded(run, device) for way, run in ways.items()}, device, samples, calls=2)
-    symmetric.TOLD_CTAS = told_ctas
+    gemms.MAX_CTAS = max_ctas
     bound = times.pop("no-comm")
     fused = times[(tokens,), 0, False]
     llama.say(f"{tokens} tokens: fused {fused * 1e3:.3f} ms, no-comm {fused / bound:.3f} ×")

@@ -139,7 +139,7 @@ def measure(device, ways=WAYS, all_ctas=(2, 4, 8, 16, 32, 64)) -> list[dict]:
         for ctas in all_ctas:
 
             def run():
-                kernel.launch(ctas, torch.cuda.current_stream().cuda_stream, ctypes.addressof(arguments))
+                kernel.launch(ctas, ctypes.addressof(arguments), torch.cuda.current_stream().cuda_stream)
 
             # Reads from each peer, and each peer's reads from here; writes likewise.
             us = replay_time(run, 7, device)

@@ -40,7 +40,7 @@ def fresh():
     torch.manual_seed(0)
     report._reports.clear()
     backend._say_once.cache_clear()
-    ops.transport._chosen.clear()
+    ops.transport.chosen.clear()
 
 
 @pytest.fixture(scope="session")

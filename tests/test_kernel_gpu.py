@@ -119,7 +119,7 @@ class Ranks:
 
     def workspaces(self, dtype, hidden, rows, slot=2, center=False):
         """Make sure of workspaces and kernels, so that nothing is allocated or loaded while a kernel waits for another."""
-        self.each(lambda s, rank: s._call(slot, dtype, torch.Size((rows, hidden))).kernel(center))
+        self.each(lambda s, rank: s._call(slot, dtype, torch.Size((rows, hidden))).workspace.kernels(center))
 
     def poison(self):
         """NaN over everything but the epochs."""

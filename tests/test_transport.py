@@ -33,7 +33,7 @@ def choose(requested, missing=(), wrong=()):
     """(name, why not a better one) on this rank; or the error."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transport, "Symmetric", type("Stand", (Stand,), {"missing": missing, "wrong": wrong}))
-        patch.setattr(transport, "_chosen", {})
+        patch.setattr(transport, "chosen", {})
         # CPU ranks agree only here: on real ones there is nothing to agree on.
         patch.setattr(transport, "candidates", lambda *a, c=transport.candidates: transport._agree(a[1], *c(*a)))
         try:

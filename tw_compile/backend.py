@@ -12,8 +12,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-from . import ops, passes, planning, rehearsal
-from .ops import transport
+from . import passes, planning, rehearsal
+from .ops import lowering, transport
 from .options import Options, parse
 from .report import Report, record
 
@@ -37,7 +37,7 @@ def tokenweave(gm, inputs, *, mode=None, options=None):
         _say_once("a graph needs gradients: tokenweave leaves it to Inductor. For inference, run under torch.no_grad()")
         return compile_fx(gm, inputs, config_patches=config)
 
-    ops.keep_out_of_reuse()
+    lowering.register()
     _fix_module_floats(gm)
     theirs = config.get("post_grad_custom_pre_pass") or torch._inductor.config.post_grad_custom_pre_pass or ()
     theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)

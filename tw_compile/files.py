@@ -3,7 +3,10 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
 
 
 def path(name: str, key: object, suffix: str) -> Path:
@@ -13,8 +16,18 @@ def path(name: str, key: object, suffix: str) -> Path:
     return directory / f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.{suffix}"
 
 
-def write(path: Path, content: bytes) -> None:
-    """Keep it, if that is possible: a directory that cannot be written only costs the time to make the content again."""
+def kept(path: Path, make: Callable[[], bytes]) -> Path:
+    """The file there, made if it is not; a file somewhere else where that directory cannot be written."""
+    if not os.access(path, os.R_OK):
+        content = make()
+        if not write(path, content):
+            path = Path(tempfile.mkdtemp(prefix="tw_compile-")) / path.name
+            write(path, content)
+    return path
+
+
+def write(path: Path, content: bytes) -> bool:
+    """Whether it could be written. Where it cannot, all that is lost is the time to make the content again."""
     try:
         # Many ranks may do this at once: each writes a file of its own, and the rename is atomic.
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,4 +35,5 @@ def write(path: Path, content: bytes) -> None:
             file.write(content)
         os.replace(file.name, path)
     except OSError:
-        pass
+        return False
+    return True

@@ -7,7 +7,7 @@
 
 Memory
     The implementations over symmetric memory keep a workspace for each *slot* (0 and 1 for the woven halves, 2 for what
-    is not split). Inductor never owns it: see ``keep_out_of_reuse``. Three flags say how far a graph lends itself to it:
+    is not split). Inductor never owns it: see ``lowering``. Three flags say how far a graph lends itself to it:
 
     borrow  the norm is returned where the kernel wrote it, in the workspace. The graph has finished with it before the
             slot's next ``linear``, ``start`` or ``fused``.
@@ -25,7 +25,7 @@ Ordering
 import torch
 from torch import Tensor
 
-from . import transport
+from . import direct
 from .reference import empty_results
 
 SLOT_WHOLE = 2
@@ -52,37 +52,10 @@ wait = torch.ops.tokenweave.wait.default
 fused = torch.ops.tokenweave.fused.default
 
 
-def _implementation(requested: str, group: str, tensor: Tensor):
-    return transport.choose(requested, group, tensor.device)[0]
-
-
-def _linear(a, b, bias, group, transport, slot):
-    return _implementation(transport, group, a).linear(a, b, bias, slot)
-
-
-def _start(x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, wide, shard):
-    _implementation(transport, group, x).start(
-        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard
-    )
-    return x.new_empty(0)
-
-
-def _wait(token, x, residual, weight, bias, shift, after, group, transport, slot, wide, shard, borrow):
-    return _implementation(transport, group, x).wait(slot, borrow)
-
-
-def _fused(
-    x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, wide, shard, borrow
-):
-    return _implementation(transport, group, x).fused(
-        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard, borrow
-    )
-
-
-# Plain functions under Library.impl: 3 µs a call, where the custom_op decorator takes 35.
-for _name, _function in (("linear", _linear), ("start", _start), ("wait", _wait), ("fused", _fused)):
+# Plain functions under Library.impl: 4 µs a call, where the custom_op decorator takes 35.
+for _op in (linear, start, wait, fused):
     for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _function, _key)
+        _lib.impl(_op, getattr(direct, _op._opname), _key)
 
 
 @torch.library.register_fake("tokenweave::linear", lib=_lib)
@@ -103,29 +76,3 @@ def _(token, x, *site):
 @torch.library.register_fake("tokenweave::fused", lib=_lib)
 def _(x, *site):
     return empty_results(x, wide=site[-3])
-
-
-def keep_out_of_reuse() -> None:
-    """Tell Inductor, once, that results in a workspace are not its own to reuse, write in place or free.
-
-    It owns the outputs of an op it does not know: it would hand their memory to a later buffer of the same size.
-    """
-    from torch._inductor import lowering
-    from torch._inductor.virtualized import V
-
-    def register(op, lent):
-        call = lowering.fallback_handler(op)
-
-        def lower(*args):
-            outputs = call(*args)
-            for output, is_lent in zip(outputs if isinstance(outputs, (tuple, list)) else (outputs,), lent(args)):
-                if is_lent:
-                    V.graph.never_reuse_buffers.add(output.get_name())
-            return outputs
-
-        lowering.register_lowering(op, type_promotion_kind=None)(lower)
-
-    if linear not in lowering.lowerings:
-        register(linear, lambda args: (True,))
-        register(wait, lambda args: (args[-1], args[-2]))  # borrow: the norm, shard: the residual
-        register(fused, lambda args: (args[-1], args[-2]))

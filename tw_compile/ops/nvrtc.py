@@ -1,16 +1,14 @@
 """Compiles the CUDA kernels at run time, for this GPU and these sizes, and loads them.
 
-NVRTC and the driver come from cuda-python, which torch's CUDA builds bring along: no toolkit, no compiler, no header is
-needed. Compiled kernels are kept on disk (``files``), to be shared by all processes.
+NVRTC and the driver come from cuda-python, which torch's CUDA builds bring along: no toolkit and no header is needed.
 Importing this module needs neither a GPU nor cuda-python.
 """
 
 import functools
-from pathlib import Path
 
 from .. import files
-
-SOURCES = Path(__file__).parent.parent / "csrc"
+from ..files import SOURCES
+from . import host
 
 # Shared memory that a kernel may use without asking for more.
 _DEFAULT_SHARED_BYTES = 48 * 1024
@@ -90,13 +88,7 @@ def cubin(name: str, arch: str, macros: dict[str, object]) -> bytes:
     """The compiled ``csrc/<name>.cu``, from the cache if it is there."""
     command = options(arch, macros)
     path = files.path(name, _ingredients(name, command), "cubin")
-    try:
-        return path.read_bytes()
-    except OSError:
-        pass
-    compiled, _ = compile_kernel(name, command)
-    files.write(path, compiled)
-    return compiled
+    return files.kept(path, lambda: compile_kernel(name, command)[0]).read_bytes()
 
 
 def _ingredients(name: str, command: list[str]) -> tuple:
@@ -110,26 +102,19 @@ class Kernel:
 
     threads:      of a CTA
     shared_bytes: dynamic shared memory of a CTA
+
+    launch(ctas, arguments, stream) enqueues it, and start(ctas, arguments, current, side, fork, done) does on a stream beside
+    the current one: see csrc/host.c. arguments: address of the array of pointers to the kernel's arguments
     """
 
     def __init__(self, image: bytes, name: str, threads: int, shared_bytes: int):
         """Load into the current CUDA context, which is torch's."""
         driver, _ = _bindings()
         self._module = check(driver.cuModuleLoadData(image))
-        self._function = check(driver.cuModuleGetFunction(self._module, name.encode()))
+        function = check(driver.cuModuleGetFunction(self._module, name.encode()))
         if shared_bytes > _DEFAULT_SHARED_BYTES:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
-        self._launch = driver.cuLaunchKernel
-        self._threads, self._shared_bytes = threads, shared_bytes
-
-    def launch(self, ctas: int, stream: int, arguments: int) -> None:
-        """Enqueue the kernel on a stream.
-
-        arguments: address of the array of pointers to the kernel's arguments
-        """
-        status = self._launch(
-            self._function, ctas, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, arguments, 0
-        )[0]
-        if status != 0:
-            check((status,))
+            check(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+        self.launch, self.start = (
+            functools.partial(call, int(function), threads, shared_bytes) for call in (host.calls().launch, host.calls().start)
+        )

@@ -10,8 +10,10 @@ two_shot. Which it is: ``kernel_of``. Which rank owns which row: ``own_rows``.
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import struct
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..planning import ctas_beside_gemms
-from . import agree, nvrtc
+from . import agree, gemms, host, nvrtc
 from .reference import empty_results
 
 # Rows of the smallest workspace; for so many or more each row is reduced by one rank only.
@@ -124,6 +126,9 @@ class Arguments:
     """The argument of a launch (csrc/site.cuh, Site), packed once but for what changes from call to call.
 
     All pointers are addresses; ``workspaces`` and ``pads`` in rank order.
+
+    set(rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, takes_carried, whole_residual, eps, scale,
+    offset, shift_is_float, shift) packs what changes.
     """
 
     _CALL = struct.Struct("<I6Q4I3fIQ")
@@ -133,7 +138,8 @@ class Arguments:
         turned = [(rank + i) % world for i in range(world)]
         fixed = struct.Struct(f"<{2 * world + 6}QI")
         self._buffer = ctypes.create_string_buffer(self.size(world))
-        self._at, self._timeout_at = fixed.size, 8 * (2 * world + 3)
+        self.set = functools.partial(self._CALL.pack_into, self._buffer, fixed.size)
+        self._timeout_at = 8 * (2 * world + 3)
         fixed.pack_into(
             self._buffer,
             0,
@@ -158,15 +164,6 @@ class Arguments:
     def size(cls, world: int) -> int:
         return struct.calcsize(f"<{2 * world + 6}QI") + cls._CALL.size
 
-    def set(
-        self, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, carried, whole, eps, scale, offset,
-        shift_is_float, shift,
-    ) -> None:  # fmt: skip
-        self._CALL.pack_into(
-            self._buffer, self._at, rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float,
-            carried, whole, eps, scale, offset, shift_is_float, shift,
-        )  # fmt: skip
-
 
 class _ErrorRecord:
     """Where a kernel that gives up waiting says so: pinned host memory, readable when the CUDA context is lost."""
@@ -174,12 +171,12 @@ class _ErrorRecord:
     def __init__(self):
         self._memory = torch.zeros(_ERROR_WORDS, dtype=torch.int32, pin_memory=True)
         self.address = self._memory.data_ptr()
-        self._words = (ctypes.c_uint32 * _ERROR_WORDS).from_address(self.address)
+        self.words = (ctypes.c_uint32 * _ERROR_WORDS).from_address(self.address)  # the first is 0 as long as all is well
 
     def raise_if_set(self, timeout_s: float, cause: BaseException | None = None) -> None:
-        if self._words[0] != _ERROR_MAGIC:
+        if self.words[0] != _ERROR_MAGIC:
             return
-        _, rank, site, peer, phase, rows, rows_of_peer = self._words
+        _, rank, site, peer, phase, rows, rows_of_peer = self.words
         if phase == _OTHER_ROWS:
             raise RuntimeError(
                 f"rank {rank} runs {rows} tokens, but rank {peer} another number of tokens, {rows_of_peer}, at the all-reduce of "
@@ -252,14 +249,9 @@ class _Workspace:
             whole_residual_at,
             staging_at,
         )
-        self._names = {owner.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
-        self._load = functools.partial(owner.kernel, dtype=dtype, hidden=hidden)
-        self._kernels = {}  # center -> name -> Kernel
-
-    def kernel(self, name: str, center: bool) -> nvrtc.Kernel:
-        if center not in self._kernels:  # all of them: a CUDA graph of another number of rows may be captured next
-            self._kernels[center] = {each: self._load(each, center=center) for each in self._names}
-        return self._kernels[center][name]
+        names = {owner.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
+        # center -> name -> Kernel. All names at once: a CUDA graph of another number of rows may be captured next.
+        self.kernels = functools.cache(lambda center: {name: owner.kernel(name, dtype, hidden, center) for name in names})
 
 
 class _Call:
@@ -267,25 +259,23 @@ class _Call:
 
     def __init__(self, owner: "Symmetric", workspace: _Workspace, shape: torch.Size, rows: int):
         self.shape, self.rows, self.workspace, self.arguments = shape, rows, workspace, workspace.arguments
+        self.dtype = workspace.activations.dtype
         self.activations_at, self.carried_at = workspace.activations.data_ptr(), workspace.carried.data_ptr()
         # One memory, several tensors: the result of an op may not share the storage of what it takes (torch warns of it
         # in 2.11, and from 2.12 on refuses it), and a site's input and norm, and its residuals before and after, are in
         # one place each.
         tensors = [_with_own_storage(t)[:rows].view(shape) for t in (workspace.activations, workspace.carried) for _ in range(2)]
-        self.partials, self.norm, self._carried, self._other_carried = tensors
+        self.partials, self.norm, *carried = tensors
+        # The carried residual, as another tensor than the last time, which may be what the site has taken.
+        self.carried = itertools.cycle(carried).__next__
+        self.token = self.partials.new_empty(0)
         self.whole_residual = workspace.whole_residual[:rows].view(shape)
         self._kernel = owner.kernel_of(rows)
         self.one_shot = self._kernel != "two_shot"
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
-
-    def carried(self) -> Tensor:
-        """The carried residual, as another tensor than the last time, which may be what the site has taken."""
-        self._carried, self._other_carried = self._other_carried, self._carried
-        return self._carried
-
-    def kernel(self, center: bool) -> nvrtc.Kernel:
-        return self.workspace.kernel(self._kernel, center)
+        # (center, ctas, otherwise) -> (Kernel, number of CTAs): see grid
+        self.launcher = functools.cache(lambda center, *ctas: (workspace.kernels(center)[self._kernel], self.grid(*ctas)))
 
     def grid(self, ctas: int, otherwise: int) -> int:
         """The number of CTAs, the same on all ranks. ctas: the caller's wish, 0 for none."""
@@ -319,9 +309,12 @@ class Symmetric:
         self._calls = {}  # (slot, dtype, shape) -> _Call
         self._kernels = {}  # (name, dtype, hidden, center) -> Kernel
         self._pending = {}  # slot -> what wait() needs of start()
+        self._gemms_before = None  # what they were told when nothing was pending
         self._ctas_beside_gemms = ctas_beside_gemms(self.world)
-        self._driver, _ = nvrtc._bindings()
-        self._side = torch.cuda.Stream(self.device, priority=-1)  # ahead of the GEMMs when an SM becomes free
+        self._stream = torch.cuda.Stream(self.device, priority=-1)  # ahead of the GEMMs when an SM becomes free
+        self._side = self._stream.cuda_stream
+        self._current = functools.partial(torch._C._cuda_getCurrentRawStream, self.device.index)
+        self._host = host.calls()
         self._events = {}  # slot -> (fork, done)
 
     @staticmethod
@@ -332,7 +325,7 @@ class Symmetric:
         world = _resolve_process_group(group_name).size()
         if not 2 <= world <= 8:
             return f"it joins 2 to 8 ranks, and the group has {world}"
-        if reason := nvrtc.missing():
+        if reason := nvrtc.missing() or host.missing():
             return reason
         index = torch.cuda.current_device() if device.index is None else device.index
         needed, capability = ((9, 0) if multicast else (8, 0)), torch.cuda.get_device_capability(index)
@@ -379,8 +372,8 @@ class Symmetric:
         site: int,
         wide: bool,
         shard: bool,
-    ) -> None:
-        """Begin a site on the side stream; wait() gives its results.
+    ) -> Tensor:
+        """Begin a site on the side stream; wait() gives its results. Returns an empty tensor, to hand to wait's op.
 
         x:        [..., H] this rank's partial sums
         residual: [..., H], dtype and shape of x, or None; read in own_rows only by two_shot.
@@ -395,25 +388,21 @@ class Symmetric:
         shard:    the new residual need only be good for the slot's next site
         """
         try:
-            self._raise_if_lost()
-            if slot in self._pending:
-                self._abandon(slot)
-            if x.numel() == 0:
-                self._pending[slot] = None, x, wide, None
-                return
-            call = self._call(slot, x.dtype, x.shape)
-            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+            call = self._begin(slot, x)
+            if call is None:
+                self._pending[slot] = None, wide, x
+                return x.new_empty(0)
             held = self._prepare(
                 call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, call.activations_at,
                 call.whole_residual,
             )  # fmt: skip
-            driver, side = self._driver, self._side.cuda_stream
-            fork, done = self._events.get(slot) or self._make_events(slot)
-            self._check(driver.cuEventRecord(fork, stream))
-            self._check(driver.cuStreamWaitEvent(side, fork, 0))
-            call.kernel(center).launch(call.grid(ctas, self._ctas_beside_gemms), side, call.arguments.address)
-            self._check(driver.cuEventRecord(done, side))
-            self._pending[slot] = call, x, shard, held
+            kernel, grid = call.launcher(center, ctas, self._ctas_beside_gemms)
+            events = self._events.get(slot) or self._make_events(slot)
+            kernel.start(grid, call.arguments.address, self._current(), self._side, *events)
+            if not self._pending:
+                self._gemms_before = gemms.leave_out(grid)
+            self._pending[slot] = call, shard, held
+            return call.token
         except RuntimeError as error:
             self._raise_if_lost(error)
             raise
@@ -427,11 +416,10 @@ class Symmetric:
         if slot not in self._pending:
             raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
         try:
-            call, x, shard, _ = self._pending.pop(slot)
+            call, shard, held = self._pop(slot)
             if call is None:
-                return empty_results(x, shard)
-            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-            self._check(self._driver.cuStreamWaitEvent(stream, self._events[slot][1], 0))
+                return empty_results(held, shard)
+            self._host.wait(self._current(), self._events[slot][1])
             norm = call.norm if borrow else call.norm.clone()
             return norm, call.carried() if shard else call.whole_residual.clone()
         except RuntimeError as error:
@@ -458,12 +446,9 @@ class Symmetric:
     ) -> tuple[Tensor, Tensor]:
         """start() and wait() in one, on the current stream."""
         try:
-            self._raise_if_lost()
-            if slot in self._pending:
-                self._abandon(slot)
-            if x.numel() == 0:
+            call = self._begin(slot, x)
+            if call is None:
                 return empty_results(x, wide)
-            call = self._call(slot, x.dtype, x.shape)
             norm, whole_residual = call.norm, call.whole_residual
             if call.one_shot:  # it writes for this rank only, and can do so anywhere
                 norm = norm if borrow else _like(x)
@@ -472,8 +457,8 @@ class Symmetric:
                 call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, norm.data_ptr(),
                 whole_residual,
             )  # fmt: skip
-            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-            call.kernel(center).launch(call.grid(ctas, CTAS_ALONE), stream, call.arguments.address)
+            kernel, grid = call.launcher(center, ctas, CTAS_ALONE)
+            kernel.launch(grid, call.arguments.address, self._current())
             del held  # what reuses its memory runs later on this stream
             if not call.one_shot:
                 norm = norm if borrow else norm.clone()
@@ -520,6 +505,14 @@ class Symmetric:
             self._kernels[key] = nvrtc.Kernel(image, name, layout.threads, layout.shared[name != "two_shot"])
         return self._kernels[key]
 
+    def _begin(self, slot: int, x: Tensor) -> _Call | None:
+        """What start() and fused() begin with: the call, None if there are no tokens."""
+        if self._error.words[0]:
+            self._raise_if_lost()
+        if slot in self._pending:
+            self._abandon(slot)
+        return self._calls.get((slot, x.dtype, x.shape)) or (self._call(slot, x.dtype, x.shape) if x.numel() else None)
+
     def _call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> _Call:
         key = slot, dtype, shape
         call = self._calls.get(key)
@@ -558,58 +551,54 @@ class Symmetric:
         """
         if wide is not shard:
             raise RuntimeError("over symmetric memory a residual is wide where it is sharded, and nowhere else")
-        carried = residual is not None and residual.data_ptr() == call.carried_at
-        if residual is not None and not carried and (residual.dtype is not x.dtype or residual.shape != x.shape):
-            raise RuntimeError(f"residual is {residual.dtype} {[*residual.shape]}, but x {x.dtype} {[*x.shape]}")
-        for name, vector in (("weight", weight), ("shift", shift)):
-            if vector is not None and vector.dtype is not x.dtype and vector.dtype is not torch.float32:
-                raise RuntimeError(f"{name} is {vector.dtype}; beside {x.dtype} it must be that, or float32")
         if shift is not None and not center:
             raise RuntimeError("only a LayerNorm has a shift")
-        if bias is not None and bias.dtype is not x.dtype:
-            raise RuntimeError(f"bias is {bias.dtype}; beside {x.dtype} it must be the same")
+        x_at = residual_at = weight_at = bias_at = shift_at = 0
+        weight_is_float = shift_is_float = carried = False
         if call.one_shot:
-            x = _readable(x)
+            x, x_at = _readable(x)
         elif x.data_ptr() != call.activations_at or not x.is_contiguous():
-            call.partials.copy_(x)
-        residual, weight, bias, shift = map(_readable, (residual, weight, bias, shift))
+            call.partials.copy_(x)  # two_shot reads it there
+        if residual is not None:
+            residual_at = residual.data_ptr()
+            carried = residual_at == call.carried_at
+            if not carried:
+                if residual.dtype is not call.dtype or residual.shape != call.shape:
+                    raise RuntimeError(f"residual is {residual.dtype} {[*residual.shape]}, but x {x.dtype} {[*x.shape]}")
+                residual, residual_at = _readable(residual)
+        if weight is not None:
+            weight_is_float = weight.dtype is not call.dtype and _is_float("weight", weight, x)
+            weight, weight_at = _readable(weight)
+        if bias is not None:
+            if bias.dtype is not call.dtype:
+                raise RuntimeError(f"bias is {bias.dtype}; beside {x.dtype} it must be the same")
+            bias, bias_at = _readable(bias)
+        if shift is not None:
+            shift_is_float = shift.dtype is not call.dtype and _is_float("shift", shift, x)
+            shift, shift_at = _readable(shift)
         call.arguments.set(
-            call.rows,
-            x.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            norm_out,
-            call.carried_at if shard else whole_residual.data_ptr(),
-            site,
-            weight is not None and weight.dtype is torch.float32,
-            carried,
-            not shard,
-            eps,
-            scale,
-            offset,
-            shift is not None and shift.dtype is torch.float32,
-            0 if shift is None else shift.data_ptr(),
-        )
+            call.rows, x_at, residual_at, bias_at, weight_at, norm_out, call.carried_at if shard else whole_residual.data_ptr(),
+            site, weight_is_float, carried, not shard, eps, scale, offset, shift_is_float, shift_at,
+        )  # fmt: skip
         return x, residual, weight, bias, shift
 
-    def _make_events(self, slot: int) -> tuple:
-        flags = self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-        self._events[slot] = tuple(nvrtc.check(self._driver.cuEventCreate(flags)) for _ in range(2))
+    def _pop(self, slot: int) -> tuple:
+        pending = self._pending.pop(slot)
+        if not self._pending:
+            gemms.as_before(self._gemms_before)
+            self._gemms_before = None
+        return pending
+
+    def _make_events(self, slot: int) -> tuple[int, int]:
+        self._events[slot] = self._host.event(), self._host.event()
         return self._events[slot]
 
     def _abandon(self, slot: int) -> None:
         """Forget a start() without wait(): its run failed in between. Its kernel may not have ended."""
-        call, *_ = self._pending.pop(slot)
+        call, *_ = self._pop(slot)
         if call is not None and not torch.cuda.is_current_stream_capturing():
-            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-            # Fails if that run was a capture; then no kernel runs either.
-            self._driver.cuStreamWaitEvent(stream, self._events[slot][1], 0)
-
-    @staticmethod
-    def _check(answer: tuple) -> None:
-        if answer[0] != 0:
-            nvrtc.check(answer)
+            with contextlib.suppress(RuntimeError):  # if that run was a capture; then no kernel runs either
+                self._host.wait(self._current(), self._events[slot][1])
 
 
 def _with_own_storage(t: Tensor) -> Tensor:
@@ -622,11 +611,20 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _readable(t: Tensor | None) -> Tensor | None:
-    """t as the kernels can read it: contiguous, and 16-byte aligned."""
-    if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
+def _readable(t: Tensor) -> tuple[Tensor, int]:
+    """t as the kernels can read it, contiguous and 16-byte aligned, and its address."""
+    address = t.data_ptr()
+    if address % 16 or not t.is_contiguous():
+        t = t.clone(memory_format=torch.contiguous_format)
+        address = t.data_ptr()
+    return t, address
+
+
+def _is_float(name: str, vector: Tensor, x: Tensor) -> bool:
+    """True; raises RuntimeError for a vector that is not float32 where it is not of x's dtype."""
+    if vector.dtype is not torch.float32:
+        raise RuntimeError(f"{name} is {vector.dtype}; beside {x.dtype} it must be that, or float32")
+    return True
 
 
 def _not_neighbours(group_name: str, index: int) -> str | None:

@@ -18,7 +18,7 @@ log = logging.getLogger("tw_compile")
 _SYMMETRIC = {"multimem": True, "peer": False}  # name -> does it use multicast
 _ORDER = ("multimem", "peer", "process_group")
 _SELF_TEST_SLOT = 3
-_chosen = {}  # (group name, device, requested transport) -> implementation
+chosen = {}  # (group name, device, requested transport) -> implementation
 
 
 def unavailable(transport: str, group_name: str, device: torch.device) -> str | None:
@@ -46,7 +46,7 @@ def choose(
     Raises TokenWeaveError on every rank where a requested transport is missing on any of them.
     """
     key = group_name, device, requested
-    if key not in _chosen:
+    if key not in chosen:
         usable, reasons = candidates(requested, group_name, device)
         if device.type == "cuda":
             usable, reasons = _agree(group_name, usable, reasons)
@@ -60,10 +60,10 @@ def choose(
             raise TokenWeaveError(f"option 'tokenweave.transport' is {requested!r}, which is not possible here: {why_not}")
         if device.type == "cuda" and why_not:
             log.warning("transport of group %s is %s; %s", group_name, implementation.name, why_not)
-        _chosen[key] = implementation, why_not
-    if timeout_s is not None and _chosen[key][0].name in _SYMMETRIC:
-        _chosen[key][0].set_timeout(timeout_s)
-    return _chosen[key]
+        chosen[key] = implementation, why_not
+    if timeout_s is not None and chosen[key][0].name in _SYMMETRIC:
+        chosen[key][0].set_timeout(timeout_s)
+    return chosen[key]
 
 
 def another(requested: str, group_name: str, device: torch.device) -> "ProcessGroup | Symmetric":

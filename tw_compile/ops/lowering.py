@@ -1,0 +1,48 @@
+"""How Inductor lowers the ops: what its code calls in their place, and that their results are not its own."""
+
+import torch.utils._pytree as pytree
+from torch._inductor import ir, lowering
+from torch._inductor.virtualized import V
+
+from . import fused, linear, start, wait
+
+
+class _Direct(ir.FallbackKernel):
+    """A call of an op; of the function in ``direct``, where the code is Python, as it is by default.
+
+    The import is a line of that code, which Inductor caches.
+    """
+
+    def codegen(self, wrapper):
+        if not (V.graph.cpp_wrapper or V.graph.fx_wrapper):
+            wrapper.add_import_once("from tw_compile.ops import direct as tokenweave")
+            self.python_kernel_name = f"tokenweave.{self.op_overload._opname}"
+        super().codegen(wrapper)
+
+
+def register() -> None:
+    """Make these the lowerings of the ops, once.
+
+    Results in a workspace are not Inductor's to reuse, write in place or free. It owns the outputs of an op that it does not
+    know: it would hand their memory to a later buffer of the same size.
+    """
+    if linear in lowering.lowerings:
+        return
+    _register(linear, lambda args: (True,))
+    _register(start, lambda args: (True,))  # a token for all calls
+    _register(wait, lambda args: (args[-1], args[-2]))  # borrow: the norm, shard: the residual
+    _register(fused, lambda args: (args[-1], args[-2]))
+
+
+def _register(op, lent):
+    """lent: the arguments of a call -> which of its results are in a workspace"""
+
+    def lower(*args):
+        outputs = pytree.tree_map_only(ir.IRNode, ir.TensorBox.create, _Direct.create(op, *args))
+        for output, is_lent in zip(outputs if isinstance(outputs, (tuple, list)) else (outputs,), lent(args)):
+            if is_lent:
+                V.graph.never_reuse_buffers.add(output.get_name())
+        return outputs
+
+    lowering.fallbacks.add(op)
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)
