@@ -29,8 +29,14 @@ SHARED = 227 * 1024  # of a CTA on sm_90 and sm_100
 HIDDEN = (8, 64, 4096, 5120, 8192, 16384, 32768)
 
 
-def macros(dtype, hidden, world, transport, center, rank=0):
-    return symmetric.macros(dtype, hidden, world, rank, transport, center, Layout.of(hidden, dtype.itemsize, world, transport, SHARED))
+def macros(dtype, hidden, world, transport, center, rank=0, layouts=Layout):
+    layout = layouts.of(hidden, dtype.itemsize, world, transport, SHARED)
+    return symmetric.macros(dtype, hidden, world, rank, transport, center, layout)
+
+
+def of_groups(groups):
+    """Layouts of at most so many groups in a CTA."""
+    return type(f"Of{groups}Groups", (Layout,), {"MAX_GROUPS": groups})
 
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"no NVRTC: {nvrtc.missing()}")
@@ -158,7 +164,7 @@ def test_layout_covers_every_row_within_shared_memory(dtype):
         layout = Layout.of(hidden, dtype.itemsize, world, "peer", limit)
         vectors = hidden * dtype.itemsize // 16
         assert vectors <= layout.threads * layout.unroll * layout.chunks
-        assert layout.threads % 32 == 0 and layout.threads <= 512
+        assert layout.threads % 32 == 0 and layout.threads <= 512 and layout.threads * layout.groups <= 1024
         assert layout.depth >= 1 and layout.shared[1] <= layout.shared[0] <= limit
 
 
@@ -206,7 +212,7 @@ struct Cta {
   uint3 index, grid;
   u32 threads;
   Barrier all;
-  std::vector<Barrier> warps;
+  std::vector<Barrier> named, warps;
   std::vector<float> exchange;
   std::vector<float4> shared;
 };
@@ -216,6 +222,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   Cta* cta;
+  u32 number;  // of the thread in the CTA
   uint3 thread;
   const void* site;
   void (*kernel)(const void*);
@@ -253,7 +260,7 @@ inline void __trap() {
 }
 inline float __shfl_xor_sync(u32, float value, int mask) {
   cpu::Cta& cta = *cpu::self->cta;
-  const u32 me = threadIdx.x;
+  const u32 me = cpu::self->number;
   cta.exchange[me] = value;
   cpu::meet(cta.warps[me / 32], 32);
   const float other = cta.exchange[me ^ mask];
@@ -262,6 +269,9 @@ inline float __shfl_xor_sync(u32, float value, int mask) {
 }
 
 namespace ptx {
+template <int kThreads>
+void sync_some(u32 barrier) { cpu::meet(cpu::self->cta->named[barrier], kThreads); }
+inline u32 uniform(u32 value) { return value; }
 inline uint4 load(const void* p) { uint4 v; memcpy(&v, p, 16); return v; }
 inline void store(void* p, uint4 v) { memcpy(p, &v, 16); }
 inline uint4 load_sys(const void* p) { cpu::pause(); return load(p); }
@@ -365,7 +375,8 @@ struct Recorder : tw::TW_TRANSPORT<Element, kWorld, kRank> {
 template <int kRank = 0>
 static void two_shot(const void* p) {
   const Site& site = *(const Site*)p;
-  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_NORM, Layout, kWorld, kRank, TW_DEPTH>(site);
+  using Group = tw::Group<TW_THREADS, TW_GROUPS>;
+  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_NORM, Layout, Group, kWorld, kRank, TW_DEPTH>(site);
   if constexpr (kRank + 1 < kWorld) two_shot<kRank + 1>(p);
 }
 template <int kRank = 0>
@@ -375,6 +386,7 @@ static void one_shot(const void* p) {
   if constexpr (kRank + 1 < kWorld) one_shot<kRank + 1>(p);
 }
 static void (*const kernels[])(const void*) = {two_shot<>, one_shot<>};
+static const u32 groups[] = {TW_GROUPS, 1};
 
 // One call of one rank: what a stream does before, the launch, what it does after.
 struct Copy { char *to; const char *from; u64 bytes; };
@@ -398,22 +410,23 @@ struct Stream {
     const Step& step = steps[next];
     if (step.before.bytes) memcpy(step.before.to, step.before.from, step.before.bytes);
     ctas.assign(step.grid, {});
-    fibers.resize(step.grid * TW_THREADS);
+    const u32 threads = TW_THREADS * groups[step.kernel];
+    fibers.resize(step.grid * threads);
     for (u32 b = 0; b < step.grid; ++b) {
       cpu::Cta& cta = ctas[b];
-      cta.index = {b, 0, 0}, cta.grid = {u32(step.grid), 1, 1}, cta.threads = TW_THREADS;
-      cta.warps.resize(TW_THREADS / 32), cta.exchange.resize(TW_THREADS), cta.shared.resize(TW_SHARED_BYTES / 16);
-      for (u32 t = 0; t < TW_THREADS; ++t) {
-        cpu::Fiber& fiber = fibers[b * TW_THREADS + t];
+      cta.index = {b, 0, 0}, cta.grid = {u32(step.grid), 1, 1}, cta.threads = threads, cta.named.resize(16);
+      cta.warps.resize(threads / 32), cta.exchange.resize(threads), cta.shared.resize(TW_SHARED_BYTES / 16);
+      for (u32 t = 0; t < threads; ++t) {
+        cpu::Fiber& fiber = fibers[b * threads + t];
         fiber.stack.resize(48 * 1024);
-        fiber.cta = &cta, fiber.thread = {t, 0, 0}, fiber.site = step.site, fiber.done = false;
+        fiber.cta = &cta, fiber.number = t, fiber.thread = {t % TW_THREADS, t / TW_THREADS, 0}, fiber.site = step.site, fiber.done = false;
         fiber.kernel = kernels[step.kernel];
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, body, 0);
-        live.push_back(b * TW_THREADS + t);
+        live.push_back(b * threads + t);
       }
     }
   }
@@ -488,11 +501,11 @@ class Machine:
     CTAS = 32
     MULTICAST = 1 << 60
 
-    def __init__(self, directory: Path, dtype, hidden, world, transport, center=False):
+    def __init__(self, directory: Path, dtype, hidden, world, transport, center=False, layouts=Layout):
         self.dtype, self.hidden, self.world, self.transport, self.center = dtype, hidden, world, transport, center
-        defines = [f"-D{name}={value}" for name, value in macros(dtype, hidden, world, transport, center).items()]
+        defines = [f"-D{name}={value}" for name, value in macros(dtype, hidden, world, transport, center, layouts=layouts).items()]
         # a name of its own, as the loader takes one file for another of the same name
-        self.library = directory / f"{dtype}-{hidden}-{world}-{transport}-{center}".replace("torch.", "")
+        self.library = directory / f"{dtype}-{hidden}-{world}-{transport}-{center}-{layouts.__name__}".replace("torch.", "")
         if not self.library.exists():
             for path in nvrtc.SOURCES.glob("*.cuh"):
                 shutil.copy(path, directory)
@@ -702,7 +715,7 @@ def test_a_layer_norm_of_a_large_mean(machine, kernel):
 
 
 @needs_gxx
-@pytest.mark.parametrize("hidden, dtype", [(8, torch.float16), (72, torch.bfloat16), (520, torch.float32), (5120, torch.bfloat16), (9216, torch.bfloat16), (4104, torch.float32)], ids=str)
+@pytest.mark.parametrize("hidden, dtype", [(8, torch.float16), (72, torch.bfloat16), (520, torch.float32), (5120, torch.bfloat16), (8192, torch.bfloat16), (9216, torch.bfloat16), (4104, torch.float32)], ids=str)
 def test_layouts(machine, hidden, dtype):
     """Rows that do not fill the last vectors, one chunk or several."""
     kernels = machine(dtype, hidden, 2, "peer")
@@ -750,15 +763,15 @@ def test_a_residual_is_carried_unrounded(machine, dtype, rows, kernel):
 @settings(max_examples=12, deadline=None, database=None, derandomize=True)
 @given(
     rows=st.tuples(st.integers(0, 49), st.integers(1, 50)).map(lambda r: slice(r[0], min(sum(r), 50))),
-    kernel=st.sampled_from(KERNELS), ctas=st.integers(1, 4), seed=st.integers(0, 1000),
+    kernel=st.sampled_from(KERNELS), ctas=st.integers(1, 4), groups=st.integers(1, 4), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_bits_of_a_row_depend_on_its_data_alone(machine, center, rows, kernel, ctas, seed):
-    """Not on the batch, the kernel, the number of CTAs, the rank, or who is late."""
+def test_bits_of_a_row_depend_on_its_data_alone(machine, center, rows, kernel, ctas, groups, seed):
+    """Not on the batch, the kernel, the number of CTAs and of their groups, the rank, or who is late."""
     kernels = machine(torch.bfloat16, 520, 3, "peer", center)
     call = example(torch.bfloat16, 520, 3, 50, shift="same" if center else None, center=center)
     (((norm, residual), *_),) = kernels.run([call])
     part = {**call, "partials": [p[rows].contiguous() for p in call["partials"]], "residual": call["residual"][rows].contiguous()}
-    (results,) = kernels.run([part], seed, kernel, ctas)
+    (results,) = machine(torch.bfloat16, 520, 3, "peer", center, of_groups(groups)).run([part], seed, kernel, ctas)
     for of_rank in results:
         assert torch.equal(of_rank[0], norm[rows]) and torch.equal(of_rank[1], residual[rows])
 

@@ -132,6 +132,16 @@ __device__ __forceinline__ u64 global_timer() {
   return t;
 }
 
+// ---- Barriers of a part of the CTA: kThreads threads, whole warps, that name the same one of 16.
+
+template <int kThreads>
+__device__ __forceinline__ void sync_some(u32 barrier) {
+  asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(kThreads) : "memory");
+}
+
+// A value that is the same in the whole warp, told to the compiler, which then spends one register on it for all threads.
+__device__ __forceinline__ u32 uniform(u32 value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // ---- Conversions: two 16-bit floats in a word, the first in the low half; to nearest even
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {

@@ -8,7 +8,7 @@
 // the comparison is of the difference, so wrapping is harmless. A CTA counts the same on all ranks because the grid and
 // the number of barriers are functions of (rows, H, W, ctas) alone.
 //
-// Order. One barrier is: __syncthreads; thread p stores the epoch into rank p's pad with release at system scope, then
+// Order. One barrier is: __syncthreads, of all groups; thread p stores the epoch into rank p's pad with release at system scope, then
 // reads its own pad with acquire at system scope until p's flag has arrived; __syncthreads.
 //   * Everything a thread of the CTA did before, reads and writes, happens before the first __syncthreads, hence before
 //     the release (which is cumulative), hence before whatever a peer's CTA does after its acquire.
@@ -60,7 +60,7 @@ class Barrier {
   __device__ void arrive_and_wait(u32 phase) {
     ++epoch_;
     __syncthreads();
-    if (threadIdx.x < kWorld) {
+    if (threadIdx.y == 0 && threadIdx.x < kWorld) {
       const u32 peer = (site_.rank + threadIdx.x) % kWorld;
       const u32 row = blockIdx.x * kWorld;
       ptx::store_release_sys(site_.pad[threadIdx.x] + row + site_.rank, flag());
@@ -71,7 +71,7 @@ class Barrier {
 
   // Remember the count for the next kernel. After the last barrier.
   __device__ void close() const {
-    if (threadIdx.x == 0) ptx::store_word(site_.epochs + blockIdx.x, epoch_);
+    if (threadIdx.y == 0 && threadIdx.x == 0) ptx::store_word(site_.epochs + blockIdx.x, epoch_);
   }
 
  private:

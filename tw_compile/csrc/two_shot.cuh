@@ -13,8 +13,8 @@
 
 namespace tw {
 
-// Walks over the chunks of a CTA's rows.
-template <class Layout>
+// Walks over the chunks of a group's rows.
+template <class Layout, class Group>
 struct Cursor {
   u32 row;
   int chunk = 0;
@@ -23,7 +23,7 @@ struct Cursor {
   __device__ __forceinline__ void advance() {
     if (last_chunk()) {
       chunk = 0;
-      row += gridDim.x;
+      row += gridDim.x * Group::kGroups;
     } else {
       ++chunk;
     }
@@ -32,15 +32,15 @@ struct Cursor {
 
 // kDepth: chunks that a thread has in flight. A chunk's places are filled anew as soon as it is summed, so that the wire stays
 // busy through the norm and the stores.
-template <template <class, int, int> class TransportOf, class Norm, class Layout, int kWorld, int kRank, int kDepth>
+template <template <class, int, int> class TransportOf, class Norm, class Layout, class Group, int kWorld, int kRank, int kDepth>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld, kRank>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
-  using AllRows = Rows<Norm, Layout, Transport, kWorld>;
-  AllRows rows(site, transport);
-
-  static_assert(AllRows::shared_bytes(kDepth) == TW_SHARED_BYTES, "the host gives another amount of shared memory");
+  using AllRows = Rows<Norm, Layout, Transport, Group, kWorld>;
+  constexpr int kSharedBytes = AllRows::shared_bytes(kDepth);
+  static_assert(kSharedBytes * Group::kGroups == TW_SHARED_BYTES, "the host gives another amount of shared memory");
+  AllRows rows(site, transport, Group::shared_memory(kSharedBytes));
 
   const u32 per_rank = (site.rows + kWorld - 1) / kWorld;  // the last ranks may have fewer rows, or none
   const u32 begin = site.rank * per_rank;
@@ -48,7 +48,9 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
 
   using InFlight = Chunk<Layout, Transport, SharedPlaces<Layout::kThreads>>;
   typename InFlight::Pending pending[kDepth];
-  Cursor<Layout> next{begin + blockIdx.x}, now = next;
+  // The first groups of all CTAs have the first rows, so that few rows are spread over all SMs.
+  using Walk = Cursor<Layout, Group>;
+  Walk next{begin + Group::index() * gridDim.x + blockIdx.x}, now = next;
   const auto fetch = [&](int i) {
     if (next.row < end) {
       InFlight(rows.places(i), pending[i]).load(transport, next.row * Layout::kRowBytes, next.chunk);
@@ -69,18 +71,19 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   barrier.arrive_and_wait(0);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) fetch(i);
-  fetch_local();
+  if (AllRows::kLoadsAhead) fetch_local();
   rows.keep_weight();
   while (now.row < end) {
 #pragma unroll(Transport::kPlaces == 0 ? kDepth : 1)  // registers cannot be indexed
     for (int i = 0; i < kDepth; ++i) {
       if (now.row >= end) break;
+      if (!AllRows::kLoadsAhead) fetch_local();
       ptx::copies_arrived<kDepth - 1>();
       rows.add(InFlight(rows.places(i), pending[i]), local, now.chunk);
       fetch(i);
-      const Cursor<Layout> done = now;
+      const Walk done = now;
       now.advance();
-      fetch_local();
+      if (AllRows::kLoadsAhead) fetch_local();
       const u64 at = done.row * Layout::kRowBytes;
       rows.each(done.chunk, [&](u64 offset, const float (&r)[Layout::kVector]) {
         if (site.whole_residual) {

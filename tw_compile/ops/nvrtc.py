@@ -123,11 +123,11 @@ def _fingerprint(name: str, command: list[str]) -> str:
 class Kernel:
     """A loaded kernel that takes one structure.
 
-    threads:      of a CTA
+    block:        threads of a CTA, in x and y
     shared_bytes: dynamic shared memory of a CTA
     """
 
-    def __init__(self, image: bytes, name: str, threads: int, shared_bytes: int):
+    def __init__(self, image: bytes, name: str, block: tuple[int, int], shared_bytes: int):
         """Load into the current CUDA context, which is torch's."""
         driver, _ = _bindings()
         self._module = check(driver.cuModuleLoadData(image))
@@ -136,7 +136,7 @@ class Kernel:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
         self._launch = driver.cuLaunchKernel
-        self._threads, self._shared_bytes = threads, shared_bytes
+        self._block, self._shared_bytes = block, shared_bytes
 
     def launch(self, ctas: int, stream: int, arguments: int) -> None:
         """Enqueue the kernel on a stream.
@@ -144,7 +144,7 @@ class Kernel:
         arguments: address of the array of pointers to the kernel's arguments
         """
         status = self._launch(
-            self._function, ctas, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, arguments, 0
+            self._function, ctas, 1, 1, *self._block, 1, self._shared_bytes, stream, arguments, 0
         )[0]
         if status != 0:
             check((status,))

@@ -60,23 +60,28 @@ def kernel_of(rows: int, world: int) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the threads of a CTA share a row (csrc/row.cuh): the same for all kernels, as the order of summation hangs on it.
+    """How the threads of a group share a row (csrc/row.cuh), and what of it is in flight.
 
-    threads: of a CTA
+    Threads, unroll and chunks are the same for all kernels, as the order of summation hangs on them.
+
+    threads: of a group
     unroll:  16-byte vectors of a thread in a chunk
     chunks:  in a row
-    depth:   chunks that a two-shot thread has in flight; has no influence on the bits
+    groups:  of a two-shot CTA, which work on a row each; a one-shot CTA is one
+    depth:   chunks that a two-shot thread has in flight
     shared:  bytes of dynamic shared memory that two_shot needs, and that one_shot needs
     """
 
     threads: int
     unroll: int
     chunks: int
+    groups: int
     depth: int
     shared: tuple[int, int]
 
     SHAPES = (512, 2), (512, 1), (256, 1), (128, 1)  # most threads, unroll; the first that shared memory has room for
-    MAX_DEPTH = 3  # more is no faster over peer memory, and the sums of multimem come to registers
+    MAX_THREADS, MAX_GROUPS = 1024, 2  # of a CTA over peer memory; the sums of multimem come to registers
+    MAX_DEPTH = 3  # more is no faster
     ROOMY = 164 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
 
     @classmethod
@@ -90,12 +95,14 @@ class Layout:
             threads = -(-vectors // (chunks * unroll * 32)) * 32
             kept = threads * unroll * chunks * 16 * (4 // itemsize) if chunks > 1 else 0
             fixed, chunk = 2 * 32 * 4 + kept, threads * unroll * landing * 16
+            roomy = min(shared_limit, max(cls.ROOMY, fixed + chunk))
+            groups = max(1, min(cls.MAX_GROUPS, cls.MAX_THREADS // threads, roomy // (fixed + chunk))) if landing else 1
             depth = cls.MAX_DEPTH
             if landing:
-                roomy = min(shared_limit, max(cls.ROOMY, fixed + chunk))
-                depth = min(depth, (roomy - fixed) // chunk)
+                depth = min(depth, (roomy // groups - fixed) // chunk)
             if depth > 0:
-                return cls(threads, unroll, chunks, depth, (fixed + depth * chunk, fixed + (chunk if landing > 4 else 0)))
+                shared = groups * (fixed + depth * chunk), fixed + (chunk if landing > 4 else 0)
+                return cls(threads, unroll, chunks, groups, depth, shared)
         raise RuntimeError(
             f"a row of {hidden} does not fit into the {shared_limit} bytes of shared memory that a thread block of this GPU can "
             "have: use transport 'process_group'"
@@ -114,6 +121,7 @@ def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: st
         "TW_THREADS": layout.threads,
         "TW_UNROLL": layout.unroll,
         "TW_CHUNKS": layout.chunks,
+        "TW_GROUPS": layout.groups,
         "TW_DEPTH": layout.depth,
         "TW_SHARED_BYTES": layout.shared[0],
         "TW_SITE_BYTES": Arguments.size(world),
@@ -517,7 +525,9 @@ class Symmetric:
             layout = Layout.of(hidden, dtype.itemsize, self.world, self.name, limit)
             arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
             image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.rank, self.name, center, layout))
-            self._kernels[key] = nvrtc.Kernel(image, name, layout.threads, layout.shared[name != "two_shot"])
+            two_shot = name == "two_shot"
+            block = layout.threads, layout.groups if two_shot else 1
+            self._kernels[key] = nvrtc.Kernel(image, name, block, layout.shared[not two_shot])
         return self._kernels[key]
 
     def _call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> _Call:
