@@ -305,12 +305,15 @@ class Rows {
         if (!Layout::holds(v)) continue;
         float r[Layout::kVector];
         kept_.get(chunk, u, r);
+        float fetched[Layout::kVector];
         if (!kKeepsWeight) {
-          if (site_.weight != nullptr) raw_weight_[u].load(site_.weight, site_.weight_is_float != 0, v, ptx::load_constant);
-          to_floats(raw_weight_[u], weight_[u]);
+          Vector<Layout> raw;
+          if (site_.weight != nullptr) raw.load(site_.weight, site_.weight_is_float != 0, v, ptx::load_constant);
+          to_floats(raw, fetched);
         }
+        const float(&weight)[Layout::kVector] = kKeepsWeight ? weight_[u] : fetched;
 #pragma unroll
-        for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(__fmul_rn(r[i], factor), weight_[u][i]);
+        for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(__fmul_rn(r[i], factor), weight[i]);
         if constexpr (Norm::kCenters) add_shift(v, r);
         store(Layout::offset(chunk, u), Element::pack(r));
       }
