@@ -34,9 +34,9 @@ def macros(dtype, hidden, world, transport, center, rank=0, layouts=Layout):
     return symmetric.macros(dtype, hidden, world, rank, transport, center, layout)
 
 
-def of_groups(groups):
-    """Layouts of at most so many groups in a CTA."""
-    return type(f"Of{groups}Groups", (Layout,), {"MAX_GROUPS": groups})
+def layouts(groups, bulk):
+    """Of at most so many groups in a CTA, and with bulk copies or without."""
+    return type(f"Layout{groups}{bulk}", (Layout,), {"MAX_GROUPS": groups, "BULK": bulk})
 
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"no NVRTC: {nvrtc.missing()}")
@@ -218,6 +218,7 @@ struct Cta {
 };
 struct Copy { u32 to; const void* from; };
 using Group = std::vector<Copy>;
+struct BulkCopy { void* to; u32 from, bytes; std::vector<char> read; };
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
@@ -227,6 +228,8 @@ struct Fiber {
   const void* site;
   void (*kernel)(const void*);
   std::vector<Group> groups;  // of copies that are still out, the open one last
+  std::vector<std::vector<BulkCopy>> bulk_groups;  // closed ones
+  std::vector<BulkCopy> bulk_copies;
   u32 stalled = 0;
   bool done;
 };
@@ -295,6 +298,23 @@ void copies_arrived() {
   for (; groups.size() > kStillOut + 1; groups.erase(groups.begin()))
     for (const cpu::Copy& copy : groups.front()) { cpu::pause(); memcpy(at_address(copy.to), copy.from, 16); }
 }
+inline void store_shared(u32 shared, uint4 v) { store(at_address(shared), v); }
+inline void bulk_copy(void* p, u32 shared, u32 bytes) { cpu::self->bulk_copies.push_back({p, shared, bytes}); }
+inline void close_bulk_copies() { cpu::self->bulk_groups.push_back(std::move(cpu::self->bulk_copies)); cpu::self->bulk_copies.clear(); }
+template <int kStillOut>
+void bulk_copies_read() {
+  auto& groups = cpu::self->bulk_groups;
+  for (u64 i = 0; i + kStillOut < groups.size(); ++i)
+    for (cpu::BulkCopy& copy : groups[i])
+      if (copy.read.empty()) { cpu::pause(); copy.read.assign(at_address(copy.from), at_address(copy.from) + copy.bytes); }
+}
+inline void bulk_copies_arrived() {
+  bulk_copies_read<0>();
+  for (auto& group : cpu::self->bulk_groups)
+    for (cpu::BulkCopy& copy : group) { cpu::pause(); memcpy(copy.to, copy.read.data(), copy.bytes); }
+  cpu::self->bulk_groups.clear();
+}
+inline void fence_async() {}
 inline void prefetch(const void* p) { load(p); }  // must be there to be read
 inline void fence_alias() {}
 inline u32 load_acquire_sys(const u32* p) { cpu::yield(); return *(const volatile u32*)p; }
@@ -370,13 +390,17 @@ struct Recorder : tw::TW_TRANSPORT<Element, kWorld, kRank> {
     accesses.push_back({Base::site.rank, 1, at});
     Base::store(at, vector);
   }
+  void send(u64 at, u32 shared, u32 bytes) const {
+    for (u32 i = 0; i < bytes; i += 16) accesses.push_back({Base::site.rank, 1, at + i});
+    Base::send(at, shared, bytes);
+  }
 };
 
 template <int kRank = 0>
 static void two_shot(const void* p) {
   const Site& site = *(const Site*)p;
   using Group = tw::Group<TW_THREADS, TW_GROUPS>;
-  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_NORM, Layout, Group, kWorld, kRank, TW_DEPTH>(site);
+  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_DELIVERY, tw::TW_NORM, Layout, Group, kWorld, kRank, TW_DEPTH>(site);
   if constexpr (kRank + 1 < kWorld) two_shot<kRank + 1>(p);
 }
 template <int kRank = 0>
@@ -763,15 +787,15 @@ def test_a_residual_is_carried_unrounded(machine, dtype, rows, kernel):
 @settings(max_examples=12, deadline=None, database=None, derandomize=True)
 @given(
     rows=st.tuples(st.integers(0, 49), st.integers(1, 50)).map(lambda r: slice(r[0], min(sum(r), 50))),
-    kernel=st.sampled_from(KERNELS), ctas=st.integers(1, 4), groups=st.integers(1, 4), seed=st.integers(0, 1000),
+    kernel=st.sampled_from(KERNELS), ctas=st.integers(1, 4), groups=st.integers(1, 3), bulk=st.booleans(), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_bits_of_a_row_depend_on_its_data_alone(machine, center, rows, kernel, ctas, groups, seed):
-    """Not on the batch, the kernel, the number of CTAs and of their groups, the rank, or who is late."""
+def test_bits_of_a_row_depend_on_its_data_alone(machine, center, rows, kernel, ctas, groups, bulk, seed):
+    """Not on the batch, the kernel, the number of CTAs and of their groups, the delivery, the rank, or who is late."""
     kernels = machine(torch.bfloat16, 520, 3, "peer", center)
     call = example(torch.bfloat16, 520, 3, 50, shift="same" if center else None, center=center)
     (((norm, residual), *_),) = kernels.run([call])
     part = {**call, "partials": [p[rows].contiguous() for p in call["partials"]], "residual": call["residual"][rows].contiguous()}
-    (results,) = machine(torch.bfloat16, 520, 3, "peer", center, of_groups(groups)).run([part], seed, kernel, ctas)
+    (results,) = machine(torch.bfloat16, 520, 3, "peer", center, layouts(groups, bulk)).run([part], seed, kernel, ctas)
     for of_rank in results:
         assert torch.equal(of_rank[0], norm[rows]) and torch.equal(of_rank[1], residual[rows])
 

@@ -5,9 +5,10 @@
 //   2. for each own row: fetch it from all ranks, add the residual, norm, store the norm to all ranks, in place
 //   3. exit barrier: the rows of all ranks have arrived, and nobody reads ours any more
 //
-// In place is safe because only its owner reads a row, and of that only the thread which later overwrites it, after the
-// data has come.
+// In place is safe because only its owner reads a row, and overwrites it after the data has come: that of one thread, where
+// each stores the norm of what it has read, or of the whole group, which has met by the time that a bulk copy begins.
 #pragma once
+#include "delivery.cuh"
 #include "row.cuh"
 #include "sync.cuh"
 
@@ -32,15 +33,18 @@ struct Cursor {
 
 // kDepth: chunks that a thread has in flight. A chunk's places are filled anew as soon as it is summed, so that the wire stays
 // busy through the norm and the stores.
-template <template <class, int, int> class TransportOf, class Norm, class Layout, class Group, int kWorld, int kRank, int kDepth>
+template <template <class, int, int> class TransportOf, template <class, class, class> class DeliveryOf, class Norm, class Layout,
+          class Group, int kWorld, int kRank, int kDepth>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld, kRank>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
   using AllRows = Rows<Norm, Layout, Transport, Group, kWorld>;
-  constexpr int kSharedBytes = AllRows::shared_bytes(kDepth);
+  using Delivery = DeliveryOf<Layout, Group, Transport>;
+  constexpr int kOfRows = AllRows::shared_bytes(kDepth), kSharedBytes = kOfRows + Delivery::kSharedBytes;
   static_assert(kSharedBytes * Group::kGroups == TW_SHARED_BYTES, "the host gives another amount of shared memory");
   AllRows rows(site, transport, Group::shared_memory(kSharedBytes));
+  Delivery delivery(transport, Group::shared_memory(kSharedBytes) + kOfRows);
 
   const u32 per_rank = (site.rows + kWorld - 1) / kWorld;  // the last ranks may have fewer rows, or none
   const u32 begin = site.rank * per_rank;
@@ -92,9 +96,14 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
           store_carried<Layout>(site.residual_out + (done.row - begin) * Layout::kFloatRowBytes + offset, r);
         }
       });
-      if (done.last_chunk()) rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
+      if (done.last_chunk()) {
+        delivery.make_room();
+        rows.normalise([&](u64 offset, uint4 norm) { delivery.put(at, offset, norm); });
+        delivery.send(at);
+      }
     }
   }
+  delivery.finish();
   barrier.arrive_and_wait(1);
   barrier.close();
 }

@@ -69,6 +69,7 @@ class Layout:
     chunks:  in a row
     groups:  of a two-shot CTA, which work on a row each; a one-shot CTA is one
     depth:   chunks that a two-shot thread has in flight
+    bulk:    whether two_shot delivers its norms by bulk copies
     shared:  bytes of dynamic shared memory that two_shot needs, and that one_shot needs
     """
 
@@ -77,11 +78,14 @@ class Layout:
     chunks: int
     groups: int
     depth: int
+    bulk: bool
     shared: tuple[int, int]
 
     SHAPES = (512, 2), (512, 1), (256, 1), (128, 1)  # most threads, unroll; the first that shared memory has room for
     MAX_THREADS, MAX_GROUPS = 1024, 2  # of a CTA over peer memory; the sums of multimem come to registers
     MAX_DEPTH = 3  # more is no faster
+    BULK = True
+    WITH_BULK = 227 * 1024  # bytes of shared memory that GPUs with bulk copies have
     ROOMY = 164 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
 
     @classmethod
@@ -95,14 +99,18 @@ class Layout:
             threads = -(-vectors // (chunks * unroll * 32)) * 32
             kept = threads * unroll * chunks * 16 * (4 // itemsize) if chunks > 1 else 0
             fixed, chunk = 2 * 32 * 4 + kept, threads * unroll * landing * 16
-            roomy = min(shared_limit, max(cls.ROOMY, fixed + chunk))
-            groups = max(1, min(cls.MAX_GROUPS, cls.MAX_THREADS // threads, roomy // (fixed + chunk))) if landing else 1
+            bulk = cls.BULK and landing > 0 and chunks == 1 and shared_limit >= cls.WITH_BULK
+            leaving = 2 * hidden * itemsize if bulk else 0
+            roomy = min(shared_limit, max(cls.ROOMY, fixed + leaving + chunk))
+            groups = 1
+            if landing and chunks == 1:
+                groups = max(1, min(cls.MAX_GROUPS, cls.MAX_THREADS // threads, roomy // (fixed + leaving + chunk)))
             depth = cls.MAX_DEPTH
             if landing:
-                depth = min(depth, (roomy // groups - fixed) // chunk)
+                depth = min(depth, (roomy // groups - fixed - leaving) // chunk)
             if depth > 0:
-                shared = groups * (fixed + depth * chunk), fixed + (chunk if landing > 4 else 0)
-                return cls(threads, unroll, chunks, groups, depth, shared)
+                shared = groups * (fixed + leaving + depth * chunk), fixed + (chunk if landing > 4 else 0)
+                return cls(threads, unroll, chunks, groups, depth, bulk, shared)
         raise RuntimeError(
             f"a row of {hidden} does not fit into the {shared_limit} bytes of shared memory that a thread block of this GPU can "
             "have: use transport 'process_group'"
@@ -122,6 +130,7 @@ def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: st
         "TW_UNROLL": layout.unroll,
         "TW_CHUNKS": layout.chunks,
         "TW_GROUPS": layout.groups,
+        "TW_DELIVERY": "BulkCopies" if layout.bulk else "Stores",
         "TW_DEPTH": layout.depth,
         "TW_SHARED_BYTES": layout.shared[0],
         "TW_SITE_BYTES": Arguments.size(world),
