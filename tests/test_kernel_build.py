@@ -164,7 +164,7 @@ def test_layout_covers_every_row_within_shared_memory(dtype):
         layout = Layout.of(hidden, dtype.itemsize, world, "peer", limit)
         vectors = hidden * dtype.itemsize // 16
         assert vectors <= layout.threads * layout.unroll * layout.chunks
-        assert layout.threads % 32 == 0 and layout.threads <= 512 and layout.threads * layout.groups <= 1024
+        assert layout.threads % 32 == 0 and layout.threads <= 512 and layout.block[0] * layout.groups <= 1024
         assert layout.depth >= 1 and layout.shared[1] <= layout.shared[0] <= limit
 
 
@@ -274,6 +274,11 @@ inline float __shfl_xor_sync(u32, float value, int mask) {
 namespace ptx {
 template <int kThreads>
 void sync_some(u32 barrier) { cpu::meet(cpu::self->cta->named[barrier], kThreads); }
+template <int kThreads>
+void arrive_some(u32 barrier) {
+  cpu::Barrier& named = cpu::self->cta->named[barrier];
+  if (++named.arrived == kThreads) named.arrived = 0, ++named.generation;
+}
 inline u32 uniform(u32 value) { return value; }
 inline uint4 load(const void* p) { uint4 v; memcpy(&v, p, 16); return v; }
 inline void store(void* p, uint4 v) { memcpy(p, &v, 16); }
@@ -399,8 +404,8 @@ struct Recorder : tw::TW_TRANSPORT<Element, kWorld, kRank> {
 template <int kRank = 0>
 static void two_shot(const void* p) {
   const Site& site = *(const Site*)p;
-  using Group = tw::Group<TW_THREADS, TW_GROUPS>;
-  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_DELIVERY, tw::TW_NORM, Layout, Group, kWorld, kRank, TW_DEPTH>(site);
+  using Group = tw::Group<TW_THREADS, TW_GROUPS, TW_BULK>;
+  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_NORM, Layout, Group, kWorld, kRank, TW_DEPTH>(site);
   if constexpr (kRank + 1 < kWorld) two_shot<kRank + 1>(p);
 }
 template <int kRank = 0>
@@ -410,7 +415,7 @@ static void one_shot(const void* p) {
   if constexpr (kRank + 1 < kWorld) one_shot<kRank + 1>(p);
 }
 static void (*const kernels[])(const void*) = {two_shot<>, one_shot<>};
-static const u32 groups[] = {TW_GROUPS, 1};
+static const uint3 blocks[] = {{TW_THREADS + 32 * TW_BULK, TW_GROUPS, 1}, {TW_THREADS, 1, 1}};
 
 // One call of one rank: what a stream does before, the launch, what it does after.
 struct Copy { char *to; const char *from; u64 bytes; };
@@ -434,7 +439,8 @@ struct Stream {
     const Step& step = steps[next];
     if (step.before.bytes) memcpy(step.before.to, step.before.from, step.before.bytes);
     ctas.assign(step.grid, {});
-    const u32 threads = TW_THREADS * groups[step.kernel];
+    const uint3 block = blocks[step.kernel];
+    const u32 threads = block.x * block.y;
     fibers.resize(step.grid * threads);
     for (u32 b = 0; b < step.grid; ++b) {
       cpu::Cta& cta = ctas[b];
@@ -443,7 +449,7 @@ struct Stream {
       for (u32 t = 0; t < threads; ++t) {
         cpu::Fiber& fiber = fibers[b * threads + t];
         fiber.stack.resize(48 * 1024);
-        fiber.cta = &cta, fiber.number = t, fiber.thread = {t % TW_THREADS, t / TW_THREADS, 0}, fiber.site = step.site, fiber.done = false;
+        fiber.cta = &cta, fiber.number = t, fiber.thread = {t % block.x, t / block.x, 0}, fiber.site = step.site, fiber.done = false;
         fiber.kernel = kernels[step.kernel];
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();

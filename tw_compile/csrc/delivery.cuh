@@ -1,64 +1,67 @@
-// How a group's norms leave for all ranks: by stores, as each thread has them, or row by row out of shared memory, as bulk
-// copies. A bulk copy costs no instructions and no registers, and does not go through the SM's path for loads and stores.
-//
-//   make_room   before the group's last barrier ahead of a row's put
-//   put         a vector of the row
-//   send        the row is put: it may leave. at: its offset in the workspaces
-//   finish      all rows have arrived everywhere, as far as this thread has sent them
+// How a group's norms leave for all ranks: by stores, as each thread has them; or row by row out of shared memory, as bulk
+// copies, which cost no registers, hardly any instructions, and do not go through the SM's path for loads and stores.
 #pragma once
 #include "group.cuh"
 
 namespace tw {
 
+//   put    a vector of the row at offset `at` of the workspaces
+//   close  this thread has put all that it has of the row
+template <class Layout, class Group, class Transport, bool kBulk = Group::kHasSender>
+class Delivery;
+
 template <class Layout, class Group, class Transport>
-class Stores {
+class Delivery<Layout, Group, Transport, false> {
  public:
   static constexpr int kSharedBytes = 0;
 
-  __device__ __forceinline__ Stores(const Transport& transport, char*) : transport_(transport) {}
-  __device__ __forceinline__ void make_room() {}
+  __device__ __forceinline__ Delivery(const Transport& transport, char*) : transport_(transport) {}
   __device__ __forceinline__ void put(u64 at, u64 offset, uint4 vector) { transport_.store(at + offset, vector); }
-  __device__ __forceinline__ void send(u64) {}
-  __device__ __forceinline__ void finish() {}
+  __device__ __forceinline__ void close() {}
 
  private:
   const Transport& transport_;
 };
 
-// A row is put into one of two places while the other one leaves. The first thread sends, and waits for what it has sent.
+// A row is put into one of kPlaces places while those before it leave. The sender lets the group through the first barrier of
+// a row's norm when the place is free. It is a warp of its own since waiting for bulk copies is waiting for a thread's cp.async
+// too: the hardware counts both in one.
 template <class Layout, class Group, class Transport>
-class BulkCopies {
+class Delivery<Layout, Group, Transport, true> {
  public:
-  static constexpr int kRowBytes = static_cast<int>(Layout::kRowBytes), kSharedBytes = 2 * kRowBytes;
+  static constexpr int kPlaces = 2, kRowBytes = static_cast<int>(Layout::kRowBytes), kSharedBytes = kPlaces * kRowBytes;
 
   // shared: kSharedBytes of the group
-  __device__ __forceinline__ BulkCopies(const Transport& transport, char* shared)
+  __device__ __forceinline__ Delivery(const Transport& transport, char* shared)
       : transport_(transport), shared_(ptx::shared_address(shared)) {}
-  __device__ __forceinline__ void make_room() {
-    if (threadIdx.x == 0) ptx::bulk_copies_read<1>();  // the row before the last has left
-  }
   __device__ __forceinline__ void put(u64, u64 offset, uint4 vector) {
     ptx::store_shared(place() + static_cast<u32>(offset), vector);
   }
-  __device__ __forceinline__ void send(u64 at) {
-    ptx::fence_async();  // what this thread has put, before copies of it
-    Group::sync();
-    if (threadIdx.x == 0) {
-      transport_.send(at, place(), kRowBytes);
-      ptx::close_bulk_copies();
-    }
-    second_ ^= 1;
-  }
-  __device__ __forceinline__ void finish() {
-    if (threadIdx.x == 0) ptx::bulk_copies_arrived();
+  __device__ __forceinline__ void close() {
+    ptx::fence_async();  // before bulk copies of what this thread has put
+    Group::tell_sender();
+    turn();
   }
 
+  // Of the sender: a row at offset `at`. barriers: those of the group in a row's norm
+  __device__ __forceinline__ void send(u64 at, int barriers) {
+    ptx::bulk_copies_read<kPlaces - 1>();
+    for (int i = 0; i < barriers; ++i) Group::sync();
+    Group::wait_until_told();
+    if (threadIdx.x % 32 == 0) transport_.send(at, place(), kRowBytes);
+    ptx::close_bulk_copies();
+    turn();
+  }
+  // Of the sender: all rows have arrived everywhere.
+  __device__ __forceinline__ void finish() { ptx::bulk_copies_arrived(); }
+
  private:
-  __device__ __forceinline__ u32 place() const { return shared_ + second_ * kRowBytes; }
+  __device__ __forceinline__ u32 place() const { return shared_ + turn_ * kRowBytes; }
+  __device__ __forceinline__ void turn() { turn_ = turn_ == kPlaces - 1 ? 0 : turn_ + 1; }
 
   const Transport& transport_;
   const u32 shared_;  // address in shared memory
-  u32 second_ = 0;
+  u32 turn_ = 0;
 };
 
 }  // namespace tw

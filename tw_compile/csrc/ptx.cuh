@@ -164,6 +164,12 @@ __device__ __forceinline__ void sync_some(u32 barrier) {
   asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(kThreads) : "memory");
 }
 
+// Counts as having come, and does not wait.
+template <int kThreads>
+__device__ __forceinline__ void arrive_some(u32 barrier) {
+  asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "n"(kThreads) : "memory");
+}
+
 // A value that is the same in the whole warp, told to the compiler, which then spends one register on it for all threads.
 __device__ __forceinline__ u32 uniform(u32 value) { return __shfl_sync(0xffffffffu, value, 0); }
 

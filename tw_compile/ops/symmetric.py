@@ -86,7 +86,12 @@ class Layout:
     MAX_DEPTH = 3  # more is no faster
     BULK = True
     WITH_BULK = 227 * 1024  # bytes of shared memory that GPUs with bulk copies have
-    ROOMY = 164 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
+    ROOMY = 195 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Threads of a two-shot CTA, in x and y: a group is a row of them, with the warp that sends its norms at the end."""
+        return self.threads + 32 * self.bulk, self.groups
 
     @classmethod
     def of(cls, hidden: int, itemsize: int, world: int, transport: str, shared_limit: int) -> "Layout":
@@ -104,7 +109,8 @@ class Layout:
             roomy = min(shared_limit, max(cls.ROOMY, fixed + leaving + chunk))
             groups = 1
             if landing and chunks == 1:
-                groups = max(1, min(cls.MAX_GROUPS, cls.MAX_THREADS // threads, roomy // (fixed + leaving + chunk)))
+                fitting = cls.MAX_THREADS // (threads + 32 * bulk), roomy // (fixed + leaving + chunk)
+                groups = max(1, min(cls.MAX_GROUPS, *fitting))
             depth = cls.MAX_DEPTH
             if landing:
                 depth = min(depth, (roomy // groups - fixed - leaving) // chunk)
@@ -130,7 +136,7 @@ def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: st
         "TW_UNROLL": layout.unroll,
         "TW_CHUNKS": layout.chunks,
         "TW_GROUPS": layout.groups,
-        "TW_DELIVERY": "BulkCopies" if layout.bulk else "Stores",
+        "TW_BULK": int(layout.bulk),
         "TW_DEPTH": layout.depth,
         "TW_SHARED_BYTES": layout.shared[0],
         "TW_SITE_BYTES": Arguments.size(world),
@@ -535,7 +541,7 @@ class Symmetric:
             arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
             image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.rank, self.name, center, layout))
             two_shot = name == "two_shot"
-            block = layout.threads, layout.groups if two_shot else 1
+            block = layout.block if two_shot else (layout.threads, 1)
             self._kernels[key] = nvrtc.Kernel(image, name, block, layout.shared[not two_shot])
         return self._kernels[key]
 
