@@ -7,29 +7,14 @@ namespace tw {
 
 //   put    a vector of the row at offset `at` of the workspaces
 //   close  this thread has put all that it has of the row
-template <class Layout, class Group, class Transport, bool kBulk = Group::kHasSender>
-class Delivery;
-
-template <class Layout, class Group, class Transport>
-class Delivery<Layout, Group, Transport, false> {
- public:
-  static constexpr int kSharedBytes = 0;
-
-  __device__ __forceinline__ Delivery(const Transport& transport, char*) : transport_(transport) {}
-  __device__ __forceinline__ void put(u64 at, u64 offset, uint4 vector) { transport_.store(at + offset, vector); }
-  __device__ __forceinline__ void close() {}
-
- private:
-  const Transport& transport_;
-};
-
+//
 // A row is put into one of kPlaces places while those before it leave. The sender lets the group through the first barrier of
 // a row's norm when the place is free. It is a warp of its own since waiting for bulk copies is waiting for a thread's cp.async
 // too: the hardware counts both in one.
-template <class Layout, class Group, class Transport>
-class Delivery<Layout, Group, Transport, true> {
+template <class Layout, class Group, class Transport, int kPlaces>
+class Delivery {
  public:
-  static constexpr int kPlaces = 2, kRowBytes = static_cast<int>(Layout::kRowBytes), kSharedBytes = kPlaces * kRowBytes;
+  static constexpr int kRowBytes = static_cast<int>(Layout::kRowBytes), kSharedBytes = kPlaces * kRowBytes;
 
   // shared: kSharedBytes of the group
   __device__ __forceinline__ Delivery(const Transport& transport, char* shared)
@@ -62,6 +47,20 @@ class Delivery<Layout, Group, Transport, true> {
   const Transport& transport_;
   const u32 shared_;  // address in shared memory
   u32 turn_ = 0;
+};
+
+// By stores.
+template <class Layout, class Group, class Transport>
+class Delivery<Layout, Group, Transport, 0> {
+ public:
+  static constexpr int kSharedBytes = 0;
+
+  __device__ __forceinline__ Delivery(const Transport& transport, char*) : transport_(transport) {}
+  __device__ __forceinline__ void put(u64 at, u64 offset, uint4 vector) { transport_.store(at + offset, vector); }
+  __device__ __forceinline__ void close() {}
+
+ private:
+  const Transport& transport_;
 };
 
 }  // namespace tw

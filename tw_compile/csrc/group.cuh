@@ -1,6 +1,6 @@
 // The threads of a CTA that work on one row. A CTA has kGroups of them, as rows of threadIdx, each with rows, barriers and
 // shared memory of its own: while one waits for its data or for its slowest warp, the SM has the others' work. Behind its
-// kThreads threads a group may have a warp that sends the rows (delivery.cuh).
+// kThreads threads a group may have a warp that sends its rows (delivery.cuh).
 #pragma once
 #include "ptx.cuh"
 

@@ -1,6 +1,6 @@
 // One group's work on one row: sum over the ranks, bias, scale, residual, norm. Shared by all kernels, with one layout of a
 // row over threads for a given hidden size, so that the bits of a row depend on nothing but its data: not on the kernel,
-// the rank, the batch or the number of CTAs.
+// the rank, the batch or the number of CTAs and groups.
 //
 // Products and sums are spelled as intrinsics where a compiler could otherwise contract them differently here and there.
 #pragma once

@@ -33,14 +33,16 @@ struct Cursor {
 
 // kDepth: chunks that a thread has in flight. A chunk's places are filled anew as soon as it is summed, so that the wire stays
 // busy through the norm and the stores.
-template <template <class, int, int> class TransportOf, class Norm, class Layout, class Group, int kWorld, int kRank, int kDepth>
+// kLeaving: rows of a group that may be on their way out of shared memory; 0 if norms are stored by each thread.
+template <template <class, int, int> class TransportOf, class Norm, class Layout, class Group, int kWorld, int kRank, int kDepth,
+          int kLeaving>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld, kRank>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
 
   using AllRows = Rows<Norm, Layout, Transport, Group, kWorld>;
-  using ToAll = Delivery<Layout, Group, Transport>;
+  using ToAll = Delivery<Layout, Group, Transport, kLeaving>;
   constexpr int kOfRows = AllRows::shared_bytes(kDepth), kSharedBytes = kOfRows + ToAll::kSharedBytes;
   static_assert(kSharedBytes * Group::kGroups == TW_SHARED_BYTES, "the host gives another amount of shared memory");
   char* const shared = Group::shared_memory(kSharedBytes);

@@ -69,7 +69,8 @@ class Layout:
     chunks:  in a row
     groups:  of a two-shot CTA, which work on a row each; a one-shot CTA is one
     depth:   chunks that a two-shot thread has in flight
-    bulk:    whether two_shot delivers its norms by bulk copies
+    leaving: rows of a group that can be on their way out of shared memory, by bulk copies of a warp that does nothing else;
+             0 if each thread stores its own norms
     shared:  bytes of dynamic shared memory that two_shot needs, and that one_shot needs
     """
 
@@ -78,20 +79,20 @@ class Layout:
     chunks: int
     groups: int
     depth: int
-    bulk: bool
+    leaving: int
     shared: tuple[int, int]
 
     SHAPES = (512, 2), (512, 1), (256, 1), (128, 1)  # most threads, unroll; the first that shared memory has room for
     MAX_THREADS, MAX_GROUPS = 1024, 2  # of a CTA over peer memory; the sums of multimem come to registers
     MAX_DEPTH = 3  # more is no faster
-    BULK = True
+    LEAVING = 3  # a bulk copy is out until it is written, which takes longer than a row
     WITH_BULK = 227 * 1024  # bytes of shared memory that GPUs with bulk copies have
     ROOMY = 195 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
 
     @property
     def block(self) -> tuple[int, int]:
         """Threads of a two-shot CTA, in x and y: a group is a row of them, with the warp that sends its norms at the end."""
-        return self.threads + 32 * self.bulk, self.groups
+        return self.threads + 32 * (self.leaving > 0), self.groups
 
     @classmethod
     def of(cls, hidden: int, itemsize: int, world: int, transport: str, shared_limit: int) -> "Layout":
@@ -104,19 +105,19 @@ class Layout:
             threads = -(-vectors // (chunks * unroll * 32)) * 32
             kept = threads * unroll * chunks * 16 * (4 // itemsize) if chunks > 1 else 0
             fixed, chunk = 2 * 32 * 4 + kept, threads * unroll * landing * 16
-            bulk = cls.BULK and landing > 0 and chunks == 1 and shared_limit >= cls.WITH_BULK
-            leaving = 2 * hidden * itemsize if bulk else 0
-            roomy = min(shared_limit, max(cls.ROOMY, fixed + leaving + chunk))
+            leaving = cls.LEAVING if landing and chunks == 1 and shared_limit >= cls.WITH_BULK else 0
+            of_group = fixed + leaving * hidden * itemsize
+            roomy = min(shared_limit, max(cls.ROOMY, of_group + chunk))
             groups = 1
             if landing and chunks == 1:
-                fitting = cls.MAX_THREADS // (threads + 32 * bulk), roomy // (fixed + leaving + chunk)
+                fitting = cls.MAX_THREADS // (threads + 32 * (leaving > 0)), roomy // (of_group + chunk)
                 groups = max(1, min(cls.MAX_GROUPS, *fitting))
             depth = cls.MAX_DEPTH
             if landing:
-                depth = min(depth, (roomy // groups - fixed - leaving) // chunk)
+                depth = min(depth, (roomy // groups - of_group) // chunk)
             if depth > 0:
-                shared = groups * (fixed + leaving + depth * chunk), fixed + (chunk if landing > 4 else 0)
-                return cls(threads, unroll, chunks, groups, depth, bulk, shared)
+                shared = groups * (of_group + depth * chunk), fixed + (chunk if landing > 4 else 0)
+                return cls(threads, unroll, chunks, groups, depth, leaving, shared)
         raise RuntimeError(
             f"a row of {hidden} does not fit into the {shared_limit} bytes of shared memory that a thread block of this GPU can "
             "have: use transport 'process_group'"
@@ -136,7 +137,7 @@ def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: st
         "TW_UNROLL": layout.unroll,
         "TW_CHUNKS": layout.chunks,
         "TW_GROUPS": layout.groups,
-        "TW_BULK": int(layout.bulk),
+        "TW_LEAVING": layout.leaving,
         "TW_DEPTH": layout.depth,
         "TW_SHARED_BYTES": layout.shared[0],
         "TW_SITE_BYTES": Arguments.size(world),
