@@ -95,7 +95,9 @@ def check_sass(arch, kernel, dtype, transport, center, tmp_path):
         assert not multicast_loads
         # Each thread has a vector of each of the 7 other ranks in flight, for each vector of its own part of the row.
         copies = re.findall(r"LDGSTS\S*", sass) or [load for load in loads if "128" in load]
-        assert len(copies) >= 7 * Layout.of(8192, dtype.itemsize, 8, transport, SHARED).unroll
+        layout = Layout.of(8192, dtype.itemsize, 8, transport, SHARED)
+        assert len(copies) >= 7 * layout.unroll
+        assert len(re.findall("UBLKCP", sass)) == (8 if kernel == "two_shot" and layout.leaving else 0)
         assert all("BYPASS.128" in copy or "128.STRONG.SYS" in copy for copy in copies), set(copies)
     else:
         assert not [load for load in loads if "128" in load]

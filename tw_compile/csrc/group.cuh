@@ -10,7 +10,7 @@ template <int kThreads_, int kGroups_, bool kHasSender_>
 struct Group {
   static constexpr int kThreads = kThreads_, kGroups = kGroups_;
   static constexpr bool kHasSender = kHasSender_;
-  static constexpr int kWidth = kThreads + 32 * kHasSender;            // threads
+  static constexpr int kWidth = kThreads + 32 * kHasSender;           // threads
   static constexpr int kRegisters = 65536 / (kWidth * kGroups) & ~7;  // of a thread: one CTA has the SM's
 
   static __device__ __forceinline__ u32 index() { return kGroups == 1 ? 0 : ptx::uniform(threadIdx.y); }

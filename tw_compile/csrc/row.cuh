@@ -267,8 +267,8 @@ class Rows {
     }
   }
 
-  // With kKeepsWeight weight + offset stays in registers. Once, before the first row, in two steps: the first does
-  // not wait for the weight, since other ranks wait for this CTA then; it does not need the barrier either.
+  // With kKeepsWeight weight + offset stays in registers. Once, before the first row, in two steps: the first does not wait
+  // for the weight, since other ranks wait for this CTA then; it does not need the barrier either.
   __device__ __forceinline__ void fetch_weight() {
     if (!kKeepsWeight || site_.weight == nullptr) return;
 #pragma unroll

@@ -33,9 +33,9 @@ struct Cursor {
 
 // kDepth: chunks that a thread has in flight. A chunk's places are filled anew as soon as it is summed, so that the wire stays
 // busy through the norm and the stores.
-// kLeaving: rows of a group that may be on their way out of shared memory; 0 if norms are stored by each thread.
-template <template <class, int, int> class TransportOf, class Norm, class Layout, class Group, int kWorld, int kRank, int kDepth,
-          int kLeaving>
+// kLeaving: rows of a group that may be on their way out of shared memory; 0: each thread stores its norms.
+template <template <class, int, int> class TransportOf, class Norm, class Layout, class Group, int kWorld, int kRank,
+          int kDepth, int kLeaving>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld, kRank>;
   const Transport transport{site};

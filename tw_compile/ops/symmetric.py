@@ -83,10 +83,9 @@ class Layout:
     shared: tuple[int, int]
 
     SHAPES = (512, 2), (512, 1), (256, 1), (128, 1)  # most threads, unroll; the first that shared memory has room for
-    MAX_THREADS, MAX_GROUPS = 1024, 2  # of a CTA over peer memory; the sums of multimem come to registers
-    MAX_DEPTH = 3  # more is no faster
-    LEAVING = 3  # a bulk copy is out until it is written, which takes longer than a row
-    WITH_BULK = 227 * 1024  # bytes of shared memory that GPUs with bulk copies have
+    MAX_THREADS, MAX_GROUPS = 1024, 2  # of a CTA over peer memory; over multimem one group, as its sums come to registers
+    MAX_DEPTH, LEAVING = 3, 3  # more is no faster
+    WITH_BULK = 227 * 1024  # bytes of shared memory that a GPU with bulk copies has
     ROOMY = 195 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
 
     @property
