@@ -135,7 +135,7 @@ def measure(device, ways=WAYS, all_ctas=(2, 4, 8, 16, 32, 64)) -> list[dict]:
     rows = []
     for way in ways:
         name, threads, shared = way.replace(".", "_"), 32 if way == "bulk" else 512, 0 if way == "registers" else PIECE * PIECES
-        kernel = nvrtc.Kernel(image, name, threads, shared)
+        kernel = nvrtc.Kernel(image, name, (threads, 1), shared)
         for ctas in all_ctas:
 
             def run():

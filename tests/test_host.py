@@ -14,7 +14,7 @@ from tw_compile.ops.symmetric import Arguments, Symmetric, kernel_of
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
-CURRENT, SIDE, FUNCTION, THREADS, SHARED = 11, 22, 33, 128, 4096
+CURRENT, SIDE, FUNCTION, THREADS, GROUPS, SHARED = 11, 22, 33, 128, 2, 4096
 H, SLOT = 64, 0
 
 DRIVER = r"""
@@ -36,10 +36,10 @@ int cuEventCreate(Handle *event, unsigned flags) {
 }
 int cuEventRecord(Handle event, Handle stream) { return note("record", event, stream, 0, 0); }
 int cuStreamWaitEvent(Handle stream, Handle event, unsigned flags) { return note("wait", stream, event, flags, 0); }
-int cuLaunchKernel(Handle function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned by, unsigned bz, unsigned shared,
+int cuLaunchKernel(Handle function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned groups, unsigned bz, unsigned shared,
                    Handle stream, void **arguments, void **extra) {
-  if (y != 1 || z != 1 || by != 1 || bz != 1 || extra) return 1;
-  return note("launch", function, x, (unsigned long)threads << 32 | shared, stream);
+  if (y != 1 || z != 1 || bz != 1 || extra) return 1;
+  return note("launch", function, x, (unsigned long)threads << 40 | (unsigned long)groups << 32 | shared, stream);
 }
 int cuGetErrorName(int status, const char **name) { return *name = status == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : NULL, 0; }
 """
@@ -72,11 +72,11 @@ def driver(library):
 
 
 def launched(stream, ctas):
-    return "launch", FUNCTION, ctas, THREADS << 32 | SHARED, stream
+    return "launch", FUNCTION, ctas, THREADS << 40 | GROUPS << 32 | SHARED, stream
 
 
 def test_a_start_is_four_calls_of_the_driver(driver):
-    driver.calls.start(FUNCTION, THREADS, SHARED, 8, 0, CURRENT, SIDE, 1, 2)
+    driver.calls.start(FUNCTION, THREADS, GROUPS, SHARED, 8, 0, CURRENT, SIDE, 1, 2)
     assert driver.noted() == [("record", 1, CURRENT, 0, 0), ("wait", SIDE, 1, 0, 0), launched(SIDE, 8), ("record", 2, SIDE, 0, 0)]
 
 
@@ -84,7 +84,7 @@ def test_a_start_is_four_calls_of_the_driver(driver):
 def test_the_first_that_fails_is_the_last_and_an_error_with_its_name(driver, name, calls):
     driver.fail(name)
     with pytest.raises(RuntimeError, match="^CUDA call failed: CUDA_ERROR_LAUNCH_FAILED$"):
-        driver.calls.start(FUNCTION, THREADS, SHARED, 8, 0, CURRENT, SIDE, 1, 2)
+        driver.calls.start(FUNCTION, THREADS, GROUPS, SHARED, 8, 0, CURRENT, SIDE, 1, 2)
     assert len(driver.noted()) == calls
 
 
@@ -128,7 +128,7 @@ class Workspace:
         self.activations, self.whole_residual = (torch.zeros(rows, hidden, dtype=dtype) for _ in range(2))
         self.carried = torch.zeros(rows, hidden)
         self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0), 8
-        loaded = FUNCTION, THREADS, SHARED
+        loaded = FUNCTION, THREADS, GROUPS, SHARED
         calls = owner._host
         kernel = SimpleNamespace(start=partial(calls.start, *loaded), launch=partial(calls.launch, *loaded))
         self.kernels = lambda center: {"one_shot": kernel, "two_shot": kernel}

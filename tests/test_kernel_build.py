@@ -29,8 +29,15 @@ SHARED = 227 * 1024  # of a CTA on sm_90 and sm_100
 HIDDEN = (8, 64, 4096, 5120, 8192, 16384, 32768)
 
 
-def macros(dtype, hidden, world, transport, center, rank=0):
-    return symmetric.macros(dtype, hidden, world, rank, transport, center, Layout.of(hidden, dtype.itemsize, world, transport, SHARED))
+def macros(dtype, hidden, world, transport, center, rank=0, layouts=Layout):
+    layout = layouts.of(hidden, dtype.itemsize, world, transport, SHARED)
+    return symmetric.macros(dtype, hidden, world, rank, transport, center, layout)
+
+
+def layouts(groups, leaving, *shapes):
+    """Of at most so many groups in a CTA, with so many rows leaving by bulk copies, and of these shapes."""
+    choices = {"MAX_GROUPS": groups, "LEAVING": leaving, "SHAPES": shapes or Layout.SHAPES}
+    return type(f"Layout{groups}{leaving}{shapes}", (Layout,), choices)
 
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"no NVRTC: {nvrtc.missing()}")
@@ -88,7 +95,9 @@ def check_sass(arch, kernel, dtype, transport, center, tmp_path):
         assert not multicast_loads
         # Each thread has a vector of each of the 7 other ranks in flight, for each vector of its own part of the row.
         copies = re.findall(r"LDGSTS\S*", sass) or [load for load in loads if "128" in load]
-        assert len(copies) >= 7 * Layout.of(8192, dtype.itemsize, 8, transport, SHARED).unroll
+        layout = Layout.of(8192, dtype.itemsize, 8, transport, SHARED)
+        assert len(copies) >= 7 * layout.unroll
+        assert len(re.findall("UBLKCP", sass)) == (8 if kernel == "two_shot" and layout.leaving else 0)
         assert all("BYPASS.128" in copy or "128.STRONG.SYS" in copy for copy in copies), set(copies)
     else:
         assert not [load for load in loads if "128" in load]
@@ -158,7 +167,7 @@ def test_layout_covers_every_row_within_shared_memory(dtype):
         layout = Layout.of(hidden, dtype.itemsize, world, "peer", limit)
         vectors = hidden * dtype.itemsize // 16
         assert vectors <= layout.threads * layout.unroll * layout.chunks
-        assert layout.threads % 32 == 0 and layout.threads <= 512
+        assert layout.threads % 32 == 0 and layout.threads <= 512 and layout.block[0] * layout.groups <= 1024
         assert layout.depth >= 1 and layout.shared[1] <= layout.shared[0] <= limit
 
 
@@ -206,20 +215,24 @@ struct Cta {
   uint3 index, grid;
   u32 threads;
   Barrier all;
-  std::vector<Barrier> warps;
+  std::vector<Barrier> named, warps;
   std::vector<float> exchange;
   std::vector<float4> shared;
 };
 struct Copy { u32 to; const void* from; };
 using Group = std::vector<Copy>;
+struct BulkCopy { void* to; u32 from, bytes; std::vector<char> read; };
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   Cta* cta;
+  u32 number;  // of the thread in the CTA
   uint3 thread;
   const void* site;
   void (*kernel)(const void*);
   std::vector<Group> groups;  // of copies that are still out, the open one last
+  std::vector<std::vector<BulkCopy>> bulk_groups;  // closed ones
+  std::vector<BulkCopy> bulk_copies;
   u32 stalled = 0;
   bool done;
 };
@@ -253,7 +266,7 @@ inline void __trap() {
 }
 inline float __shfl_xor_sync(u32, float value, int mask) {
   cpu::Cta& cta = *cpu::self->cta;
-  const u32 me = threadIdx.x;
+  const u32 me = cpu::self->number;
   cta.exchange[me] = value;
   cpu::meet(cta.warps[me / 32], 32);
   const float other = cta.exchange[me ^ mask];
@@ -262,6 +275,14 @@ inline float __shfl_xor_sync(u32, float value, int mask) {
 }
 
 namespace ptx {
+template <int kThreads>
+void sync_some(u32 barrier) { cpu::meet(cpu::self->cta->named[barrier], kThreads); }
+template <int kThreads>
+void arrive_some(u32 barrier) {
+  cpu::Barrier& named = cpu::self->cta->named[barrier];
+  if (++named.arrived == kThreads) named.arrived = 0, ++named.generation;
+}
+inline u32 uniform(u32 value) { return value; }
 inline uint4 load(const void* p) { uint4 v; memcpy(&v, p, 16); return v; }
 inline void store(void* p, uint4 v) { memcpy(p, &v, 16); }
 inline uint4 load_sys(const void* p) { cpu::pause(); return load(p); }
@@ -285,6 +306,23 @@ void copies_arrived() {
   for (; groups.size() > kStillOut + 1; groups.erase(groups.begin()))
     for (const cpu::Copy& copy : groups.front()) { cpu::pause(); memcpy(at_address(copy.to), copy.from, 16); }
 }
+inline void store_shared(u32 shared, uint4 v) { store(at_address(shared), v); }
+inline void bulk_copy(void* p, u32 shared, u32 bytes) { cpu::self->bulk_copies.push_back({p, shared, bytes}); }
+inline void close_bulk_copies() { cpu::self->bulk_groups.push_back(std::move(cpu::self->bulk_copies)); cpu::self->bulk_copies.clear(); }
+template <int kStillOut>
+void bulk_copies_read() {
+  auto& groups = cpu::self->bulk_groups;
+  for (u64 i = 0; i + kStillOut < groups.size(); ++i)
+    for (cpu::BulkCopy& copy : groups[i])
+      if (copy.read.empty()) { cpu::pause(); copy.read.assign(at_address(copy.from), at_address(copy.from) + copy.bytes); }
+}
+inline void bulk_copies_arrived() {
+  bulk_copies_read<0>();
+  for (auto& group : cpu::self->bulk_groups)
+    for (cpu::BulkCopy& copy : group) { cpu::pause(); memcpy(copy.to, copy.read.data(), copy.bytes); }
+  cpu::self->bulk_groups.clear();
+}
+inline void fence_async() {}
 inline void prefetch(const void* p) { load(p); }  // must be there to be read
 inline void fence_alias() {}
 inline u32 load_acquire_sys(const u32* p) { cpu::yield(); return *(const volatile u32*)p; }
@@ -360,12 +398,17 @@ struct Recorder : tw::TW_TRANSPORT<Element, kWorld, kRank> {
     accesses.push_back({Base::site.rank, 1, at});
     Base::store(at, vector);
   }
+  void send(u64 at, u32 shared, u32 bytes) const {
+    for (u32 i = 0; i < bytes; i += 16) accesses.push_back({Base::site.rank, 1, at + i});
+    Base::send(at, shared, bytes);
+  }
 };
 
 template <int kRank = 0>
 static void two_shot(const void* p) {
   const Site& site = *(const Site*)p;
-  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_NORM, Layout, kWorld, kRank, TW_DEPTH>(site);
+  using Group = tw::Group<TW_THREADS, TW_GROUPS, (TW_LEAVING > 0)>;
+  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_NORM, Layout, Group, kWorld, kRank, TW_DEPTH, TW_LEAVING>(site);
   if constexpr (kRank + 1 < kWorld) two_shot<kRank + 1>(p);
 }
 template <int kRank = 0>
@@ -375,6 +418,7 @@ static void one_shot(const void* p) {
   if constexpr (kRank + 1 < kWorld) one_shot<kRank + 1>(p);
 }
 static void (*const kernels[])(const void*) = {two_shot<>, one_shot<>};
+static const uint3 blocks[] = {{TW_THREADS + 32 * (TW_LEAVING > 0), TW_GROUPS, 1}, {TW_THREADS, 1, 1}};
 
 // One call of one rank: what a stream does before, the launch, what it does after.
 struct Copy { char *to; const char *from; u64 bytes; };
@@ -398,22 +442,24 @@ struct Stream {
     const Step& step = steps[next];
     if (step.before.bytes) memcpy(step.before.to, step.before.from, step.before.bytes);
     ctas.assign(step.grid, {});
-    fibers.resize(step.grid * TW_THREADS);
+    const uint3 block = blocks[step.kernel];
+    const u32 threads = block.x * block.y;
+    fibers.resize(step.grid * threads);
     for (u32 b = 0; b < step.grid; ++b) {
       cpu::Cta& cta = ctas[b];
-      cta.index = {b, 0, 0}, cta.grid = {u32(step.grid), 1, 1}, cta.threads = TW_THREADS;
-      cta.warps.resize(TW_THREADS / 32), cta.exchange.resize(TW_THREADS), cta.shared.resize(TW_SHARED_BYTES / 16);
-      for (u32 t = 0; t < TW_THREADS; ++t) {
-        cpu::Fiber& fiber = fibers[b * TW_THREADS + t];
+      cta.index = {b, 0, 0}, cta.grid = {u32(step.grid), 1, 1}, cta.threads = threads, cta.named.resize(16);
+      cta.warps.resize(threads / 32), cta.exchange.resize(threads), cta.shared.resize(TW_SHARED_BYTES / 16);
+      for (u32 t = 0; t < threads; ++t) {
+        cpu::Fiber& fiber = fibers[b * threads + t];
         fiber.stack.resize(48 * 1024);
-        fiber.cta = &cta, fiber.thread = {t, 0, 0}, fiber.site = step.site, fiber.done = false;
+        fiber.cta = &cta, fiber.number = t, fiber.thread = {t % block.x, t / block.x, 0}, fiber.site = step.site, fiber.done = false;
         fiber.kernel = kernels[step.kernel];
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, body, 0);
-        live.push_back(b * TW_THREADS + t);
+        live.push_back(b * threads + t);
       }
     }
   }
@@ -488,11 +534,11 @@ class Machine:
     CTAS = 32
     MULTICAST = 1 << 60
 
-    def __init__(self, directory: Path, dtype, hidden, world, transport, center=False):
+    def __init__(self, directory: Path, dtype, hidden, world, transport, center=False, layouts=Layout):
         self.dtype, self.hidden, self.world, self.transport, self.center = dtype, hidden, world, transport, center
-        defines = [f"-D{name}={value}" for name, value in macros(dtype, hidden, world, transport, center).items()]
+        defines = [f"-D{name}={value}" for name, value in macros(dtype, hidden, world, transport, center, layouts=layouts).items()]
         # a name of its own, as the loader takes one file for another of the same name
-        self.library = directory / f"{dtype}-{hidden}-{world}-{transport}-{center}".replace("torch.", "")
+        self.library = directory / f"{dtype}-{hidden}-{world}-{transport}-{center}-{layouts.__name__}".replace("torch.", "")
         if not self.library.exists():
             for path in nvrtc.SOURCES.glob("*.cuh"):
                 shutil.copy(path, directory)
@@ -702,7 +748,7 @@ def test_a_layer_norm_of_a_large_mean(machine, kernel):
 
 
 @needs_gxx
-@pytest.mark.parametrize("hidden, dtype", [(8, torch.float16), (72, torch.bfloat16), (520, torch.float32), (5120, torch.bfloat16), (9216, torch.bfloat16), (4104, torch.float32)], ids=str)
+@pytest.mark.parametrize("hidden, dtype", [(8, torch.float16), (72, torch.bfloat16), (520, torch.float32), (5120, torch.bfloat16), (8192, torch.bfloat16), (9216, torch.bfloat16), (4104, torch.float32)], ids=str)
 def test_layouts(machine, hidden, dtype):
     """Rows that do not fill the last vectors, one chunk or several."""
     kernels = machine(dtype, hidden, 2, "peer")
@@ -711,6 +757,17 @@ def test_layouts(machine, hidden, dtype):
         (result,) = kernels.run([call], kernel=kernel, ctas=2)
         assert kernels.status == 0
         assert_right(result, call, 2)
+
+
+@needs_gxx
+@pytest.mark.parametrize("layouts", (layouts(2, 0), layouts(2, 2, (256, 4))), ids=("1024 threads", "256 threads with 4 vectors"))
+def test_layouts_that_have_few_registers(machine, layouts):
+    """The weight is fetched for each row, and what is near when it is needed."""
+    kernels = machine(torch.bfloat16, 8192, 2, "peer", False, layouts)
+    call = example(torch.bfloat16, 8192, 2, 9, bias=True, weight="float", offset=1.0)
+    (result,) = kernels.run([call], kernel="two_shot", ctas=2)
+    assert kernels.status == 0
+    assert_right(result, call, 2)
 
 
 @needs_gxx
@@ -750,15 +807,15 @@ def test_a_residual_is_carried_unrounded(machine, dtype, rows, kernel):
 @settings(max_examples=12, deadline=None, database=None, derandomize=True)
 @given(
     rows=st.tuples(st.integers(0, 49), st.integers(1, 50)).map(lambda r: slice(r[0], min(sum(r), 50))),
-    kernel=st.sampled_from(KERNELS), ctas=st.integers(1, 4), seed=st.integers(0, 1000),
+    kernel=st.sampled_from(KERNELS), ctas=st.integers(1, 4), groups=st.integers(1, 2), leaving=st.integers(0, 3), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_bits_of_a_row_depend_on_its_data_alone(machine, center, rows, kernel, ctas, seed):
-    """Not on the batch, the kernel, the number of CTAs, the rank, or who is late."""
+def test_bits_of_a_row_depend_on_its_data_alone(machine, center, rows, kernel, ctas, groups, leaving, seed):
+    """Not on the batch, the kernel, the number of CTAs and of their groups, the delivery, the rank, or who is late."""
     kernels = machine(torch.bfloat16, 520, 3, "peer", center)
     call = example(torch.bfloat16, 520, 3, 50, shift="same" if center else None, center=center)
     (((norm, residual), *_),) = kernels.run([call])
     part = {**call, "partials": [p[rows].contiguous() for p in call["partials"]], "residual": call["residual"][rows].contiguous()}
-    (results,) = kernels.run([part], seed, kernel, ctas)
+    (results,) = machine(torch.bfloat16, 520, 3, "peer", center, layouts(groups, leaving)).run([part], seed, kernel, ctas)
     for of_rank in results:
         assert torch.equal(of_rank[0], norm[rows]) and torch.equal(of_rank[1], residual[rows])
 

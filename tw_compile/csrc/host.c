@@ -63,28 +63,28 @@ static PyObject *event(PyObject *module, PyObject *unused) {
   return status ? answer(driver, status) : PyLong_FromVoidPtr(made);
 }
 
-// n: what launch() and start() have in front: function, threads, shared_bytes, ctas, arguments
+// n: what launch() and start() have in front: function, threads in x and in y, shared_bytes, ctas, arguments
 static int launch_on(const Driver *driver, Handle stream, const uintptr_t *n) {
-  return driver->launch_kernel((Handle)n[0], n[3], 1, 1, n[1], 1, 1, n[2], stream, (void **)n[4], NULL);
+  return driver->launch_kernel((Handle)n[0], n[4], 1, 1, n[1], n[2], 1, n[3], stream, (void **)n[5], NULL);
 }
 
 static PyObject *launch(PyObject *module, PyObject *const *given, Py_ssize_t count) {
   const Driver *driver = PyModule_GetState(module);
-  uintptr_t n[6];
+  uintptr_t n[7];
   int status;
-  if (!numbers(given, count, 6, n)) return NULL;
+  if (!numbers(given, count, 7, n)) return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  status = launch_on(driver, (Handle)n[5], n);
+  status = launch_on(driver, (Handle)n[6], n);
   Py_END_ALLOW_THREADS;
   return answer(driver, status);
 }
 
 static PyObject *start(PyObject *module, PyObject *const *given, Py_ssize_t count) {
   const Driver *driver = PyModule_GetState(module);
-  uintptr_t n[9];
+  uintptr_t n[10];
   int status;
-  if (!numbers(given, count, 9, n)) return NULL;
-  const Handle current = (Handle)n[5], side = (Handle)n[6], fork = (Handle)n[7], done = (Handle)n[8];
+  if (!numbers(given, count, 10, n)) return NULL;
+  const Handle current = (Handle)n[6], side = (Handle)n[7], fork = (Handle)n[8], done = (Handle)n[9];
   Py_BEGIN_ALLOW_THREADS;
   status = driver->event_record(fork, current);
   if (status == 0) status = driver->stream_wait_event(side, fork, 0);
@@ -109,10 +109,10 @@ static PyMethodDef methods[] = {
     {"load", load, METH_O, "load(path): take the driver from this library; before all else"},
     {"event", event, METH_NOARGS, "event(): a new one in the current context, without a time"},
     {"launch", (PyCFunction)(void (*)(void))launch, METH_FASTCALL,
-     "launch(function, threads, shared_bytes, ctas, arguments, stream): enqueue a kernel"},
+     "launch(function, threads_x, threads_y, shared_bytes, ctas, arguments, stream): enqueue a kernel"},
     {"start", (PyCFunction)(void (*)(void))start, METH_FASTCALL,
-     "start(function, threads, shared_bytes, ctas, arguments, current, side, fork, done): enqueue a kernel on the stream side, "
-     "behind all that is on the stream current, by the event fork; and record the event done behind it"},
+     "start(function, threads_x, threads_y, shared_bytes, ctas, arguments, current, side, fork, done): enqueue a kernel on side, "
+     "a stream, behind all that is on the stream current, by the event fork; and record the event done behind it"},
     {"wait", (PyCFunction)(void (*)(void))wait, METH_FASTCALL, "wait(stream, event): what is enqueued next waits for the event"},
     {NULL, NULL, 0, NULL},
 };

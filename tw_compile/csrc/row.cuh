@@ -1,9 +1,10 @@
-// One CTA's work on one row: sum over the ranks, bias, scale, residual, norm. Shared by all kernels, with one layout of a
+// One group's work on one row: sum over the ranks, bias, scale, residual, norm. Shared by all kernels, with one layout of a
 // row over threads for a given hidden size, so that the bits of a row depend on nothing but its data: not on the kernel,
-// the rank, the batch or the number of CTAs.
+// the rank, the batch or the number of CTAs and groups.
 //
 // Products and sums are spelled as intrinsics where a compiler could otherwise contract them differently here and there.
 #pragma once
+#include "group.cuh"
 #include "transport.cuh"
 
 namespace tw {
@@ -21,7 +22,7 @@ struct Layout {
   static constexpr bool kExact = kVectors == kThreads * kUnroll * kChunks;
 
   static_assert(kHidden % kVector == 0, "a row is a whole number of vectors");
-  static_assert(kThreads % 32 == 0 && kThreads <= 1024, "a CTA is a whole number of warps");
+  static_assert(kThreads % 32 == 0 && kThreads <= 1024, "a group is a whole number of warps");
   static_assert(kVectors <= kThreads * kUnroll * kChunks, "the threads cover the row");
 
   static __device__ __forceinline__ int vector(int chunk, int u) {
@@ -110,6 +111,8 @@ constexpr int kPlacesOfChunk = Layout::kUnroll * Transport::kPlaces;
 // What it has of a chunk from the memory of this GPU, which is near: in registers.
 template <class Layout, class Transport>
 struct Local {
+  static constexpr int kRegisters = Layout::kUnroll * (4 + 4 * Vector<Layout>::kWords);
+
   typename Transport::Own own[Layout::kUnroll];
   Vector<Layout> residual[Layout::kUnroll];
 
@@ -187,22 +190,32 @@ __device__ __forceinline__ void store_carried(char* here, const float (&r)[Layou
 // The norms: row / sqrt(mean(row²) + eps), where the row of a LayerNorm is r - mean(r), and that of an RMSNorm is r.
 struct RmsNorm {
   static constexpr bool kCenters = false;
+  static constexpr int kSums = 1;  // over the row, hence barriers
 };
 struct LayerNorm {
   static constexpr bool kCenters = true;
+  static constexpr int kSums = 2;
 };
 
 // Rows, one after the other: for each, add() its chunks in order, then normalise().
-template <class Norm, class Layout, class Transport, int kWorld>
+template <class Norm, class Layout, class Transport, class Group, int kWorld>
 class Rows {
  public:
   using Element = typename Layout::Element;
 
-  __device__ __forceinline__ explicit Rows(const Site<kWorld>& site, const Transport& transport)
+  // Whether there are registers for the weight from row to row, beside a row's floats and what comes of the next row; and
+  // whether there are for the latter.
+  static constexpr int kFloats = Layout::kUnroll * Layout::kVector, kOtherRegisters = 40;
+  static constexpr int kFree = Group::kRegisters - kOtherRegisters - kFloats - Local<Layout, Transport>::kRegisters;
+  static constexpr bool kKeepsWeight = Layout::kChunks == 1 && kFree >= kFloats, kLoadsAhead = kFree >= 0;
+
+  // shared: memory of the group
+  __device__ __forceinline__ explicit Rows(const Site<kWorld>& site, const Transport& transport, char* shared)
       : site_(site),
         transport_(transport),
-        kept_(ptx::shared_memory() + kScratchBytes),
-        places_(ptx::shared_address(ptx::shared_memory()) + kScratchBytes + Kept<Layout>::kBytes + threadIdx.x * 16) {}
+        of_warps_(reinterpret_cast<float*>(shared)),
+        kept_(shared + kScratchBytes),
+        places_(ptx::shared_address(shared) + kScratchBytes + Kept<Layout>::kBytes + threadIdx.x * 16) {}
 
   // Of this thread for chunk i, in shared memory behind what the rows need themselves.
   __device__ __forceinline__ SharedPlaces<Layout::kThreads> places(int i) const {
@@ -254,10 +267,10 @@ class Rows {
     }
   }
 
-  // Where a row is one chunk, weight + offset stays in registers. Once, before the first row, in two steps: the first does
-  // not wait for the weight, since other ranks wait for this CTA then; it does not need the barrier either.
+  // With kKeepsWeight weight + offset stays in registers. Once, before the first row, in two steps: the first does not wait
+  // for the weight, since other ranks wait for this CTA then; it does not need the barrier either.
   __device__ __forceinline__ void fetch_weight() {
-    if (Layout::kChunks > 1 || site_.weight == nullptr) return;
+    if (!kKeepsWeight || site_.weight == nullptr) return;
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
       const int v = Layout::vector(0, u);
@@ -265,7 +278,7 @@ class Rows {
     }
   }
   __device__ __forceinline__ void keep_weight() {
-    if constexpr (Layout::kChunks == 1) {
+    if constexpr (kKeepsWeight) {
 #pragma unroll
       for (int u = 0; u < Layout::kUnroll; ++u) to_floats(raw_weight_[u], weight_[u]);
     }
@@ -294,12 +307,15 @@ class Rows {
         if (!Layout::holds(v)) continue;
         float r[Layout::kVector];
         kept_.get(chunk, u, r);
-        if (Layout::kChunks > 1) {
-          if (site_.weight != nullptr) raw_weight_[u].load(site_.weight, site_.weight_is_float != 0, v, ptx::load_constant);
-          to_floats(raw_weight_[u], weight_[u]);
+        float fetched[Layout::kVector];
+        if (!kKeepsWeight) {
+          Vector<Layout> raw;
+          if (site_.weight != nullptr) raw.load(site_.weight, site_.weight_is_float != 0, v, ptx::load_constant);
+          to_floats(raw, fetched);
         }
+        const float(&weight)[Layout::kVector] = kKeepsWeight ? weight_[u] : fetched;
 #pragma unroll
-        for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(__fmul_rn(r[i], factor), weight_[u][i]);
+        for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(__fmul_rn(r[i], factor), weight[i]);
         if constexpr (Norm::kCenters) add_shift(v, r);
         store(Layout::offset(chunk, u), Element::pack(r));
       }
@@ -347,15 +363,15 @@ class Rows {
 
   __device__ __forceinline__ float row_mean(float value) { return __fmul_rn(row_sum(value), 1.0f / Layout::kHidden); }
 
-  // The sum of one value of every thread, in an order that is always the same. One __syncthreads: a warp that runs ahead
+  // The sum of one value of every thread, in an order that is always the same. One barrier: a warp that runs ahead
   // writes its next value into the other half, and cannot come round to this one before all have read it.
   __device__ __forceinline__ float row_sum(float value) {
 #pragma unroll
     for (int lane = 16; lane > 0; lane /= 2) value = __fadd_rn(value, __shfl_xor_sync(0xffffffffu, value, lane));
-    float* of_warp = reinterpret_cast<float*>(ptx::shared_memory()) + half_ * 32;
+    float* of_warp = of_warps_ + half_ * 32;
     half_ ^= 1;
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-    __syncthreads();
+    Group::sync();
     float sum = 0.0f;
 #pragma unroll
     for (int quad = 0; quad < Layout::kWarps; quad += 4) {
@@ -372,6 +388,7 @@ class Rows {
 
   const Site<kWorld>& site_;
   const Transport& transport_;
+  float* const of_warps_;  // two sums of each
   Kept<Layout> kept_;
   const u32 places_;  // address in shared memory
   Vector<Layout> raw_weight_[Layout::kUnroll];

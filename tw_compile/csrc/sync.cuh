@@ -8,10 +8,11 @@
 // the comparison is of the difference, so wrapping is harmless. A CTA counts the same on all ranks because the grid and
 // the number of barriers are functions of (rows, H, W, ctas) alone.
 //
-// Order. One barrier is: __syncthreads; thread p stores the epoch into rank p's pad with release at system scope, then
-// reads its own pad with acquire at system scope until p's flag has arrived; __syncthreads.
-//   * Everything a thread of the CTA did before, reads and writes, happens before the first __syncthreads, hence before
-//     the release (which is cumulative), hence before whatever a peer's CTA does after its acquire.
+// Order. One barrier is: __syncthreads, of all groups; thread p stores the epoch into rank p's pad with release at system
+// scope, then reads its own pad with acquire at system scope until p's flag has arrived; __syncthreads.
+//   * Everything a thread of the CTA did before, reads, writes, and bulk copies that it has waited for, happens before the
+//     first __syncthreads, hence before the release (which is cumulative), hence before whatever a peer's CTA does after its
+//     acquire.
 //   * The same holds for earlier kernels of this stream, and of streams this one waited for, such as the GEMM that wrote
 //     the partial sums: they complete before this kernel starts, and cumulativity carries them along. So after the entry
 //     barrier the partial sums of all ranks may be read, whichever CTA or kernel wrote them.
@@ -60,7 +61,7 @@ class Barrier {
   __device__ void arrive_and_wait(u32 phase) {
     ++epoch_;
     __syncthreads();
-    if (threadIdx.x < kWorld) {
+    if (threadIdx.y == 0 && threadIdx.x < kWorld) {
       const u32 peer = (site_.rank + threadIdx.x) % kWorld;
       const u32 row = blockIdx.x * kWorld;
       ptx::store_release_sys(site_.pad[threadIdx.x] + row + site_.rank, flag());
@@ -71,7 +72,7 @@ class Barrier {
 
   // Remember the count for the next kernel. After the last barrier.
   __device__ void close() const {
-    if (threadIdx.x == 0) ptx::store_word(site_.epochs + blockIdx.x, epoch_);
+    if (threadIdx.y == 0 && threadIdx.x == 0) ptx::store_word(site_.epochs + blockIdx.x, epoch_);
   }
 
  private:

@@ -100,14 +100,14 @@ def _ingredients(name: str, command: list[str]) -> tuple:
 class Kernel:
     """A loaded kernel that takes one structure.
 
-    threads:      of a CTA
+    block:        threads of a CTA, in x and y
     shared_bytes: dynamic shared memory of a CTA
 
     launch(ctas, arguments, stream) enqueues it, and start(ctas, arguments, current, side, fork, done) does on a stream beside
     the current one: see csrc/host.c. arguments: address of the array of pointers to the kernel's arguments
     """
 
-    def __init__(self, image: bytes, name: str, threads: int, shared_bytes: int):
+    def __init__(self, image: bytes, name: str, block: tuple[int, int], shared_bytes: int):
         """Load into the current CUDA context, which is torch's."""
         driver, _ = _bindings()
         self._module = check(driver.cuModuleLoadData(image))
@@ -116,5 +116,5 @@ class Kernel:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
         self.launch, self.start = (
-            functools.partial(call, int(function), threads, shared_bytes) for call in (host.calls().launch, host.calls().start)
+            functools.partial(call, int(function), *block, shared_bytes) for call in (host.calls().launch, host.calls().start)
         )

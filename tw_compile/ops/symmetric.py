@@ -62,24 +62,38 @@ def kernel_of(rows: int, world: int) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the threads of a CTA share a row (csrc/row.cuh): the same for all kernels, as the order of summation hangs on it.
+    """How the threads of a group share a row (csrc/row.cuh), and what of it is in flight.
 
-    threads: of a CTA
+    Threads, unroll and chunks are the same for all kernels, as the order of summation hangs on them.
+
+    threads: of a group
     unroll:  16-byte vectors of a thread in a chunk
     chunks:  in a row
-    depth:   chunks that a two-shot thread has in flight; has no influence on the bits
+    groups:  of a two-shot CTA, which work on a row each; a one-shot CTA is one
+    depth:   chunks that a two-shot thread has in flight
+    leaving: rows of a group that can be on their way out of shared memory, by bulk copies of a warp that does nothing else;
+             0 if each thread stores its own norms
     shared:  bytes of dynamic shared memory that two_shot needs, and that one_shot needs
     """
 
     threads: int
     unroll: int
     chunks: int
+    groups: int
     depth: int
+    leaving: int
     shared: tuple[int, int]
 
     SHAPES = (512, 2), (512, 1), (256, 1), (128, 1)  # most threads, unroll; the first that shared memory has room for
-    MAX_DEPTH = 3  # more is no faster over peer memory, and the sums of multimem come to registers
-    ROOMY = 164 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
+    MAX_THREADS, MAX_GROUPS = 1024, 2  # of a CTA over peer memory; over multimem one group, as its sums come to registers
+    MAX_DEPTH, LEAVING = 3, 3  # more is no faster
+    WITH_BULK = 227 * 1024  # bytes of shared memory that a GPU with bulk copies has
+    ROOMY = 195 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Threads of a two-shot CTA, in x and y: a group is a row of them, with the warp that sends its norms at the end."""
+        return self.threads + 32 * (self.leaving > 0), self.groups
 
     @classmethod
     def of(cls, hidden: int, itemsize: int, world: int, transport: str, shared_limit: int) -> "Layout":
@@ -92,12 +106,19 @@ class Layout:
             threads = -(-vectors // (chunks * unroll * 32)) * 32
             kept = threads * unroll * chunks * 16 * (4 // itemsize) if chunks > 1 else 0
             fixed, chunk = 2 * 32 * 4 + kept, threads * unroll * landing * 16
+            leaving = cls.LEAVING if landing and chunks == 1 and shared_limit >= cls.WITH_BULK else 0
+            of_group = fixed + leaving * hidden * itemsize
+            roomy = min(shared_limit, max(cls.ROOMY, of_group + chunk))
+            groups = 1
+            if landing and chunks == 1:
+                fitting = cls.MAX_THREADS // (threads + 32 * (leaving > 0)), roomy // (of_group + chunk)
+                groups = max(1, min(cls.MAX_GROUPS, *fitting))
             depth = cls.MAX_DEPTH
             if landing:
-                roomy = min(shared_limit, max(cls.ROOMY, fixed + chunk))
-                depth = min(depth, (roomy - fixed) // chunk)
+                depth = min(depth, (roomy // groups - of_group) // chunk)
             if depth > 0:
-                return cls(threads, unroll, chunks, depth, (fixed + depth * chunk, fixed + (chunk if landing > 4 else 0)))
+                shared = groups * (of_group + depth * chunk), fixed + (chunk if landing > 4 else 0)
+                return cls(threads, unroll, chunks, groups, depth, leaving, shared)
         raise RuntimeError(
             f"a row of {hidden} does not fit into the {shared_limit} bytes of shared memory that a thread block of this GPU can "
             "have: use transport 'process_group'"
@@ -116,6 +137,8 @@ def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: st
         "TW_THREADS": layout.threads,
         "TW_UNROLL": layout.unroll,
         "TW_CHUNKS": layout.chunks,
+        "TW_GROUPS": layout.groups,
+        "TW_LEAVING": layout.leaving,
         "TW_DEPTH": layout.depth,
         "TW_SHARED_BYTES": layout.shared[0],
         "TW_SITE_BYTES": Arguments.size(world),
@@ -502,7 +525,9 @@ class Symmetric:
             layout = Layout.of(hidden, dtype.itemsize, self.world, self.name, limit)
             arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
             image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.rank, self.name, center, layout))
-            self._kernels[key] = nvrtc.Kernel(image, name, layout.threads, layout.shared[name != "two_shot"])
+            two_shot = name == "two_shot"
+            block = layout.block if two_shot else (layout.threads, 1)
+            self._kernels[key] = nvrtc.Kernel(image, name, block, layout.shared[not two_shot])
         return self._kernels[key]
 
     def _begin(self, slot: int, x: Tensor) -> _Call | None:
