@@ -127,10 +127,10 @@ class Workspace:
     def __init__(self, owner, dtype, hidden, rows):
         self.activations, self.whole_residual = (torch.zeros(rows, hidden, dtype=dtype) for _ in range(2))
         self.carried = torch.zeros(rows, hidden)
-        self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0), 8
+        self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0), 64
         loaded = FUNCTION, THREADS, GROUPS, SHARED
         calls = owner._host
-        kernel = SimpleNamespace(start=partial(calls.start, *loaded), launch=partial(calls.launch, *loaded))
+        kernel = SimpleNamespace(start=partial(calls.start, *loaded), launch=partial(calls.launch, *loaded), cluster=1)
         self.kernels = lambda center: {"one_shot": kernel, "two_shot": kernel}
 
 

@@ -13,7 +13,7 @@ def call(rows, shape):
         carried=torch.zeros(64, 16),
         whole_residual=torch.zeros(64, 16, dtype=torch.bfloat16),
         arguments=None,
-        max_ctas=8,
+        max_ctas=16,
     )
     return workspace, _Call(SimpleNamespace(world=2, kernel_of=lambda rows: kernel_of(rows, 2)), workspace, torch.Size(shape), rows)
 
@@ -40,8 +40,13 @@ def test_grid():
     assert [call(TWO_SHOT_ROWS, (TWO_SHOT_ROWS, 16))[1].grid(ctas, 32) for ctas in (0, 3)] == [16, 3]
     assert [call(5, (5, 16))[1].grid(ctas, 8) for ctas in (0, 3)] == [5, 3]
     try:
-        call(40, (40, 16))[1].grid(9, 8)
+        call(40, (40, 16))[1].grid(17, 8)
     except RuntimeError as error:
-        assert "9 CTAs do not fit" in str(error)
+        assert "17 CTAs do not fit" in str(error)
     else:
         raise AssertionError("a grid larger than the signal pad was accepted")
+
+
+def test_a_grid_is_whole_clusters_if_there_is_room():
+    assert [call(40, (40, 16))[1].grid(ctas, 32, cluster=2) for ctas in (0, 3, 4, 8)] == [16, 4, 4, 8]
+    assert call(5, (5, 16))[1].grid(3, 32, cluster=1) == 3

@@ -102,14 +102,16 @@ class Kernel:
 
     block:        threads of a CTA, in x and y
     shared_bytes: dynamic shared memory of a CTA
+    cluster:      CTAs that come together, as the kernel is compiled
 
     launch(ctas, arguments, stream) enqueues it, and start(ctas, arguments, current, side, fork, done) does on a stream beside
     the current one: see csrc/host.c. arguments: address of the array of pointers to the kernel's arguments
     """
 
-    def __init__(self, image: bytes, name: str, block: tuple[int, int], shared_bytes: int):
+    def __init__(self, image: bytes, name: str, block: tuple[int, int], shared_bytes: int, cluster: int = 1):
         """Load into the current CUDA context, which is torch's."""
         driver, _ = _bindings()
+        self.cluster = cluster
         self._module = check(driver.cuModuleLoadData(image))
         function = check(driver.cuModuleGetFunction(self._module, name.encode()))
         if shared_bytes > _DEFAULT_SHARED_BYTES:

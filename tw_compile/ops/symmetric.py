@@ -73,6 +73,7 @@ class Layout:
     depth:   chunks that a two-shot thread has in flight
     leaving: rows of a group that can be on their way out of shared memory, by bulk copies of a warp that does nothing else;
              0 if each thread stores its own norms
+    cluster: two-shot CTAs that are placed together
     shared:  bytes of dynamic shared memory that two_shot needs, and that one_shot needs
     """
 
@@ -82,12 +83,14 @@ class Layout:
     groups: int
     depth: int
     leaving: int
+    cluster: int
     shared: tuple[int, int]
 
     SHAPES = (512, 2), (512, 1), (256, 1), (128, 1)  # most threads, unroll; the first that shared memory has room for
     MAX_THREADS, MAX_GROUPS = 1024, 2  # of a CTA over peer memory; over multimem one group, as its sums come to registers
     MAX_DEPTH, LEAVING = 3, 3  # more is no faster
-    WITH_BULK = 227 * 1024  # bytes of shared memory that a GPU with bulk copies has
+    HOPPER = 227 * 1024  # bytes of shared memory that a GPU with bulk copies and clusters has
+    CLUSTER = 2
     ROOMY = 195 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
 
     @property
@@ -106,7 +109,7 @@ class Layout:
             threads = -(-vectors // (chunks * unroll * 32)) * 32
             kept = threads * unroll * chunks * 16 * (4 // itemsize) if chunks > 1 else 0
             fixed, chunk = 2 * 32 * 4 + kept, threads * unroll * landing * 16
-            leaving = cls.LEAVING if landing and chunks == 1 and shared_limit >= cls.WITH_BULK else 0
+            leaving = cls.LEAVING if landing and chunks == 1 and shared_limit >= cls.HOPPER else 0
             of_group = fixed + leaving * hidden * itemsize
             roomy = min(shared_limit, max(cls.ROOMY, of_group + chunk))
             groups = 1
@@ -118,7 +121,7 @@ class Layout:
                 depth = min(depth, (roomy // groups - of_group) // chunk)
             if depth > 0:
                 shared = groups * (of_group + depth * chunk), fixed + (chunk if landing > 4 else 0)
-                return cls(threads, unroll, chunks, groups, depth, leaving, shared)
+                return cls(threads, unroll, chunks, groups, depth, leaving, cls.CLUSTER if shared_limit >= cls.HOPPER else 1, shared)
         raise RuntimeError(
             f"a row of {hidden} does not fit into the {shared_limit} bytes of shared memory that a thread block of this GPU can "
             "have: use transport 'process_group'"
@@ -138,6 +141,7 @@ def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: st
         "TW_UNROLL": layout.unroll,
         "TW_CHUNKS": layout.chunks,
         "TW_GROUPS": layout.groups,
+        "TW_CLUSTER": layout.cluster,
         "TW_LEAVING": layout.leaving,
         "TW_DEPTH": layout.depth,
         "TW_SHARED_BYTES": layout.shared[0],
@@ -298,17 +302,22 @@ class _Call:
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
         # (center, ctas, otherwise) -> (Kernel, number of CTAs): see grid
-        self.launcher = functools.cache(lambda center, *ctas: (workspace.kernels(center)[self._kernel], self.grid(*ctas)))
+        self.launcher = functools.cache(self._launcher)
 
-    def grid(self, ctas: int, otherwise: int) -> int:
-        """The number of CTAs, the same on all ranks. ctas: the caller's wish, 0 for none."""
-        if ctas > self.workspace.max_ctas:
+    def _launcher(self, center: bool, ctas: int, otherwise: int) -> tuple[nvrtc.Kernel, int]:
+        kernel = self.workspace.kernels(center)[self._kernel]
+        return kernel, self.grid(ctas, otherwise, kernel.cluster)
+
+    def grid(self, ctas: int, otherwise: int, cluster: int = 1) -> int:
+        """The number of CTAs, the same on all ranks, in whole clusters. ctas: the caller's wish, 0 for none."""
+        most = self.workspace.max_ctas // cluster * cluster
+        if ctas > most:
             raise RuntimeError(
-                f"{ctas} CTAs do not fit into the signal pad of symmetric memory, which has room for "
-                f"{self.workspace.max_ctas}: ask for fewer, or call "
+                f"{ctas} CTAs do not fit into the signal pad of symmetric memory, which has room for {most}: ask for fewer, or call "
                 "torch.distributed._symmetric_memory.set_signal_pad_size before the first use"
             )
-        return min(ctas or (self.most_rows if self.one_shot else otherwise), self.most_rows)
+        grid = min(ctas or (self.most_rows if self.one_shot else otherwise), self.most_rows)
+        return min(-(-grid // cluster) * cluster, most)
 
 
 class Symmetric:
@@ -526,8 +535,8 @@ class Symmetric:
             arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
             image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.rank, self.name, center, layout))
             two_shot = name == "two_shot"
-            block = layout.block if two_shot else (layout.threads, 1)
-            self._kernels[key] = nvrtc.Kernel(image, name, block, layout.shared[not two_shot])
+            block, cluster = (layout.block, layout.cluster) if two_shot else ((layout.threads, 1), 1)
+            self._kernels[key] = nvrtc.Kernel(image, name, block, layout.shared[not two_shot], cluster)
         return self._kernels[key]
 
     def _begin(self, slot: int, x: Tensor) -> _Call | None:
