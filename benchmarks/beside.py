@@ -121,6 +121,7 @@ def times_of_host(peer, device, group):
         token = direct.start(x, None, weight, None, None, 1e-5, 1.0, 0.0, False, group, "peer", 0, SLOT, 0, True, True)
         direct.wait(token, x, None, weight, None, None, None, group, "peer", SLOT, True, True, True)
 
+    peer.start(x, None, weight, None, None, 1e-5, 1.0, 0.0, False, 0, 1 - SLOT, 0, True, True)  # as the other half has it
     pair()
     kernel, ctas = peer._call(SLOT, x.dtype, x.shape).launcher(False, 0, 0)
     given = peer._call(SLOT, x.dtype, x.shape).arguments.address
@@ -130,7 +131,9 @@ def times_of_host(peer, device, group):
         kernel.start(ctas, given, current, side, fork, done)
         calls.wait(current, done)
 
-    return time_of_host(pair, device), time_of_host(driver, device)
+    times = time_of_host(pair, device), time_of_host(driver, device)
+    peer.wait(1 - SLOT, True)
+    return times
 
 
 def time_of_host(run, device, calls=100):

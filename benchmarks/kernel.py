@@ -64,7 +64,8 @@ def main():
                 for tokens in args.tokens:
                     rows += measure(ours, compiled, device, dtype, hidden, tokens, ceiling, args)
     note = "in CUDA graphs; the fused side without copies and with a sharded residual; medians of the slowest rank"
-    result_file.write(f"kernel-tp{dist.get_world_size()}", device, note, rows)
+    dtypes = "" if args.dtype == ["bf16"] else "".join(f"-{dtype}" for dtype in args.dtype)
+    result_file.write(f"kernel{dtypes}-tp{dist.get_world_size()}", device, note, rows)
     dist.destroy_process_group()
 
 

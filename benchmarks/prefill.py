@@ -39,7 +39,7 @@ def main():
             common.show(size, measured)
             measured_rows += common.rows(size, measured, device)
             common.write(
-                f"prefill-{args.model}-tp{ranks}",
+                f"prefill-{args.model}-tp{ranks}" + ("" if args.batch == [1] else "-batches"),
                 device,
                 "dynamic shapes; ms of a whole forward pass with embedding, last norm and the last token's logits",
                 measured_rows,

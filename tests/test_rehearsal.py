@@ -174,7 +174,6 @@ A, B = Plan(8, 0, 4, 1.2), Plan(512, 0, 4, 1.2)
 
 
 CASES = {  # each rank's plan -> rehearsals, what they agree on, mode
-    (A, A): (0, A, "weave"),
     (A, B): (0, A, "weave"),
     (None, B): (0, B, "fuse"),
     (None, None): (1, Plan(2000, 4, 5, 1.1), "fuse"),

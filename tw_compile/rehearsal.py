@@ -31,7 +31,7 @@ SIZES = 256, 512, 1024, 2048, 4096, 8192
 MAX_ELEMENTS = 1 << 25
 
 PHASES = 4  # of compute between two sites: two layers
-CTAS = 4, 8, 16
+CTAS = 4, 6, 8, 12, 16
 EIGHTHS = 3, 4, 5
 SAMPLES = 5
 # Clocks for which the GPU waits before each sample: the host has enqueued most of it by then, and is not what is measured.
@@ -117,15 +117,20 @@ def _rehearse(section: Section, group: str, device: torch.device, requested: str
         log.warning("not rehearsed, so that it is woven from %d tokens on by a rule: %s", plan.min_tokens, max(lacking))
         return plan
     ctas = (section.ctas,) if section.ctas or carrier.name == "process_group" else CTAS
-    variants = [None, *((c, e) for c in ctas for e in EIGHTHS)]
+
+    def plan_of(variants):
+        times = [stage.times([None, *variants], tokens) for tokens in section.sizes]
+        said = agree.exchange(group, "the end of a rehearsal", json.dumps(times))
+        slowest = [list(map(max, *at_size)) for at_size in zip(*map(json.loads, said))]
+        fused, *woven = zip(*slowest)
+        log.info("rehearsed, %s tokens: fused %s s; (CTAs, eighths) %s", section.sizes, fused, dict(zip(variants, woven)))
+        return by_times(section.sizes, fused, dict(zip(variants, woven)))
+
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         stage.set()
-        times = [stage.times(variants, tokens) for tokens in section.sizes]
-    said = agree.exchange(group, "the end of a rehearsal", json.dumps(times))
-    slowest = [list(map(max, *at_size)) for at_size in zip(*map(json.loads, said))]
-    fused, *woven = zip(*slowest)
-    plan = by_times(section.sizes, fused, dict(zip(variants[1:], woven)))
-    log.info("rehearsed in %.1f s: %s, of %s", time.perf_counter() - begin, plan, dict(zip(map(str, variants), zip(*slowest))))
+        even = plan_of([(c, 4) for c in ctas])
+        plan = plan_of([(even.ctas, eighths) for eighths in EIGHTHS])
+    log.info("rehearsed in %.1f s: %s", time.perf_counter() - begin, plan)
     return plan
 
 
