@@ -9,6 +9,7 @@ What comes of it is a ``planning.Plan``, the same on all ranks: of the times of 
 """
 
 import functools
+import gc
 import json
 import logging
 import statistics
@@ -95,6 +96,9 @@ def agree_on(section: Section, group: str, device: torch.device, requested: str,
         plan = next((Plan(**theirs) for theirs in map(json.loads, said) if theirs), None)
         if plan is None:
             plan = _rehearse(section, group, device, requested)
+            gc.collect()  # the workspaces, of which some things refer to each other
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         if plan.gain is not None:
             files.write(_path(section, group, device, requested), json.dumps(asdict(plan)).encode())
         _agreed[key] = plan
