@@ -15,8 +15,9 @@ from models import HIDDEN, VOCAB, parallel, whole
 from test_split import mlp, mlp_inputs
 
 import tw_compile
-from tw_compile import backend, rehearsal
+from tw_compile import backend, ops, rehearsal
 from tw_compile.ops.process_group import ProcessGroup
+from tw_compile.passes.graph_utils import arguments
 from tw_compile.planning import Plan
 
 SIZES = 16, 32
@@ -128,6 +129,15 @@ def test_what_is_left_to_decide_is_rehearsed(world, monkeypatch, batch, options,
     seen = []
     rewrite(mlp, *mlp_inputs(batch, 20), plan_of=lambda section, *_: seen.append(section), **{"dynamic": True} | options)
     assert [(s.sizes, s.sequences, s.ctas) for s in seen] == ([expected] if expected else [])
+
+
+def test_a_plan_says_how_many_ctas_a_start_has(world, monkeypatch):
+    monkeypatch.setattr(rehearsal, "possible", lambda device: True)
+    for plan, ctas in ((Plan(256, 6, 5, 1.1), 6), (Plan(None, 6, 5, 0.9), 0)):
+        new = rewrite(mlp, *mlp_inputs(1, 300), plan_of=lambda *_: plan)
+        nodes = new.after.find_nodes(op="call_function", target=ops.start) + new.after.find_nodes(op="call_function", target=ops.fused)
+        assert {arguments(node)["ctas"] for node in nodes} == {ctas}
+        assert new.report.split == ((128, 172) if ctas else None)
 
 
 def of_plan():

@@ -194,16 +194,6 @@ def test_at_the_threshold_it_is_woven():
     assert rewrite(mlp, *mlp_inputs(2, 4), min_tokens=8).report.mode == "weave"
 
 
-def test_on_a_gpu_it_must_be_worth_the_sms(monkeypatch):
-    """A GPU of 17 SMs, of which the kernels of two ranks take 16 if they are let."""
-    monkeypatch.setattr(passes.cut, "_sms", lambda device: 17)
-    inputs = mlp_inputs(1 << 18)
-    new = rewrite(mlp, *inputs)
-    assert new.report.mode == "fuse" and "not woven: communication takes" in new.report.reasons[0]
-    assert rewrite(mlp, *inputs, ctas=1).report.mode == "weave"
-    assert rewrite(mlp, *inputs, mode="weave").report.mode == "weave", "forced"
-
-
 # --- what is cut -----------------------------------------------------------------------------------------------------
 
 
