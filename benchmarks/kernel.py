@@ -25,7 +25,7 @@ import wire
 from timing import time_of
 
 from tw_compile.ops.reference import add_norm
-from tw_compile.ops.symmetric import TWO_SHOT_ROWS, Symmetric
+from tw_compile.ops.symmetric import LEAST_ROWS, Symmetric
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SLOT = 2
@@ -103,7 +103,7 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
         times = {name: time_of(run, l2, args.samples, device) for name, run in sides.items()}
         for name, ctas in itertools.product(ours, args.ctas):
             kernel = ours[name].kernel_of(tokens)
-            if kernel != "two_shot" and tokens >= TWO_SHOT_ROWS:
+            if kernel != "two_shot" and tokens >= LEAST_ROWS:
                 continue
             in_workspace = ours[name].linear(a, b, None, SLOT)
 

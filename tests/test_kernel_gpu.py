@@ -166,9 +166,9 @@ def ranks(world) -> Ranks:
     return _worlds[world]
 
 
-def layout(dtype, hidden, world):
+def layout(dtype, hidden, world, center):
     limit = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
-    return symmetric.Layout.of(hidden, dtype.itemsize, world, "peer", limit)
+    return symmetric.Layout.of(hidden, dtype.itemsize, world, "peer", center, limit)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -176,7 +176,7 @@ def prepared():
     """All kernels, compiled in parallel."""
     arch = nvrtc.architecture(torch.cuda.get_device_capability())
     jobs = [
-        (kernel, arch, symmetric.macros(dtype, hidden, world, rank, "peer", center, layout(dtype, hidden, world)))
+        (kernel, arch, symmetric.macros(dtype, hidden, world, rank, "peer", center, layout(dtype, hidden, world, center)))
         for center, sizes in ((False, SIZES), (True, LAYER_NORM_SIZES))
         for (dtype, hidden, world), kernel in itertools.product(sizes, ("two_shot", "one_shot"))
         for rank in range(world)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from tw_compile.ops.symmetric import TWO_SHOT_ROWS, _Call, kernel_of
+from tw_compile.ops.symmetric import LEAST_ROWS, _Call, kernel_of
 
 
 def call(rows, shape):
@@ -37,7 +37,7 @@ def test_no_result_shares_the_storage_of_an_input():
 def test_grid():
     """Never more CTAs than rows of the rank that has most, nor than flags; a row each for few tokens."""
     assert [call(40, (40, 16))[1].grid(ctas, 8) for ctas in (0, 4, 8)] == [8, 4, 8]
-    assert [call(TWO_SHOT_ROWS, (TWO_SHOT_ROWS, 16))[1].grid(ctas, 32) for ctas in (0, 3)] == [16, 3]
+    assert [call(LEAST_ROWS, (LEAST_ROWS, 16))[1].grid(ctas, 32) for ctas in (0, 3)] == [16, 3]
     assert [call(5, (5, 16))[1].grid(ctas, 8) for ctas in (0, 3)] == [5, 3]
     try:
         call(40, (40, 16))[1].grid(17, 8)

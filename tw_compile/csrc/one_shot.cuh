@@ -20,7 +20,7 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld, kRank>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
-  using OneGroup = Group<Layout::kThreads, 1, false>;
+  using OneGroup = Group<Layout::kThreads, 1>;
   Rows<Norm, Layout, Transport, OneGroup, kWorld> rows(site, transport, ptx::shared_memory());
   rows.fetch_weight();
   bool first = true;

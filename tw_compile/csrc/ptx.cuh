@@ -56,12 +56,7 @@ __device__ __forceinline__ uint4 load_shared(u32 shared) {
   return v;
 }
 
-__device__ __forceinline__ void store_shared(u32 shared, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-               :: "r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-
-// The address in shared memory that these take.
+// The address that the two above take.
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // Ends a group of copies; empty ones count too.
@@ -72,26 +67,6 @@ template <int kStillOut>
 __device__ __forceinline__ void copies_arrived() {
   asm volatile("cp.async.wait_group %0;" :: "n"(kStillOut) : "memory");
 }
-
-// ---- Bulk copies out of shared memory, from compute capability 9.0 on: one thread begins one, and waits for it.
-
-__device__ __forceinline__ void bulk_copy(void* p, u32 shared, u32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(p), "r"(shared), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void close_bulk_copies() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// Waits until all groups but the last kStillOut have been read from shared memory.
-template <int kStillOut>
-__device__ __forceinline__ void bulk_copies_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(kStillOut) : "memory");
-}
-
-// Waits until all have been written, and are seen by this thread.
-__device__ __forceinline__ void bulk_copies_arrived() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
-// Orders this thread's accesses to shared memory before bulk copies that begin after it.
-__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Asks for a line of it, which comes to L2. Takes no register.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
@@ -162,12 +137,6 @@ __device__ __forceinline__ u64 global_timer() {
 template <int kThreads>
 __device__ __forceinline__ void sync_some(u32 barrier) {
   asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(kThreads) : "memory");
-}
-
-// Counts as having come, and does not wait.
-template <int kThreads>
-__device__ __forceinline__ void arrive_some(u32 barrier) {
-  asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "n"(kThreads) : "memory");
 }
 
 // A value that is the same in the whole warp, told to the compiler, which then spends one register on it for all threads.

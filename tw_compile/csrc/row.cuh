@@ -190,11 +190,9 @@ __device__ __forceinline__ void store_carried(char* here, const float (&r)[Layou
 // The norms: row / sqrt(mean(row²) + eps), where the row of a LayerNorm is r - mean(r), and that of an RMSNorm is r.
 struct RmsNorm {
   static constexpr bool kCenters = false;
-  static constexpr int kSums = 1;  // over the row, hence barriers
 };
 struct LayerNorm {
   static constexpr bool kCenters = true;
-  static constexpr int kSums = 2;
 };
 
 // Rows, one after the other: for each, add() its chunks in order, then normalise().

@@ -10,9 +10,8 @@
 //
 // Order. One barrier is: __syncthreads, of all groups; thread p stores the epoch into rank p's pad with release at system
 // scope, then reads its own pad with acquire at system scope until p's flag has arrived; __syncthreads.
-//   * Everything a thread of the CTA did before, reads, writes, and bulk copies that it has waited for, happens before the
-//     first __syncthreads, hence before the release (which is cumulative), hence before whatever a peer's CTA does after its
-//     acquire.
+//   * Everything a thread of the CTA did before, reads and writes, happens before the first __syncthreads, hence before
+//     the release (which is cumulative), hence before whatever a peer's CTA does after its acquire.
 //   * The same holds for earlier kernels of this stream, and of streams this one waited for, such as the GEMM that wrote
 //     the partial sums: they complete before this kernel starts, and cumulativity carries them along. So after the entry
 //     barrier the partial sums of all ranks may be read, whichever CTA or kernel wrote them.

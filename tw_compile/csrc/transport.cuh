@@ -5,7 +5,6 @@
 //                 (Pending) or into kPlaces places of this thread; load_own adds what is on this GPU, if that was not part of
 //                 it; and total, when they have arrived, gives the sum over the ranks in float32
 //   store         a vector to this offset of every rank's workspace
-//   send          bytes of shared memory to this offset of every rank's workspace, as bulk copies. Peer only
 #pragma once
 #include "element.cuh"
 #include "site.cuh"
@@ -65,10 +64,6 @@ struct Peer {
   __device__ __forceinline__ void store(u64 at, uint4 vector) const {
 #pragma unroll
     for (int i = 0; i < kWorld; ++i) ptx::store_sys(site.workspace[i] + at, vector);
-  }
-  __device__ __forceinline__ void send(u64 at, u32 shared, u32 bytes) const {
-#pragma unroll
-    for (int i = 0; i < kWorld; ++i) ptx::bulk_copy(site.workspace[i] + at, shared, bytes);
   }
 };
 

@@ -5,10 +5,9 @@
 //   2. for each own row: fetch it from all ranks, add the residual, norm, store the norm to all ranks, in place
 //   3. exit barrier: the rows of all ranks have arrived, and nobody reads ours any more
 //
-// In place is safe because only its owner reads a row, and overwrites it after the data has come: that of one thread, where
-// each stores the norm of what it has read, or of the whole group, which has met by the time that a bulk copy begins.
+// In place is safe because only its owner reads a row, and of that only the thread which later overwrites it, after the
+// data has come.
 #pragma once
-#include "delivery.cuh"
 #include "row.cuh"
 #include "sync.cuh"
 
@@ -33,21 +32,17 @@ struct Cursor {
 
 // kDepth: chunks that a thread has in flight. A chunk's places are filled anew as soon as it is summed, so that the wire stays
 // busy through the norm and the stores.
-// kLeaving: rows of a group that may be on their way out of shared memory; 0: each thread stores its norms.
 template <template <class, int, int> class TransportOf, class Norm, class Layout, class Group, int kWorld, int kRank,
-          int kDepth, int kLeaving>
+          int kDepth>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld, kRank>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
 
   using AllRows = Rows<Norm, Layout, Transport, Group, kWorld>;
-  using ToAll = Delivery<Layout, Group, Transport, kLeaving>;
-  constexpr int kOfRows = AllRows::shared_bytes(kDepth), kSharedBytes = kOfRows + ToAll::kSharedBytes;
+  constexpr int kSharedBytes = AllRows::shared_bytes(kDepth);
   static_assert(kSharedBytes * Group::kGroups == TW_SHARED_BYTES, "the host gives another amount of shared memory");
-  char* const shared = Group::shared_memory(kSharedBytes);
-  AllRows rows(site, transport, shared);
-  ToAll delivery(transport, shared + kOfRows);
+  AllRows rows(site, transport, Group::shared_memory(kSharedBytes));
 
   const u32 per_rank = (site.rows + kWorld - 1) / kWorld;  // the last ranks may have fewer rows, or none
   const u32 begin = site.rank * per_rank;
@@ -57,62 +52,50 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   using Walk = Cursor<Layout, Group>;
   Walk next{begin + Group::index() * gridDim.x + blockIdx.x}, now = next;
 
-  const bool is_sender = Group::is_sender();
-  if (!is_sender) rows.fetch_weight();
-  barrier.arrive_and_wait(0);
-  if constexpr (Group::kHasSender) {
-    if (is_sender) {
-      for (; now.row < end; now.advance()) delivery.send(now.row * Layout::kRowBytes, Norm::kSums);
-      delivery.finish();
+  using InFlight = Chunk<Layout, Transport, SharedPlaces<Layout::kThreads>>;
+  typename InFlight::Pending pending[kDepth];
+  const auto fetch = [&](int i) {
+    if (next.row < end) {
+      InFlight(rows.places(i), pending[i]).load(transport, next.row * Layout::kRowBytes, next.chunk);
+      next.advance();
     }
-  }
-  if (!is_sender) {
-    using InFlight = Chunk<Layout, Transport, SharedPlaces<Layout::kThreads>>;
-    typename InFlight::Pending pending[kDepth];
-    const auto fetch = [&](int i) {
-      if (next.row < end) {
-        InFlight(rows.places(i), pending[i]).load(transport, next.row * Layout::kRowBytes, next.chunk);
-        next.advance();
-      }
-      ptx::close_copies();
-    };
-    Local<Layout, Transport> local;
-    const auto fetch_local = [&] {
-      if (now.row >= end) return;
-      const u64 at = now.row * Layout::kRowBytes;
-      const u64 residual_at = site.takes_carried ? (now.row - begin) * Layout::kFloatRowBytes : at;
-      local.load_own(transport, at, now.chunk);
-      if (site.residual != nullptr) local.load_residual(site.residual + residual_at, site.takes_carried, now.chunk);
-    };
+    ptx::close_copies();
+  };
+  Local<Layout, Transport> local;
+  const auto fetch_local = [&] {
+    if (now.row >= end) return;
+    const u64 at = now.row * Layout::kRowBytes;
+    const u64 residual_at = site.takes_carried ? (now.row - begin) * Layout::kFloatRowBytes : at;
+    local.load_own(transport, at, now.chunk);
+    if (site.residual != nullptr) local.load_residual(site.residual + residual_at, site.takes_carried, now.chunk);
+  };
 
+  rows.fetch_weight();
+  barrier.arrive_and_wait(0);
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) fetch(i);
-    if (AllRows::kLoadsAhead) fetch_local();
-    rows.keep_weight();
-    while (now.row < end) {
+  for (int i = 0; i < kDepth; ++i) fetch(i);
+  if (AllRows::kLoadsAhead) fetch_local();
+  rows.keep_weight();
+  while (now.row < end) {
 #pragma unroll(Transport::kPlaces == 0 ? kDepth : 1)  // registers cannot be indexed
-      for (int i = 0; i < kDepth; ++i) {
-        if (now.row >= end) break;
-        if (!AllRows::kLoadsAhead) fetch_local();
-        ptx::copies_arrived<kDepth - 1>();
-        rows.add(InFlight(rows.places(i), pending[i]), local, now.chunk);
-        fetch(i);
-        const Walk done = now;
-        now.advance();
-        if (AllRows::kLoadsAhead) fetch_local();
-        const u64 at = done.row * Layout::kRowBytes;
-        rows.each(done.chunk, [&](u64 offset, const float (&r)[Layout::kVector]) {
-          if (site.whole_residual) {
-            transport.store(site.whole_residual_at + at + offset, Layout::Element::pack(r));
-          } else {
-            store_carried<Layout>(site.residual_out + (done.row - begin) * Layout::kFloatRowBytes + offset, r);
-          }
-        });
-        if (done.last_chunk()) {
-          rows.normalise([&](u64 offset, uint4 norm) { delivery.put(at, offset, norm); });
-          delivery.close();
+    for (int i = 0; i < kDepth; ++i) {
+      if (now.row >= end) break;
+      if (!AllRows::kLoadsAhead) fetch_local();
+      ptx::copies_arrived<kDepth - 1>();
+      rows.add(InFlight(rows.places(i), pending[i]), local, now.chunk);
+      fetch(i);
+      const Walk done = now;
+      now.advance();
+      if (AllRows::kLoadsAhead) fetch_local();
+      const u64 at = done.row * Layout::kRowBytes;
+      rows.each(done.chunk, [&](u64 offset, const float (&r)[Layout::kVector]) {
+        if (site.whole_residual) {
+          transport.store(site.whole_residual_at + at + offset, Layout::Element::pack(r));
+        } else {
+          store_carried<Layout>(site.residual_out + (done.row - begin) * Layout::kFloatRowBytes + offset, r);
         }
-      }
+      });
+      if (done.last_chunk()) rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
     }
   }
   barrier.arrive_and_wait(1);

@@ -28,8 +28,8 @@ from ..planning import ctas_beside_gemms
 from . import agree, gemms, host, nvrtc
 from .reference import empty_results
 
-# Rows of the smallest workspace; for so many or more each row is reduced by one rank only.
-TWO_SHOT_ROWS = 32
+# Rows of the smallest workspace. For so many or more each row is reduced by one rank only.
+LEAST_ROWS = 32
 
 # Rows, times the peers that each comes from, up to which one_shot is faster: on two ranks for all that fit, on four up to 16
 # tokens (benchmarks/results/kernel-tp*.json).
@@ -56,7 +56,7 @@ def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
 
 def kernel_of(rows: int, world: int) -> str:
     """The kernel for a number of tokens. Both give the same bits."""
-    one_shot = rows < TWO_SHOT_ROWS and rows * (world - 1) <= ONE_SHOT_ROWS_FROM_PEERS
+    one_shot = rows < LEAST_ROWS and rows * (world - 1) <= ONE_SHOT_ROWS_FROM_PEERS
     return "one_shot" if one_shot else "two_shot"
 
 
@@ -71,8 +71,6 @@ class Layout:
     chunks:  in a row
     groups:  of a two-shot CTA, which work on a row each; a one-shot CTA is one
     depth:   chunks that a two-shot thread has in flight
-    leaving: rows of a group that can be on their way out of shared memory, by bulk copies of a warp that does nothing else;
-             0 if each thread stores its own norms
     cluster: two-shot CTAs that are placed together
     shared:  bytes of dynamic shared memory that two_shot needs, and that one_shot needs
     """
@@ -82,25 +80,28 @@ class Layout:
     chunks: int
     groups: int
     depth: int
-    leaving: int
     cluster: int
     shared: tuple[int, int]
 
     SHAPES = (512, 2), (512, 1), (256, 1), (128, 1)  # most threads, unroll; the first that shared memory has room for
-    MAX_THREADS, MAX_GROUPS = 1024, 2  # of a CTA over peer memory; over multimem one group, as its sums come to registers
-    MAX_DEPTH, LEAVING = 3, 3  # more is no faster
-    HOPPER = 227 * 1024  # bytes of shared memory that a GPU with bulk copies and clusters has
+    MAX_THREADS, MAX_GROUPS = 1024, 4  # of a two-shot CTA
+    MAX_DEPTH = 3  # of one group; more is no faster
+    GROUPS_DEPTH = 1  # of several: while one waits, the others' rows are in flight
+    HOPPER = 227 * 1024  # bytes of shared memory that a GPU with clusters has
     CLUSTER = 2
-    ROOMY = 195 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
+    ROOMY = 164 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
 
     @property
     def block(self) -> tuple[int, int]:
-        """Threads of a two-shot CTA, in x and y: a group is a row of them, with the warp that sends its norms at the end."""
-        return self.threads + 32 * (self.leaving > 0), self.groups
+        """Threads of a two-shot CTA, in x and y: a group is a row of them."""
+        return self.threads, self.groups
 
     @classmethod
-    def of(cls, hidden: int, itemsize: int, world: int, transport: str, shared_limit: int) -> "Layout":
-        """shared_limit: bytes of shared memory that a CTA can have. Raises RuntimeError where that is too little."""
+    def of(cls, hidden: int, itemsize: int, world: int, transport: str, center: bool, shared_limit: int) -> "Layout":
+        """center: LayerNorm, not RMSNorm; shared_limit: bytes of shared memory that a CTA can have.
+
+        Raises RuntimeError where that is too little.
+        """
         vectors = hidden * itemsize // 16
         landing = world - 1 if transport == "peer" else 0  # vectors that land in shared memory
         for max_threads, unroll in cls.SHAPES:
@@ -109,19 +110,19 @@ class Layout:
             threads = -(-vectors // (chunks * unroll * 32)) * 32
             kept = threads * unroll * chunks * 16 * (4 // itemsize) if chunks > 1 else 0
             fixed, chunk = 2 * 32 * 4 + kept, threads * unroll * landing * 16
-            leaving = cls.LEAVING if landing and chunks == 1 and shared_limit >= cls.HOPPER else 0
-            of_group = fixed + leaving * hidden * itemsize
-            roomy = min(shared_limit, max(cls.ROOMY, of_group + chunk))
+            roomy = min(shared_limit, max(cls.ROOMY, fixed + chunk))
             groups = 1
-            if landing and chunks == 1:
-                fitting = cls.MAX_THREADS // (threads + 32 * (leaving > 0)), roomy // (of_group + chunk)
-                groups = max(1, min(cls.MAX_GROUPS, *fitting))
-            depth = cls.MAX_DEPTH
+            # Of several groups each thread has few registers: enough for the RMSNorm of a row that is an equal share for all,
+            # as long as its sums do not come to registers, as those of multimem do.
+            if landing and vectors == threads * unroll and not center:
+                groups = max(1, min(cls.MAX_GROUPS, cls.MAX_THREADS // threads, roomy // (fixed + chunk)))
+            depth = cls.MAX_DEPTH if groups == 1 else cls.GROUPS_DEPTH
             if landing:
-                depth = min(depth, (roomy // groups - of_group) // chunk)
+                depth = min(depth, (roomy // groups - fixed) // chunk)
             if depth > 0:
-                shared = groups * (of_group + depth * chunk), fixed + (chunk if landing > 4 else 0)
-                return cls(threads, unroll, chunks, groups, depth, leaving, cls.CLUSTER if shared_limit >= cls.HOPPER else 1, shared)
+                shared = groups * (fixed + depth * chunk), fixed + (chunk if landing > 4 else 0)
+                cluster = cls.CLUSTER if shared_limit >= cls.HOPPER else 1
+                return cls(threads, unroll, chunks, groups, depth, cluster, shared)
         raise RuntimeError(
             f"a row of {hidden} does not fit into the {shared_limit} bytes of shared memory that a thread block of this GPU can "
             "have: use transport 'process_group'"
@@ -142,7 +143,6 @@ def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: st
         "TW_CHUNKS": layout.chunks,
         "TW_GROUPS": layout.groups,
         "TW_CLUSTER": layout.cluster,
-        "TW_LEAVING": layout.leaving,
         "TW_DEPTH": layout.depth,
         "TW_SHARED_BYTES": layout.shared[0],
         "TW_SITE_BYTES": Arguments.size(world),
@@ -222,7 +222,7 @@ class _Workspace:
     """Symmetric memory for calls of up to ``rows`` rows, and the kernels that work on it. A collective of the group.
 
     activations, whole_residual: [rows, hidden] tensors of dtype
-    carried:                     a [rows, hidden] tensor of float32. Of TWO_SHOT_ROWS rows or more, a rank has half of them
+    carried:                     a [rows, hidden] tensor of float32. Of LEAST_ROWS rows or more, a rank has half of them
                                  at most, in the front of it; behind that it overlaps with whole_residual
     """
 
@@ -234,9 +234,9 @@ class _Workspace:
         signal_words = symm_mem.get_signal_pad_size() // 4
         self.max_ctas = signal_words // world
         row_bytes = hidden * dtype.itemsize
-        one_shot = rows == TWO_SHOT_ROWS
+        one_shot = rows == LEAST_ROWS
         region, carried = rows * row_bytes, rows * hidden * 4
-        staging = 2 * (TWO_SHOT_ROWS - 1) * row_bytes if one_shot else 0
+        staging = 2 * (LEAST_ROWS - 1) * row_bytes if one_shot else 0
         whole_residual_at = region + (carried if one_shot else carried // 2)
         staging_at = whole_residual_at + region
         epochs_at = staging_at + staging
@@ -531,7 +531,7 @@ class Symmetric:
                     "while a CUDA graph is captured: run once un-captured at this size first"
                 )
             limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
-            layout = Layout.of(hidden, dtype.itemsize, self.world, self.name, limit)
+            layout = Layout.of(hidden, dtype.itemsize, self.world, self.name, center, limit)
             arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
             image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.rank, self.name, center, layout))
             two_shot = name == "two_shot"
@@ -561,7 +561,7 @@ class Symmetric:
         return call
 
     def _workspace(self, slot: int, dtype: torch.dtype, hidden: int, rows: int) -> _Workspace:
-        bucket = max(TWO_SHOT_ROWS, 1 << (rows - 1).bit_length())
+        bucket = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
         key = slot, dtype, hidden, bucket
         if key not in self._workspaces:
             if torch.cuda.is_current_stream_capturing():
