@@ -35,8 +35,9 @@ LEAST_ROWS = 32
 # tokens (benchmarks/results/kernel-tp*.json).
 ONE_SHOT_ROWS_FROM_PEERS = 48
 
-# CTAs of a two-shot kernel with nothing beside it, if the caller leaves it open.
-CTAS_ALONE = 32
+# CTAs of a two-shot kernel with nothing beside it, if the caller leaves it open: fewer keep the wire busy, but few rows are
+# done sooner side by side (benchmarks/results/kernel-*.json).
+CTAS_ALONE, CTAS_OF_FEW_ROWS = 16, 32
 
 MAX_HIDDEN = 32768
 
@@ -301,6 +302,7 @@ class _Call:
         self.one_shot = self._kernel != "two_shot"
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
+        self.ctas_alone = CTAS_ALONE if self.most_rows > CTAS_OF_FEW_ROWS else CTAS_OF_FEW_ROWS
         # (center, ctas, otherwise) -> (Kernel, number of CTAs): see grid
         self.launcher = functools.cache(self._launcher)
 
@@ -489,7 +491,7 @@ class Symmetric:
                 call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, norm.data_ptr(),
                 whole_residual,
             )  # fmt: skip
-            kernel, grid = call.launcher(center, ctas, CTAS_ALONE)
+            kernel, grid = call.launcher(center, ctas, call.ctas_alone)
             kernel.launch(grid, call.arguments.address, self._current())
             del held  # what reuses its memory runs later on this stream
             if not call.one_shot:
