@@ -14,6 +14,7 @@ The rows of a result file, one for each size and side, have
 import functools
 import gc
 import math
+import random
 import statistics
 import time
 
@@ -129,11 +130,14 @@ def recorded(run, device):
 
 
 def median_times(runs, device, samples, calls=4):
-    """Seconds of a call: the median over samples of the slowest rank. The runs take turns, so that drift meets all alike."""
-    taken = {name: [] for name in runs}
+    """Seconds of a call: the median over samples of the slowest rank.
+
+    The runs take turns, so that drift meets all alike, each time in another order: a GPU that has just been busier is slower.
+    """
+    taken, turns = {name: [] for name in runs}, random.Random(0)
     for sample in range(-2, samples):  # the first two warm up
-        for name, run in runs.items():
-            seconds = time_of(run, device, calls)
+        for name in turns.sample(list(runs), len(runs)):
+            seconds = time_of(runs[name], device, calls)
             if sample >= 0:
                 taken[name].append(seconds / calls)
     slowest = torch.tensor([*taken.values()], device=device)

@@ -35,9 +35,9 @@ LEAST_ROWS = 32
 # tokens (benchmarks/results/kernel-tp*.json).
 ONE_SHOT_ROWS_FROM_PEERS = 48
 
-# CTAs of a two-shot kernel with nothing beside it, if the caller leaves it open: fewer keep the wire busy, but few rows are
-# done sooner side by side (benchmarks/results/kernel-*.json).
-CTAS_ALONE, CTAS_OF_FEW_ROWS = 16, 32
+# CTAs of a two-shot kernel with nothing beside it, if the caller leaves it open; of one for few rows on each rank, which are done
+# sooner side by side; and how many these are (benchmarks/results/kernel-*.json).
+CTAS_ALONE, CTAS_OF_FEW, FEW_ROWS = 16, 32, 128
 
 MAX_HIDDEN = 32768
 
@@ -302,7 +302,7 @@ class _Call:
         self.one_shot = self._kernel != "two_shot"
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
-        self.ctas_alone = CTAS_ALONE if self.most_rows > CTAS_OF_FEW_ROWS else CTAS_OF_FEW_ROWS
+        self.ctas_alone = CTAS_OF_FEW if self.most_rows <= FEW_ROWS else CTAS_ALONE
         # (center, ctas, otherwise) -> (Kernel, number of CTAs): see grid
         self.launcher = functools.cache(self._launcher)
 
