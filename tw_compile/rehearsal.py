@@ -36,7 +36,7 @@ CTAS = 4, 6, 8, 12, 16
 EIGHTHS = 3, 4, 5
 SAMPLES = 5
 # Clocks for which the GPU waits before each sample: the host has enqueued most of it by then, and is not what is measured.
-HEAD_START = 2_000_000
+HEAD_START = 5_000_000
 
 
 @dataclass(frozen=True)
