@@ -42,11 +42,12 @@ def main():
 
 
 def kernels(result):
-    """A line for each number of CTAs, over the tokens."""
+    """A line for each number of CTAs, over the tokens; of the largest hidden size."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    lines = {}
+    lines, hidden = {}, max(row["hidden"] for row in result["rows"])
     for row in result["rows"]:
-        lines.setdefault(row["ctas"], {})[row["tokens"]] = row["ratio"]
+        if (row["hidden"], row["l2"]) == (hidden, "warm"):
+            lines.setdefault(row["ctas"], {})[row["tokens"]] = row["ratio"]
     for ctas, ratios in lines.items():
         axes.plot(ratios.keys(), ratios.values(), marker="o", markersize=3, label=f"{ctas} CTAs" if ctas else "by itself")
     ticks = sorted({row["tokens"] for row in result["rows"]})
@@ -56,7 +57,7 @@ def kernels(result):
     axes.set_ylim(0, 1.5)
     axes.set_xlabel("tokens")
     axes.set_ylabel("time over NCCL and compiled add and norm")
-    axes.legend(title=f"{result['rows'][0]['ranks']} × {result['machine']['gpu']}")
+    axes.legend(title=f"{result['rows'][0]['ranks']} × {result['machine']['gpu']}, {hidden} channels")
     axes.grid(alpha=0.3)
     return figure
 

@@ -72,12 +72,10 @@ def min_tokens(options: Options, plan: Plan) -> int | None:
     return 2 if options.mode == "weave" else plan.min_tokens
 
 
-def ctas_beside_gemms(world: int) -> int:
-    """CTAs of a two-shot kernel beside GEMMs, if nobody says.
+def two_shot_ctas(world: int) -> int:
+    """CTAs of a two-shot kernel of many rows, if nobody says: as few as keep the wire busy, since each takes an SM from the GEMMs.
 
-    As few as keep the wire busy, since each takes an SM from them. The fewer the ranks, the more rows each has to norm for as
-    many bytes on the wire: with two ranks 8 CTAs reach 160 GB/s and 16 reach 260, with four ranks 8 reach 290 of the 327 that
-    an H200 can (benchmarks/results/kernel-*.json).
+    The fewer the ranks, the more rows each has to norm for as many bytes on the wire (benchmarks/results/kernel-*.json).
     """
     return max(8, 32 // world)
 

@@ -24,7 +24,7 @@ import torch.utils.dlpack
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from ..planning import ctas_beside_gemms
+from ..planning import two_shot_ctas
 from . import agree, gemms, host, nvrtc
 from .reference import empty_results
 
@@ -35,9 +35,9 @@ LEAST_ROWS = 32
 # tokens (benchmarks/results/kernel-tp*.json).
 ONE_SHOT_ROWS_FROM_PEERS = 48
 
-# CTAs of a two-shot kernel with nothing beside it, if the caller leaves it open; of one for few rows on each rank, which are done
-# sooner side by side; and how many these are (benchmarks/results/kernel-*.json).
-CTAS_ALONE, CTAS_OF_FEW, FEW_ROWS = 16, 32, 128
+# Rows of a rank up to which a two-shot kernel with nothing beside it has more CTAs than the wire needs, and how many, if the caller
+# leaves it open: few rows are done sooner side by side (benchmarks/results/kernel-*.json).
+FEW_ROWS, CTAS_OF_FEW_ROWS = 128, 32
 
 MAX_HIDDEN = 32768
 
@@ -302,7 +302,8 @@ class _Call:
         self.one_shot = self._kernel != "two_shot"
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
-        self.ctas_alone = CTAS_OF_FEW if self.most_rows <= FEW_ROWS else CTAS_ALONE
+        self.ctas = two_shot_ctas(owner.world)
+        self.ctas_alone = CTAS_OF_FEW_ROWS if self.most_rows <= FEW_ROWS else self.ctas
         # (center, ctas, otherwise) -> (Kernel, number of CTAs): see grid
         self.launcher = functools.cache(self._launcher)
 
@@ -344,7 +345,6 @@ class Symmetric:
         self._kernels = {}  # (name, dtype, hidden, center) -> Kernel
         self._pending = {}  # slot -> what wait() needs of start()
         self._gemms_before = None  # what they were told when nothing was pending
-        self._ctas_beside_gemms = ctas_beside_gemms(self.world)
         self._stream = torch.cuda.Stream(self.device, priority=-1)  # ahead of the GEMMs when an SM becomes free
         self._side = self._stream.cuda_stream
         self._current = functools.partial(torch._C._cuda_getCurrentRawStream, self.device.index)
@@ -430,7 +430,7 @@ class Symmetric:
                 call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, call.activations_at,
                 call.whole_residual,
             )  # fmt: skip
-            kernel, grid = call.launcher(center, ctas, self._ctas_beside_gemms)
+            kernel, grid = call.launcher(center, ctas, call.ctas)
             events = self._events.get(slot) or self._make_events(slot)
             kernel.start(grid, call.arguments.address, self._current(), self._side, *events)
             if not self._pending:
