@@ -49,6 +49,17 @@ tokenweave: weave (requested: mode=weave, split=512), transport peer, split 512 
   refused  all_reduce_2          model.py:9, in forward: y = reduce(z)              no RMSNorm or LayerNorm follows
   joined   aten.fft              model.py:8, in forward: f(x)                       no token-axis rule for this op""")
 
+    def test_a_rehearsal(self):
+        def line(**plan):
+            report = Report(requested={}, rehearsal={"section": {}, "plan": {"min_tokens": None, "ctas": 0, "eighths": 4, "gain": None} | plan})
+            return str(report).splitlines()[2]
+
+        lines = line(min_tokens=1024, ctas=6, eighths=5, gain=1.1234), line(ctas=8, gain=0.9), line(min_tokens=2048)
+        self.assertExpectedInline("\n".join(lines), """\
+  rehearsed: woven from 1024 tokens on, with 5/8 of the tokens in front, 6 CTAs: 1.12 times as fast as fused at the most tokens
+  rehearsed: not woven at any number of tokens; at best 0.90 times as fast as fused at the most tokens, with 4/8 of the tokens in front, 8 CTAs
+  rehearsed: no, for lack of memory; it is woven from 2048 tokens on by a rule""")
+
     def test_nothing_found(self):
         report = Report(requested={"mode": "auto"}, reasons=["it contains no all-reduce"])
         self.assertExpectedInline(str(report), """\

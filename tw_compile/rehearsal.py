@@ -69,6 +69,10 @@ def possible(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def sms_of(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+
+
 _agreed = {}  # (section, group name, requested transport) -> Plan
 
 
@@ -115,9 +119,9 @@ def _rehearse(section: Section, group: str, device: torch.device, requested: str
     begin = time.perf_counter()
     carrier = transport.another(requested, group, device)
     stage = _Stage(section, carrier, device)
-    lacking = agree.exchange(group, "a rehearsal", stage.lacks_memory() or "")
+    lacking = agree.exchange(group, "a rehearsal", stage.set() or "")
     if any(lacking):
-        plan = by_rule(section.hidden, torch.cuda.get_device_properties(device).multi_processor_count)
+        plan = by_rule(section.hidden, sms_of(device))
         log.warning("not rehearsed, so that it is woven from %d tokens on by a rule: %s", plan.min_tokens, max(lacking))
         return plan
     ctas = (section.ctas,) if section.ctas or carrier.name == "process_group" else CTAS
@@ -131,7 +135,6 @@ def _rehearse(section: Section, group: str, device: torch.device, requested: str
         return by_times(section.sizes, fused, dict(zip(variants, woven)))
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        stage.set()
         even = plan_of([(c, 4) for c in ctas])
         plan = plan_of([(even.ctas, eighths) for eighths in EIGHTHS])
     log.info("rehearsed in %.1f s: %s", time.perf_counter() - begin, plan)
@@ -148,7 +151,21 @@ class _Stage:
         self.channels = max(section.hidden, *(op[1] * op[3] if op[0] == "attention" else op[1] for op in ops))
         self.columns = max(columns for _, columns in self.weights)
 
-    def lacks_memory(self) -> str | None:
+    def set(self) -> str | None:
+        """Make the tensors. Returns why not, if there is not the memory for them and what comes of them."""
+        if lacking := self._lacks_memory():
+            return lacking
+        generator = torch.Generator(self.device).manual_seed(0)  # the user's stays as it is
+        draw = functools.partial(torch.randn, generator=generator, device=self.device, dtype=self.dtype)
+        try:
+            # As models have them, transposed; random, since zeros take less power, and so are faster.
+            self.weights = {(k, n): draw(n, k).mul_(k**-0.5).t() for k, n in self.weights}
+            self.values = draw(max(self.section.sizes) * self.channels)
+            self.weight = torch.ones(self.section.hidden, device=self.device, dtype=self.dtype)
+        except torch.OutOfMemoryError as error:  # it was free, but in pieces
+            return str(error)
+
+    def _lacks_memory(self) -> str | None:
         """A rehearsal may take half of what is free."""
         if self.device.type == "cpu":
             return None
@@ -159,14 +176,6 @@ class _Stage:
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         needed = elements * self.dtype.itemsize
         return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else None
-
-    def set(self):
-        generator = torch.Generator(self.device).manual_seed(0)  # the user's stays as it is
-        draw = functools.partial(torch.randn, generator=generator, device=self.device, dtype=self.dtype)
-        # As models have them, transposed; random, since zeros take less power, and so are faster.
-        self.weights = {(k, n): draw(n, k).mul_(k**-0.5).t() for k, n in self.weights}
-        self.values = draw(max(self.section.sizes) * self.channels)
-        self.weight = torch.ones(self.section.hidden, device=self.device, dtype=self.dtype)
 
     def times(self, variants, tokens) -> list[float]:
         """Seconds of this rank, medians over samples in turns. variants: None, fused, or (ctas, eighths), woven."""

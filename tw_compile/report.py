@@ -92,6 +92,8 @@ class Report:
         if self.split:
             head += f", split {self.split[0]} | {self.split[1]}"
         lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} joins"]
+        if self.rehearsal:
+            lines += [f"  rehearsed: {_plan(**self.rehearsal['plan'])}"]
         lines += [f"  because {reason}" for reason in self.reasons]
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
         rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", _short(s.source), _form(s)) for s in self.sites]
@@ -108,6 +110,15 @@ class Report:
 def _short(source: str) -> str:
     """A place in the source without the part of its path that says nothing: the working directory, or where packages are."""
     return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
+
+
+def _plan(min_tokens: int | None, ctas: int, eighths: int, gain: float | None) -> str:
+    if gain is None:
+        return f"no, for lack of memory; it is woven from {min_tokens} tokens on by a rule"
+    cut = f"{eighths}/8 of the tokens in front" + (f", {ctas} CTAs" if ctas else "")
+    if min_tokens is None:
+        return f"not woven at any number of tokens; at best {gain:.2f} times as fast as fused at the most tokens, with {cut}"
+    return f"woven from {min_tokens} tokens on, with {cut}: {gain:.2f} times as fast as fused at the most tokens"
 
 
 def _form(site: Site) -> str:

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Node
 
 from .. import rehearsal
@@ -58,18 +57,16 @@ def choose_cut(sites: list[Node], options: Options, plan: Plan | None = None) ->
     dim = next((i for i, size in enumerate(batch) if not is_one(size)), None)
     if dim is None:
         return "one token cannot be split"
-    plan = plan or by_rule(hidden, sms_of(x.device))
+    plan = plan or by_rule(hidden, rehearsal.sms_of(x.device))
     least = min_tokens(options, plan)
     if least is None:
-        return f"in a rehearsal on this machine the woven graph was not faster, but took {1 / plan.gain:.2f} of the fused one's time"
-    if not math.prod(batch) >= least:
+        return "it was not faster in a rehearsal on this machine"
+    tokens = math.prod(batch)
+    if not tokens >= least:
         return f"fewer than {least} tokens"
+    least = tokens if isinstance(tokens, int) else least
     first = first_half(batch[dim], math.prod(batch[dim + 1 :]), options, least, plan.eighths)
     return first if isinstance(first, str) else Cut(dim, batch[dim], first, plan.ctas)
-
-
-def sms_of(device: torch.device) -> int | None:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
 
 
 def _phase(site: Node, hidden: int) -> tuple | None:
