@@ -20,7 +20,7 @@ import variants
 from variants import llama
 
 from tw_compile.ops import gemms, transport
-from tw_compile.rehearsal import Section, _Stage
+from tw_compile.rehearsal import Section, Stage
 
 
 def main():
@@ -52,31 +52,31 @@ def section_of(config, ranks, sizes):
     return Section(hidden, "bfloat16", tuple(sizes), 1, 0, (attention, mlp) * 2)
 
 
-class WithoutComm(_Stage):
+class WithoutComm(Stage):
     """A stage that can leave out the sites."""
 
     def __init__(self, section, device):
         super().__init__(section, transport.choose("auto", dist.group.WORLD.group_name, device)[0], device)
 
     def without_sites(self, tokens):
-        norm = self._value(tokens, self.section.hidden)
+        norm = self.value(tokens, self.section.hidden)
         for phase in self.section.phases:
-            self._compute(phase, norm, 0, tokens, 0)
+            self.compute(phase, norm, 0, tokens, 0)
 
-    def run(self, pieces, ctas, told):
+    def run_told(self, pieces, ctas, told):
         gemms.MAX_CTAS = ctas if told else 0
-        self._run(pieces, sum(pieces), ctas)
+        self.run(pieces, sum(pieces), ctas)
 
 
 def measure(stage, model, tokens, ctas, samples, device):
     tile = 128
     eighth, third, quarter = tokens // 8, tokens // 3 // tile * tile, tokens // 4
     cuts = [[tokens // 2] * 2, [3 * eighth, 5 * eighth], [5 * eighth, 3 * eighth], [third, third, tokens - 2 * third], [quarter] * 4]
-    ways = {"no-comm": functools.partial(stage.without_sites, tokens), ((tokens,), 0, False): functools.partial(stage.run, [tokens], 0, False)}
+    ways = {"no-comm": functools.partial(stage.without_sites, tokens), ((tokens,), 0, False): functools.partial(stage.run_told, [tokens], 0, False)}
     for pieces in cuts:
         for number in ctas:
             for told in (False, True):
-                ways[tuple(pieces), number, told] = functools.partial(stage.run, pieces, number, told)
+                ways[tuple(pieces), number, told] = functools.partial(stage.run_told, pieces, number, told)
     for run in ways.values():
         run()
     torch.cuda.synchronize()

@@ -96,7 +96,7 @@ def test_the_first_layers_are_rehearsed_as_they_are(ranks):
 def where_one_rank_lacks_memory():
     section = rehearsal.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP))
     lacking = lambda self: "it takes 9.9 GB, and 1.0 GB are free" if dist.get_rank() else None  # noqa: E731
-    with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(rehearsal._Stage, "_lacks_memory", lacking):
+    with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(rehearsal.Stage, "_lacks_memory", lacking):
         plan = rehearsal.agree_on(section, dist.group.WORLD.group_name, torch.device("cpu"), "auto", None)
         return plan, os.listdir(folder)
 
@@ -108,7 +108,7 @@ def test_where_one_rank_lacks_memory_all_go_by_a_rule(ranks):
 def starts_of_a_batch(batch):
     """On a rank: the times of a batch, each cut between two of its sequences."""
     section = rehearsal.Section(HIDDEN, "float32", (batch * 16,), batch, 0, (ATTENTION, MLP))
-    stage = rehearsal._Stage(section, ProcessGroup(dist.group.WORLD.group_name, torch.device("cpu")), torch.device("cpu"))
+    stage = rehearsal.Stage(section, ProcessGroup(dist.group.WORLD.group_name, torch.device("cpu")), torch.device("cpu"))
     stage.set()
     starts, start = [], stage.carrier.start
     stage.carrier.start = lambda x, *args: (starts.append(len(x)), start(x, *args))

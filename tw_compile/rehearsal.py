@@ -27,7 +27,8 @@ from .planning import Plan, by_rule, by_times, first_half
 
 log = logging.getLogger("tw_compile")
 
-# Tokens at which a graph of any number of tokens is rehearsed, as long as the reduced values have so many elements.
+# Tokens at which a graph of any number of tokens is rehearsed, and elements of the reduced values at the most: more tokens are taken
+# to be like so many.
 SIZES = 256, 512, 1024, 2048, 4096, 8192
 MAX_ELEMENTS = 1 << 25
 
@@ -118,7 +119,7 @@ def _path(section: Section, group: str, device: torch.device, requested: str):
 def _rehearse(section: Section, group: str, device: torch.device, requested: str) -> Plan:
     begin = time.perf_counter()
     carrier = transport.another(requested, group, device)
-    stage = _Stage(section, carrier, device)
+    stage = Stage(section, carrier, device)
     lacking = agree.exchange(group, "a rehearsal", stage.set() or "")
     if any(lacking):
         plan = by_rule(section.hidden, sms_of(device))
@@ -141,7 +142,7 @@ def _rehearse(section: Section, group: str, device: torch.device, requested: str
     return plan
 
 
-class _Stage:
+class Stage:
     """Where a section is run."""
 
     def __init__(self, section, carrier, device):
@@ -188,7 +189,7 @@ class _Stage:
             else:
                 first = first_half(sequences, sequence, Options(), tokens) * sequence
             pieces = [first, sequence * sequences - first] if variant else [sequence * sequences]
-            runs.append(functools.partial(self._run, pieces, sequence, ctas))
+            runs.append(functools.partial(self.run, pieces, sequence, ctas))
         taken = [[self._seconds(run) for run in runs] for _ in range(SAMPLES + 1)]
         return [statistics.median(samples) for samples in zip(*taken[1:])]
 
@@ -209,15 +210,15 @@ class _Stage:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    def _run(self, pieces, sequence, ctas):
+    def run(self, pieces, sequence, ctas):
         """All phases: fused where there is one piece, woven where there are more, each behind ``sequence`` tokens or fewer."""
-        norms, residuals = [self._value(tokens, self.section.hidden) for tokens in pieces], [None] * len(pieces)
+        norms, residuals = [self.value(tokens, self.section.hidden) for tokens in pieces], [None] * len(pieces)
         woven, begun = len(pieces) > 1, set()
         for number, phase in enumerate(self.section.phases):
             for slot in range(len(pieces)):
                 if slot in begun:
                     norms[slot], residuals[slot] = self.carrier.wait(slot, True)
-                x = self._compute(phase, norms[slot], slot, sequence, sum(pieces[:slot]) % sequence)
+                x = self.compute(phase, norms[slot], slot, sequence, sum(pieces[:slot]) % sequence)
                 if woven:
                     self.carrier.start(*self._site(x, residuals[slot]), ctas, slot, number, True, True)
                     begun.add(slot)
@@ -226,7 +227,7 @@ class _Stage:
         for slot in begun:
             self.carrier.wait(slot, True)
 
-    def _compute(self, phase, norm, slot, sequence, before):
+    def compute(self, phase, norm, slot, sequence, before):
         tokens = norm.shape[0]
         for kind, *sizes in phase[:-1]:
             if kind == "mm":
@@ -241,7 +242,7 @@ class _Stage:
         sequences, queries = (1, tokens) if before else (max(tokens // sequence, 1), min(tokens, sequence))
 
         def heads_of(number, length):
-            return self._value(sequences * length, number * channels).view(sequences, length, number, channels).transpose(1, 2)
+            return self.value(sequences * length, number * channels).view(sequences, length, number, channels).transpose(1, 2)
 
         gqa = {"enable_gqa": True} if heads != kv_heads else {}
         query, keys = heads_of(heads, queries), heads_of(kv_heads, queries)
@@ -257,7 +258,7 @@ class _Stage:
         return x, residual, self.weight, None, None, 1e-5, 1.0, 0.0, False
 
     def _input(self, norm, channels):
-        return norm if channels == self.section.hidden else self._value(norm.shape[0], channels)
+        return norm if channels == self.section.hidden else self.value(norm.shape[0], channels)
 
-    def _value(self, tokens, channels):
+    def value(self, tokens, channels):
         return self.values[: tokens * channels].view(tokens, channels)

@@ -37,12 +37,14 @@ def section_of(sites: list[Node], options: Options) -> rehearsal.Section | None:
     if options.min_tokens != "auto" and options.split != "auto" and options.ctas != "auto":
         return None
     *batch, hidden = x.shape
-    tokens = math.prod(size for size in batch)
-    sizes = (tokens,) if isinstance(tokens, int) else tuple(s for s in rehearsal.SIZES if s * hidden <= rehearsal.MAX_ELEMENTS)
-    phases = [_phase(site, hidden) for site in sites[1 : 1 + rehearsal.PHASES]]
-    if None in phases or not phases or not sizes or (isinstance(tokens, int) and tokens < rehearsal.SIZES[0]):
-        return None
+    tokens = math.prod(batch)
     sequences = batch[0] if len(batch) > 1 and isinstance(batch[0], int) else 1
+    wanted = (tokens,) if isinstance(tokens, int) else rehearsal.SIZES
+    least, most = max(sequences, rehearsal.SIZES[0]), rehearsal.MAX_ELEMENTS // hidden
+    sizes = tuple(dict.fromkeys(min(size, most) for size in wanted if size >= least))
+    phases = [_phase(site, hidden) for site in sites[1 : 1 + rehearsal.PHASES]]
+    if None in phases or not phases or not sizes:
+        return None
     ctas = 0 if options.ctas == "auto" else options.ctas
     return rehearsal.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases))
 
