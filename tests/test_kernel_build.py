@@ -70,6 +70,18 @@ def test_sass(arch, kernel, dtype, transport, tmp_path):
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("arch, shared", [("sm_80", 163 * 1024), ("sm_86", 99 * 1024), ("sm_120a", 99 * 1024)])
+def test_other_gpus_that_peer_is_for(arch, shared, kernel):
+    """Without clusters, and with less shared memory."""
+    layout = Layout.of(8192, 2, 4, "peer", False, shared)
+    wanted = symmetric.macros(torch.bfloat16, 8192, 4, 1, "peer", False, layout)
+    assert layout.cluster == 1
+    _, messages = nvrtc.compile_kernel(kernel, nvrtc.options(arch, wanted))
+    assert messages == ""
+
+
+@needs_nvrtc
 @pytest.mark.parametrize(
     "kernel, dtype, transport", [("two_shot", torch.bfloat16, "peer"), ("one_shot", torch.float32, "multimem")], ids=str
 )

@@ -268,11 +268,13 @@ class Rows {
   // With kKeepsWeight weight + offset stays in registers. Once, before the first row, in two steps: the first does not wait
   // for the weight, since other ranks wait for this CTA then; it does not need the barrier either.
   __device__ __forceinline__ void fetch_weight() {
-    if (!kKeepsWeight || site_.weight == nullptr) return;
+    if constexpr (kKeepsWeight) {
+      if (site_.weight == nullptr) return;
 #pragma unroll
-    for (int u = 0; u < Layout::kUnroll; ++u) {
-      const int v = Layout::vector(0, u);
-      if (Layout::holds(v)) raw_weight_[u].load(site_.weight, site_.weight_is_float != 0, v, ptx::load_constant);
+      for (int u = 0; u < Layout::kUnroll; ++u) {
+        const int v = Layout::vector(0, u);
+        if (Layout::holds(v)) raw_weight_[u].load(site_.weight, site_.weight_is_float != 0, v, ptx::load_constant);
+      }
     }
   }
   __device__ __forceinline__ void keep_weight() {

@@ -5,7 +5,13 @@ static_assert(sizeof(tw::Site<TW_WORLD>) == TW_SITE_BYTES, "the host packs the a
 using Group = tw::Group<TW_THREADS, TW_GROUPS>;
 
 // Clusters of two are placed on neighbouring SMs, and leave such pairs to the GEMMs beside them, whose CTAs come in clusters too.
-extern "C" __global__ void __cluster_dims__(TW_CLUSTER) __launch_bounds__(Group::kThreads * Group::kGroups, 1)
+#if TW_CLUSTER > 1
+#define TW_CLUSTERS __cluster_dims__(TW_CLUSTER)
+#else
+#define TW_CLUSTERS  // a GPU before compute capability 9.0 has none
+#endif
+
+extern "C" __global__ void TW_CLUSTERS __launch_bounds__(Group::kThreads * Group::kGroups, 1)
 two_shot(const __grid_constant__ tw::Site<TW_WORLD> site) {
   using Layout = tw::Layout<tw::TW_ELEMENT, TW_HIDDEN, TW_THREADS, TW_UNROLL, TW_CHUNKS>;
   tw::two_shot<tw::TW_TRANSPORT, tw::TW_NORM, Layout, Group, TW_WORLD, TW_RANK, TW_DEPTH>(site);
