@@ -66,10 +66,10 @@ class Block(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weights = torch.nn.ParameterList(mlp_inputs(1)[2:])
+        self.weight, self.up, self.down = map(torch.nn.Parameter, mlp_inputs(1)[2:])
 
     def forward(self, x, residual):
-        return mlp(x, residual, *self.weights)
+        return mlp(x, residual, self.weight, self.up, self.down)
 
 
 def compiled(model, **options):
