@@ -42,7 +42,6 @@ def tokenweave(gm, inputs, *, mode=None, options=None):
     theirs = config.get("post_grad_custom_pre_pass") or torch._inductor.config.post_grad_custom_pre_pass or ()
     theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
 
-
     def compile_with(rewriting):
         before = counters["inductor"].copy()
         compiled = compile_fx(gm, inputs, config_patches={**config, "post_grad_custom_pre_pass": rewriting})
@@ -52,14 +51,13 @@ def tokenweave(gm, inputs, *, mode=None, options=None):
     rewriting = _Pass(ours, theirs)
     try:
         compiled, reports = compile_with(rewriting)
-    except Exception:
+    except Exception:  # whatever a pass raises comes wrapped in an error of Inductor's
         if rewriting.unplanned is None:
             raise
         _agree_on_plan(*rewriting.unplanned, None, ours)
         compiled, reports = compile_with(_Pass(ours, theirs))
-    for report in reports:
-        if report.rehearsal and (plan := _other_plan(report, ours)):
-            compiled, reports = compile_with(_Pass(ours, theirs, plan))
+    if others := [plan for report in reports if (plan := _other_plan(report, ours))]:
+        compiled, reports = compile_with(_Pass(ours, theirs, others[0]))
     for report in reports:
         record(report)
     return compiled
@@ -113,13 +111,15 @@ def _with_transport(report: Report, options: Options) -> Report:
     return report
 
 
-def _agree_on_plan(section, group: str, device: torch.device, mine, options: Options):
+def _agree_on_plan(section, group: str, device: torch.device, mine: planning.Plan | None, options: Options) -> planning.Plan:
     transport.choose(options.transport, group, device, None if options.timeout == "auto" else options.timeout)
     return rehearsal.agree_on(section, group, device, options.transport, mine)
 
 
-def _other_plan(report: Report, options: Options):
+def _other_plan(report: Report, options: Options) -> planning.Plan | None:
     """The plan of all ranks, where it is not the one that this rank has compiled a graph with."""
+    if report.rehearsal is None:
+        return None
     site, mine = report.sites[0], planning.Plan(**report.rehearsal["plan"])
     section = rehearsal.Section.from_dict(report.rehearsal["section"])
     plan = _agree_on_plan(section, site.group, torch.device(site.device), mine, options)

@@ -6,8 +6,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "csrc"
-
 
 def path(name: str, key: object, suffix: str) -> Path:
     """Where what belongs to ``name`` and ``key``, whose ``repr`` says all that it depends on, is kept."""

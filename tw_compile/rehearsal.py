@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from . import files
-from .options import Options
 from .ops import agree, transport
+from .options import Options
 from .planning import Plan, by_rule, by_times, first_half
 
 log = logging.getLogger("tw_compile")

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from .. import files
-from ..files import SOURCES
 
+SOURCES = Path(__file__).parent.parent / "csrc"
 _DRIVER = "libcuda.so.1"
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # names the Python and the machine
 

@@ -7,8 +7,8 @@ Importing this module needs neither a GPU nor cuda-python.
 import functools
 
 from .. import files
-from ..files import SOURCES
 from . import host
+from .host import SOURCES
 
 # Shared memory that a kernel may use without asking for more.
 _DEFAULT_SHARED_BYTES = 48 * 1024
