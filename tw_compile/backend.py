@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
+from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from . import passes, planning, rehearsal
@@ -32,19 +34,19 @@ def tokenweave(gm, inputs, *, mode=None, options=None):
     """
     ours, inductor = parse(options)
     # What backend="inductor" does with them: the same presets, the same errors.
-    config = torch._TorchCompileInductorWrapper(mode, inductor, None).config
+    patches = torch._TorchCompileInductorWrapper(mode, inductor, None).config
     if _needs_grad(inputs):
         _say_once("a graph needs gradients: tokenweave leaves it to Inductor. For inference, run under torch.no_grad()")
-        return compile_fx(gm, inputs, config_patches=config)
+        return compile_fx(gm, inputs, config_patches=patches)
 
     lowering.register()
     _fix_module_floats(gm)
-    theirs = config.get("post_grad_custom_pre_pass") or torch._inductor.config.post_grad_custom_pre_pass or ()
+    theirs = patches.get("post_grad_custom_pre_pass") or config.post_grad_custom_pre_pass or ()
     theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
 
     def compile_with(rewriting):
         before = counters["inductor"].copy()
-        compiled = compile_fx(gm, inputs, config_patches={**config, "post_grad_custom_pre_pass": rewriting})
+        compiled = compile_fx(gm, inputs, config_patches={**patches, "post_grad_custom_pre_pass": rewriting})
         names = [name for name in counters["inductor"] - before if name.startswith(_COUNTER)]
         return compiled, [_with_transport(Report.from_dict(json.loads(name.removeprefix(_COUNTER))), ours) for name in names]
 
@@ -144,9 +146,11 @@ class _Pass(CustomGraphPass):
         new, report = passes.rewrite(graph, self.options, self._may_be_symmetric, self._plan_of)
         if new is not graph:
             _become(graph, new)
-        counters["inductor"][_COUNTER + json.dumps(report.to_dict())] += 1
         for other in self.then:
             other(graph)
+        if report.mode != "off":
+            _outline(graph, report)
+        counters["inductor"][_COUNTER + json.dumps(report.to_dict())] += 1
 
     def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
         usable, _ = transport.candidates(self.options.transport, group, device)
@@ -167,6 +171,21 @@ class _Pass(CustomGraphPass):
         # The rank too: where a shard is cut from a whole, each rank cuts out its own.
         world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return get_hash_for_files(tuple(files), repr((self.options, self.plan, then, world, torch.cuda.device_count())))
+
+
+def _outline(graph: torch.fx.Graph, report: Report) -> None:
+    """Let Inductor compile one of the layers that are alike, and do to that what it is about to do to the graph."""
+    if config.cpp_wrapper or config.fx_wrapper:
+        report.reasons.append("each layer is compiled: only code in Python can call one for several")
+        return
+    layer, found = passes.outline(graph)
+    if layer is not None:
+        report.alike = found
+        # The passes of this place are done, and it keeps the order of the weave.
+        with config.patch(post_grad_custom_pre_pass=None, reorder_for_locality=False):
+            post_grad_passes(layer, is_inference=True)
+    elif found:
+        report.reasons.append(f"each layer is compiled: {found}")
 
 
 def _become(graph: torch.fx.Graph, new: torch.fx.Graph) -> None:

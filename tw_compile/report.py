@@ -54,6 +54,7 @@ class Report:
     mode:       what is in force: ``weave``, ``fuse`` or ``off``
     requested:  the options as the user gave them
     transport:  what carries the sites: ``multimem``, ``peer`` or ``process_group``; '' where there is none
+    alike:      layers that are compiled as one; 0 where each is compiled
     split:      (first half, second half) along the cut axis, as numbers or symbolic text; None where not woven
     rehearsal:  what was rehearsed (``rehearsal.Section``), and the ``planning.Plan`` that came of it, as plain data; None where
                 nothing was
@@ -63,6 +64,7 @@ class Report:
     requested: dict
     mode: str = "off"
     transport: str = ""
+    alike: int = 0
     split: tuple | None = None
     rehearsal: dict | None = None
     sites: list[Site] = field(default_factory=list)
@@ -91,6 +93,8 @@ class Report:
             head += f", transport {self.transport}"
         if self.split:
             head += f", split {self.split[0]} | {self.split[1]}"
+        if self.alike:
+            head += f", {self.alike} layers compiled as one"
         lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} joins"]
         if self.rehearsal:
             lines += [f"  rehearsed: {_plan(**self.rehearsal['plan'])}"]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import direct
 from .reference import empty_results
+from .symmetric import NEXT_SITE  # noqa: F401
 
 SLOT_WHOLE = 2
 

@@ -1,10 +1,15 @@
 """How Inductor lowers the ops: what its code calls in their place, and that their results are not its own."""
 
+import torch
 import torch.utils._pytree as pytree
 from torch._inductor import ir, lowering
+from torch._inductor.codegen.wrapper import SubgraphPythonWrapperCodegen
 from torch._inductor.virtualized import V
 
 from . import fused, linear, start, wait
+
+
+_IMPORT = "from tw_compile.ops import direct as tokenweave"
 
 
 class _Direct(ir.FallbackKernel):
@@ -15,9 +20,27 @@ class _Direct(ir.FallbackKernel):
 
     def codegen(self, wrapper):
         if not (V.graph.cpp_wrapper or V.graph.fx_wrapper):
-            wrapper.add_import_once("from tw_compile.ops import direct as tokenweave")
+            if isinstance(wrapper, SubgraphPythonWrapperCodegen):
+                wrapper.get_root_graph().add_import_once(_IMPORT)  # it writes no imports of its own
+            else:
+                wrapper.add_import_once(_IMPORT)
             self.python_kernel_name = f"tokenweave.{self.op_overload._opname}"
         super().codegen(wrapper)
+
+
+def layer(subgraph, name, *operands):
+    """What ``passes/outline.py`` puts in the place of a layer: a call of what the first such call compiles.
+
+    Some of its results are in a workspace: see register.
+    """
+    if isinstance(subgraph, torch.fx.GraphModule):  # the graph itself is run, as by tools that look for errors in it
+        return subgraph(*operands)
+    outputs = ir.InvokeSubgraph.create(subgraph, *operands)
+    V.graph.never_reuse_buffers.update(output.get_name() for output in outputs)
+    return [ir.TensorBox.create(output) for output in outputs]
+
+
+layer._inductor_lowering_function = True  # which makes Inductor call it as it is
 
 
 def register() -> None:

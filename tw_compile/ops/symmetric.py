@@ -41,6 +41,9 @@ FEW_ROWS, CTAS_OF_FEW_ROWS = 128, 32
 
 MAX_HIDDEN = 32768
 
+# As the number of a site: the one after that of the site before it in the slot. So layers that are alike make the same calls.
+NEXT_SITE = -1
+
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # csrc/sync.cuh, kErrorMagic
@@ -350,6 +353,7 @@ class Symmetric:
         self._current = functools.partial(torch._C._cuda_getCurrentRawStream, self.device.index)
         self._host = host.calls()
         self._events = {}  # slot -> (fork, done)
+        self._sites = {}  # slot -> the number of its last site
 
     @staticmethod
     def unavailable(group_name: str, device: torch.device, multicast: bool) -> str | None:
@@ -417,7 +421,7 @@ class Symmetric:
         shift:    [H], of x's dtype or float32, or None; added to the norm. Only with ``center``
         center:   LayerNorm; otherwise RMSNorm
         ctas:     CTAs of the kernel; 0 leaves it open
-        site:     number for error messages
+        site:     number for error messages; NEXT_SITE counts on from the slot's last one
         wide:     the new residual is float32; possible together with ``shard`` only
         shard:    the new residual need only be good for the slot's next site
         """
@@ -427,7 +431,8 @@ class Symmetric:
                 self._pending[slot] = None, wide, x
                 return x.new_empty(0)
             held = self._prepare(
-                call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, call.activations_at,
+                call, x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), wide, shard,
+                call.activations_at,
                 call.whole_residual,
             )  # fmt: skip
             kernel, grid = call.launcher(center, ctas, call.ctas)
@@ -488,8 +493,8 @@ class Symmetric:
                 norm = norm if borrow else _like(x)
                 whole_residual = whole_residual if shard else _like(x)
             held = self._prepare(
-                call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, norm.data_ptr(),
-                whole_residual,
+                call, x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), wide, shard,
+                norm.data_ptr(), whole_residual,
             )  # fmt: skip
             kernel, grid = call.launcher(center, ctas, call.ctas_alone)
             kernel.launch(grid, call.arguments.address, self._current())
@@ -576,6 +581,10 @@ class Symmetric:
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
                 self._workspaces[key] = thread.submit(_Workspace, self, dtype, hidden, bucket).result()
         return self._workspaces[key]
+
+    def _number(self, slot: int, site: int) -> int:
+        self._sites[slot] = number = self._sites.get(slot, NEXT_SITE) + 1 if site == NEXT_SITE else site
+        return number
 
     def _prepare(
         self, call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, norm_out: int,

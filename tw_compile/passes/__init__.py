@@ -10,12 +10,13 @@ from .cut import Cut, choose_cut, section_of
 from .find import Match, find
 from .fuse import fuse
 from .graph_utils import value
+from .outline import outline
 from .place import place
 from .split import split
 from .unshard import unshard
 from .weave import weave
 
-__all__ = ["rewrite", "unshard", "find", "fuse", "choose_cut", "split", "weave", "place"]
+__all__ = ["rewrite", "unshard", "find", "fuse", "choose_cut", "split", "weave", "place", "outline"]
 
 
 def rewrite(graph: Graph, options: Options, may_be_symmetric, plan_of=lambda section, group, device: None) -> tuple[Graph, Report]:

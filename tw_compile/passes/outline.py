@@ -1,0 +1,252 @@
+"""Placed graph -> the same graph, in which layers that are alike are calls of one subgraph: Inductor compiles that once.
+
+Layers are told by their sites. The nodes from one site to the next are a section; the longest run of sections that repeats every
+so many is looked for, and each repetition becomes a call. They are alike where all ops, constants, shapes and the flow of data
+between them are. What differs are the operands, of which weights are most, and the numbers of the sites.
+
+Order is data flow, as ``weave`` and ``place`` leave it, and any order of the calls that keeps to it is one of the nodes in them.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch._dynamo.utils import detect_fake_mode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from .. import ops
+from ..ops.lowering import layer
+from .emit import Emitter
+from .graph_utils import arguments, aten, calls, in_order, value
+
+NAME = "tokenweave_layer"
+
+
+def outline(graph: Graph) -> tuple[GraphModule | None, int | str]:
+    """Make calls of ``ops.lowering.layer`` of repeated layers, in place.
+
+    Returns (what they call, how many there are); (None, why there are none), where the reason is empty if no two layers are alike.
+    What they call becomes the attribute NAME of the graph's module.
+    """
+    for node in [n for n in graph.nodes if calls(n, operator.getitem)]:
+        node.args[0].append(node)  # so that no tuple passes from one layer to another
+    numbers = _numbers(graph)
+    alike = _longest_run(_sections(graph), numbers)
+    if not alike:
+        return None, ""
+    if reason := _cannot_be_called(alike):
+        return None, reason
+    body = _body(graph, alike, numbers)
+    setattr(graph.owning_module, NAME, body.module)
+    handed_on = {}
+    for repetition in alike:
+        handed_on |= _call(graph, repetition, body, handed_on)
+    graph.lint()
+    return body.module, len(alike)
+
+
+# --- which nodes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Repetition:
+    """nodes: of one layer; outer: what they take from elsewhere, in the order in which they do."""
+
+    nodes: list[Node]
+    outer: list[Node]
+
+
+def _sections(graph: Graph) -> list[list[Node]]:
+    """The nodes from each site on to the next."""
+    sections = []
+    for node in graph.nodes:
+        if calls(node, ops.start, ops.fused):
+            sections.append([])
+        if sections and node.op == "call_function":
+            sections[-1].append(node)
+    return sections
+
+
+def _longest_run(sections: list[list[Node]], numbers: dict[Node, int]) -> list[_Repetition]:
+    """The repetitions that save most nodes; of several that do, the shortest. None if there are no two."""
+    kinds = [_key(section, numbers)[0] for section in sections]
+    best, saved = [], 0
+    for period in range(1, len(sections) // 2 + 1):
+        first = 0
+        while first + 2 * period <= len(sections):
+            end = first + period
+            while end < len(sections) and kinds[end] == kinds[end - period]:
+                end += 1
+            count = (end - first) // period
+            if count > 1 and (count - 1) * sum(map(len, sections[first : first + period])) > saved:
+                run = _equal(sections, first, period, count, numbers)
+                if (len(run) - 1) * len(run[0].nodes) > saved:
+                    best, saved = run, (len(run) - 1) * len(run[0].nodes)
+            first = max(end - period, first) + 1
+    return best
+
+
+def _equal(sections, first, period, count, numbers) -> list[_Repetition]:
+    """As many repetitions as are alike as a whole, of those whose sections are."""
+    run, wanted = [], None
+    for at in range(first, first + count * period, period):
+        nodes = [node for section in sections[at : at + period] for node in section]
+        key, outer = _key(nodes, numbers)
+        if wanted not in (None, key):
+            break
+        wanted = key
+        run.append(_Repetition(nodes, outer))
+    return run
+
+
+def _numbers(graph: Graph) -> dict[Node, int]:
+    """What a site is to be numbered as in a layer: NEXT_SITE wherever it follows the one before it in its slot."""
+    numbers, last = {}, {}
+    for node in graph.nodes:
+        if calls(node, ops.start, ops.fused):
+            group, slot, site = map(arguments(node).get, ("group", "slot", "site"))
+            numbers[node] = ops.NEXT_SITE if last.get((group, slot)) == site - 1 else site
+            last[group, slot] = site
+    return numbers
+
+
+def _key(nodes: list[Node], numbers: dict[Node, int]) -> tuple[tuple, list[Node]]:
+    """What is equal for nodes that compute the same of what they take; and what they take from elsewhere."""
+    inner, outer, key = {node: i for i, node in enumerate(nodes)}, {}, []
+
+    def encoded(a):
+        if isinstance(a, Node):
+            return ("inner", inner[a]) if a in inner else ("outer", outer.setdefault(a, len(outer)))
+        if isinstance(a, (list, tuple)):
+            return tuple(map(encoded, a))
+        if isinstance(a, dict):
+            return tuple((name, encoded(item)) for name, item in a.items())
+        return type(a), str(a)  # 1, 1.0 and True are equal; -0.0 and 0.0 are, too
+
+    for node in nodes:
+        key.append((node.target, encoded(_args(node, numbers)), encoded(node.kwargs), _signature(value(node))))
+    return (tuple(key), tuple(_signature(value(node)) for node in outer)), list(outer)
+
+
+def _args(node: Node, numbers: dict[Node, int]) -> tuple:
+    return in_order(node.target, arguments(node) | {"site": numbers[node]}) if node in numbers else node.args
+
+
+def _signature(val) -> tuple:
+    if isinstance(val, torch.Tensor):
+        return str(val.device), val.dtype, str(val.shape), str(val.stride()), _is_aligned(val)
+    return tuple(map(_signature, val)) if isinstance(val, (list, tuple)) else (type(val), str(val))
+
+
+def _is_aligned(val: torch.Tensor) -> bool:
+    """Whether it is known to begin at a multiple of 16 bytes, as far as its place in its storage goes."""
+    return sympy.Mod(_expr(val.storage_offset()) * val.itemsize, 16) == 0
+
+
+def _expr(size):
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+# --- what can be called ----------------------------------------------------------------------------------------------------
+
+
+def _cannot_be_called(alike: list[_Repetition]) -> str | None:
+    device = next(value(node.args[0]).device for node in alike[0].nodes)
+    for node in alike[0].nodes:
+        if node.target in (operator.getitem, *_SIZES):
+            continue
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return f"its layers call {node.target}, which has a graph of its own"
+        tags = node.target.tags
+        if torch.Tag.cudagraph_unsafe in tags or node.target._schema.is_mutable:
+            return f"its layers call {node.target}, which is not a function of its inputs alone"
+        tensors = [v for v in (value(node) if isinstance(value(node), (list, tuple)) else [value(node)]) if isinstance(v, torch.Tensor)]
+        if any(tensor.device != device for tensor in tensors) or node.meta.get("unbacked_bindings"):
+            return f"its layers call {node.target}, which has a result elsewhere than on {device}, or of a size that depends on data"
+    for repetition in alike:
+        inside = set(repetition.nodes)
+        for node in repetition.nodes:
+            outside = [user for user in node.users if user not in inside]
+            if any(calls(user, aten.copy_.default) for user in outside):
+                return "its layers write to inputs of the graph"
+            if outside and not (isinstance(value(node), torch.Tensor) and _is_at_its_beginning(value(node))):
+                return f"its layers hand on what {node.target} returns, which is no tensor, or a part of one"
+        if not all(isinstance(value(node), (torch.Tensor, torch.SymInt)) for node in repetition.outer):
+            return "its layers take something other than tensors and sizes"
+    return None
+
+
+_SIZES = (
+    aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, operator.add, operator.sub, operator.mul, operator.floordiv,
+    operator.pow,
+)  # fmt: skip
+
+
+def _is_at_its_beginning(val: torch.Tensor) -> bool:
+    return _expr(val.storage_offset()) == 0
+
+
+# --- the subgraph and its calls --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Body:
+    """module: one layer; symbols: the inputs of the graph that it takes before those of ``_Repetition.outer`` that are tensors;
+    results: which of its nodes it returns"""
+
+    module: GraphModule
+    symbols: list[Node]
+    results: list[int]
+
+
+def _body(graph: Graph, alike: list[_Repetition], numbers: dict[Node, int]) -> _Body:
+    first = alike[0]
+    results = sorted({i for r in alike for i, node in enumerate(r.nodes) if not set(node.users) <= set(r.nodes)})
+    free = set().union(*(_symbols(value(node)) for node in [*first.nodes, *first.outer]))
+    symbols = [n for n in graph.find_nodes(op="placeholder") if isinstance(value(n), torch.SymInt) and value(n).node.expr in free]
+
+    new = Graph()
+    emit = Emitter(new, detect_fake_mode([value(first.nodes[0].args[0])]))
+    env = {}
+    for outer in [*symbols, *(a for a in first.outer if isinstance(value(a), torch.Tensor))]:
+        env[outer] = new.placeholder(outer.name)
+        env[outer].meta = dict(outer.meta)
+    env |= {a: emit.size(value(a)) for a in first.outer if a not in env}
+    for node in first.nodes:
+        args, kwargs = map_arg((_args(node, numbers), node.kwargs), env.__getitem__)
+        env[node] = new.call_function(node.target, args, kwargs)
+        env[node].meta = dict(node.meta)
+    returned = [env[first.nodes[i]] for i in results]
+    output = new.output(tuple(returned))
+    # As Inductor has it for subgraphs of its own: whoever calls it relies on these strides.
+    output.meta["user_visible_output_idxs"] = list(range(len(returned)))
+    output.meta["original_output_strides"] = [value(node).stride() for node in returned]
+    new.lint()
+    return _Body(GraphModule(torch.nn.Module(), new), symbols, results)
+
+
+def _symbols(val) -> set:
+    if isinstance(val, torch.Tensor):
+        return set().union(*(_expr(size).free_symbols for size in (*val.shape, *val.stride(), val.storage_offset())))
+    if isinstance(val, (list, tuple)):
+        return set().union(*map(_symbols, val))
+    return val.node.expr.free_symbols if isinstance(val, torch.SymInt) else set()
+
+
+def _call(graph: Graph, repetition: _Repetition, body: _Body, handed_on: dict[Node, Node]) -> dict[Node, Node]:
+    """Replace a layer by a call. handed_on: what earlier calls return, by the nodes that it replaces; returns the same of this one."""
+    with graph.inserting_before(repetition.nodes[0]):
+        module = graph.get_attr(NAME)
+        operands = [*body.symbols, *(handed_on.get(a, a) for a in repetition.outer if isinstance(value(a), torch.Tensor))]
+        call = graph.call_function(layer, (module, NAME, *operands))
+        returned = [repetition.nodes[i] for i in body.results]
+        call.meta["val"] = tuple(map(value, returned))
+        results = {old: graph.call_function(operator.getitem, (call, i)) for i, old in enumerate(returned)}
+    for old, new in results.items():
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
+    for node in reversed(repetition.nodes):
+        graph.erase_node(node)
+    return results
