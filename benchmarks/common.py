@@ -14,14 +14,12 @@ The rows of a result file, one for each size and side, have
 import functools
 import gc
 import math
-import random
-import statistics
-import time
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import result_file
+import timing
 import variants
 from variants import llama
 
@@ -106,8 +104,8 @@ def measure(sides, inputs, samples):
     """The figures of each side on the inputs, by its name."""
     device = inputs[0].device
     memory = {side.name: side.warm_up(*inputs) for side in sides}
-    runs = {side.name: recorded(functools.partial(side.run, *inputs), device) for side in sides}
-    times = median_times(runs, device, samples)
+    runs = {side.name: timing.recorded(functools.partial(side.run, *inputs), device) for side in sides}
+    times = timing.median_times(runs, device, samples)
     del runs  # the CUDA graphs, and their memory
     gc.collect()
     if device.type == "cuda":
@@ -116,50 +114,6 @@ def measure(sides, inputs, samples):
         side.name: {"ms": times[side.name] * 1e3, **({"mode": side.mode} if side.mode else {}), **memory[side.name]}
         for side in sides
     }
-
-
-def recorded(run, device):
-    """``run`` as a CUDA graph, to be called; on the CPU ``run`` itself. It must have run before."""
-    if device.type == "cpu":
-        return run
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as the one that watches NCCL, may go on with what a capture would not allow.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    return graph.replay
-
-
-def median_times(runs, device, samples, calls=4):
-    """Seconds of a call: the median over samples of the slowest rank.
-
-    The runs take turns, so that drift meets all alike, each time in another order: a GPU that has just been busier is slower.
-    """
-    taken, turns = {name: [] for name in runs}, random.Random(0)
-    for sample in range(-2, samples):  # the first two warm up
-        for name in turns.sample(list(runs), len(runs)):
-            seconds = time_of(runs[name], device, calls)
-            if sample >= 0:
-                taken[name].append(seconds / calls)
-    slowest = torch.tensor([*taken.values()], device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return {name: statistics.median(row) for name, row in zip(taken, slowest.tolist())}
-
-
-def time_of(run, device, calls):
-    """Seconds of ``calls`` calls in a row on this rank; the ranks begin together."""
-    dist.all_reduce(torch.zeros(1, device=device))
-    if device.type == "cpu":
-        begin = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return time.perf_counter() - begin
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

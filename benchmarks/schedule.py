@@ -12,8 +12,8 @@ benchmarks/results/schedule-*.json: one row for each way, with
 import argparse
 import functools
 
-import common
 import result_file
+import timing
 import torch
 import torch.distributed as dist
 import variants
@@ -81,7 +81,7 @@ def measure(stage, model, tokens, ctas, samples, device):
         run()
     torch.cuda.synchronize()
     max_ctas = gemms.MAX_CTAS
-    times = common.median_times({way: common.recorded(run, device) for way, run in ways.items()}, device, samples, calls=2)
+    times = timing.median_times({way: timing.recorded(run, device) for way, run in ways.items()}, device, samples, calls=2)
     gemms.MAX_CTAS = max_ctas
     bound = times.pop("no-comm")
     fused = times[(tokens,), 0, False]

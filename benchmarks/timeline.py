@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import common
+import timing
 import torch
 import torch.distributed as dist
 import variants
@@ -54,7 +55,7 @@ def main():
         ids = torch.randint(config.vocab, (1, args.tokens), device=device)
         side.warm_up(ids)
         run = functools.partial(side.run, ids)
-        launched, replayed = profile(run), profile(common.recorded(run, device))
+        launched, replayed = profile(run), profile(timing.recorded(run, device))
     if dist.get_rank() == 0:
         launches = sorted(launched, key=lambda event: event["launch"])
         llama.say("kernels from a row-parallel GEMM to the communication kernel after it, by order of launches:")

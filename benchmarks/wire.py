@@ -71,8 +71,6 @@ extern "C" __global__ void __launch_bounds__(512, 1) cp_async(const __grid_const
   }
 }
 
-
-
 extern "C" __global__ void __launch_bounds__(32, 1) bulk(const __grid_constant__ Buffers buffers) {
   __shared__ u64 full[TW_PIECES];
   if (threadIdx.x != 0) return;

@@ -76,7 +76,7 @@ not called any more. Both examples are tests, in `tests/test_extending.py`.
 ## A model that is not here
 
 `print(*tw_compile.explain(model, ids), sep="\\n")` shows each of its all-reduces, as a site or as a refusal with the reason. To
-have it in this table, add it to `MODELS` in `tests/zoo.py`, with what you expect, and run this script.
+have it in the table above, add it to `MODELS` in `tests/zoo.py`, with what you expect, and run `python docs/make_models.py`.
 '''
 
 NOTES = {

@@ -116,6 +116,24 @@ def test_where_one_rank_lacks_memory_all_go_by_a_rule(ranks):
     assert ranks(where_one_rank_lacks_memory) == [(Plan(WEAVE_MIN_TOKENS), [])] * 2
 
 
+def files_of_two_processes():
+    """On a rank: which file has the plan after a process that rehearsed, and after one that found it."""
+    section = rehearsal.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP))
+    seen = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            with Rank(folder, _rehearse=faster_from(8)):
+                args = section, dist.group.WORLD.group_name, torch.device("cpu"), "auto"
+                rehearsal.agree_on(*args, rehearsal.known(*args))
+                seen += [path.stat().st_ino for path in Path(folder).iterdir()]
+    return seen
+
+
+def test_a_plan_that_is_kept_is_not_written_again(ranks):
+    for first, second in ranks(files_of_two_processes):
+        assert first == second
+
+
 def starts_of_a_batch(batch):
     """On a rank: the times of a batch, each cut between two of its sequences."""
     section = rehearsal.Section(HIDDEN, "float32", (batch * 16,), batch, 0, (ATTENTION, MLP))

@@ -104,7 +104,7 @@ def agree_on(section: Section, group: str, device: torch.device, requested: str,
             gc.collect()  # the workspaces, of which some things refer to each other
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        if plan.gain is not None:
+        if plan.gain is not None and plan != known(section, group, device, requested):  # else it is kept already
             files.write(_path(section, group, device, requested), json.dumps(asdict(plan)).encode())
         _agreed[key] = plan
     return _agreed[key]
