@@ -65,6 +65,7 @@ class Tuning:
         return "one_shot" if rows <= self.one_shot_rows else "two_shot"
 
     def ctas_alone(self, rows: int) -> int:
+        """The number of CTAs of a two-shot kernel with nothing beside it, for a number of tokens."""
         return [ctas for first, ctas in self.ctas if first <= rows][-1]
 
 
@@ -111,7 +112,7 @@ def variants(world: int) -> list[tuple[str, int, int]]:
     return compared + [("two_shot", t, ctas) for t in TWO_SHOT_SIZES for ctas in sorted({*CTAS, rule.ctas_alone(t)})]
 
 
-_measured = {}  # path -> Tuning: for where it cannot be written
+_measured = {}  # path -> Tuning of this process: also for what could not be measured, or not be written
 
 
 def known(owner, dtype: torch.dtype, hidden: int) -> Tuning | None:
