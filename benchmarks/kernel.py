@@ -25,7 +25,8 @@ import wire
 from timing import time_of
 
 from tw_compile.ops.reference import add_norm
-from tw_compile.ops.symmetric import LEAST_ROWS, Symmetric
+from tw_compile.ops.symmetric import Symmetric
+from tw_compile.ops.tuning import LEAST_ROWS, Tuning, by_rule
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SLOT = 2
@@ -38,7 +39,7 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024, 2048, 4096, 16384, 32768])
     parser.add_argument("--hidden", type=int, nargs="+", default=[8192])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
-    parser.add_argument("--ctas", type=int, nargs="+", default=[4, 8, 16, 32], help="0: as many as the kernel takes by itself")
+    parser.add_argument("--ctas", type=int, nargs="+", default=[4, 8, 16, 32], help="0: as many as it is tuned to take")
     parser.add_argument("--l2", choices=("warm", "cold"), nargs="+", default=["warm"], help="is the input in L2 before a call")
     parser.add_argument("--kernels", choices=KERNELS, nargs="+", default=["auto"], help="auto: the one for so many tokens")
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="leave out torch's one-shot and two-shot")
@@ -70,9 +71,10 @@ def main():
 
 
 def with_kernel(name, device):
-    """Symmetric, whatever the number of tokens with that kernel."""
-    with_choice = type("WithChoice", (Symmetric,), {} if name == "auto" else {"kernel_of": lambda self, rows: name})
-    return with_choice(dist.group.WORLD.group_name, device, multicast=False, timeout_s=30.0)
+    """Symmetric as it is tuned, or with that kernel wherever it can be."""
+    rows = {"one_shot": LEAST_ROWS - 1, "two_shot": 0}
+    tuning = None if name == "auto" else Tuning(rows[name], by_rule(dist.get_world_size()).ctas)
+    return Symmetric(dist.group.WORLD.group_name, device, multicast=False, timeout_s=30.0, tuning=tuning)
 
 
 def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
@@ -102,9 +104,9 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
     for l2 in args.l2:
         times = {name: time_of(run, l2, args.samples, device) for name, run in sides.items()}
         for name, ctas in itertools.product(ours, args.ctas):
-            kernel = ours[name].kernel_of(tokens)
-            if kernel != "two_shot" and tokens >= LEAST_ROWS:
+            if name == "one_shot" and tokens >= LEAST_ROWS:
                 continue
+            kernel = ours[name]._call(SLOT, dtype, x.shape).kernel
             in_workspace = ours[name].linear(a, b, None, SLOT)
 
             def fused(residual):

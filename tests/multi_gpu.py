@@ -16,12 +16,15 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 import tw_compile
+from tw_compile.ops import tuning
 from tw_compile.ops.symmetric import Symmetric
+from tw_compile.ops.tuning import LEAST_ROWS, Tuning
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import llama  # noqa: E402
@@ -238,6 +241,81 @@ def check_stress(device, calls=1_000_000):
     assert wrong.item() == 0, f"{wrong.item()} of {2 * made} tensors differ from the first bits"
     dist.barrier()  # nobody gives memory back that others still use
     llama.say(f"stress: {made} calls of 1 to {max(sizes)} rows in {len(graphs)} graphs, {seconds:.0f} s, same bits")
+
+
+def check_tuning(device):
+    """Measured once and kept, the same on all ranks; and the same bits on both sides of all that it decides."""
+    group, world, site, slot = dist.group.WORLD.group_name, dist.get_world_size(), Site(device), 2
+    measured, really = [], tuning._times
+
+    def times(*args):
+        measured.append(really(*args))
+        return measured[-1]
+
+    def of_all(mine):
+        everybody = [None] * world
+        dist.all_gather_object(everybody, mine)
+        return everybody
+
+    def call(symmetric, begin, rows):
+        return symmetric.fused(*site.arguments(begin, rows), 0, slot, 0, False, False, False)
+
+    def tuned():
+        """A Symmetric as in a new process, and its tuning."""
+        tuning._measured.clear()
+        symmetric = Symmetric(group, device, False, timeout_s=60.0)
+        call(symmetric, 0, 1)
+        return symmetric, symmetric._workspace(slot, torch.bfloat16, 8192, 1).tuning
+
+    def same_bits(results, begin):
+        pairs = [(got, bits[begin : begin + len(got)]) for got, bits in zip(results, first)]
+        return all(torch.equal(got.view(torch.int64), bits.view(torch.int64)) for got, bits in pairs)
+
+    of_all(None)  # NCCL takes its memory
+    with (
+        tempfile.TemporaryDirectory() as folder,  # of this rank alone
+        mock.patch.dict(os.environ, TW_COMPILE_CACHE_DIR=folder),
+        mock.patch.object(tuning, "_times", times),
+    ):
+        torch.cuda.synchronize()
+        free, random_state, begin = torch.cuda.mem_get_info()[0], torch.cuda.get_rng_state(device), time.perf_counter()
+        with torch.inference_mode():
+            symmetric, choice = tuned()
+        seconds, taken = time.perf_counter() - begin, free - torch.cuda.mem_get_info()[0]
+        assert torch.equal(torch.cuda.get_rng_state(device), random_state)
+        assert taken < 100 << 20, f"{taken} bytes are gone, where the instruments have 200 MB"
+        slowest = {variant: max(theirs[variant] for theirs in of_all(measured[0])) for variant in measured[0]}
+        assert of_all(choice) == [tuning.by_times(world, slowest)] * world
+
+        def again():
+            _, choice = tuned()
+            return of_all((choice, len(measured)))
+
+        assert again() == [(choice, 1)] * world, "not taken from the disk"
+        (path,) = Path(folder).glob("tuning-*.json")
+        if dist.get_rank() == 0:
+            path.unlink()
+        assert again() == [(choice, 1)] * world, "not taken from the other ranks"
+        path.unlink(missing_ok=True)
+        assert {count for _, count in again()} == {2}, "taken from nowhere"
+    tuning._measured.clear()
+
+    first = call(symmetric, 0, site.ROWS)
+    assert site.is_right(first, 0)
+    forced = [Tuning(LEAST_ROWS - 1, ((1, 8),)), *(Tuning(0, ((1, ctas),)) for ctas in tuning.CTAS)]
+    forced = [Symmetric(group, device, False, 60.0, which) for which in forced]
+    switches = [choice.one_shot_rows + 1, LEAST_ROWS, *(rows for rows, _ in choice.ctas[1:])]
+    for rows in sorted({1, site.ROWS - 1, *(n for least in switches for n in (least - 1, least) if 0 < n < site.ROWS)}):
+        for i, which in enumerate((symmetric, *forced)):
+            begin = i * (site.ROWS - rows) // len(forced)
+            assert same_bits(call(which, begin, rows), begin), (rows, which.tuning)
+        ran, one_shot, *two_shot = [which._call(slot, torch.bfloat16, torch.Size((rows, 8192))).kernel for which in (symmetric, *forced)]
+        assert (ran, one_shot) == (choice.kernel_of(rows), "one_shot" if rows < LEAST_ROWS else "two_shot")
+        assert set(two_shot) == {"two_shot"}
+    dist.barrier()  # nobody gives memory back that others still use
+    for kernel, tokens, ctas in slowest:
+        llama.say(f"tuning: {kernel}, {tokens} tokens, {ctas} CTAs: {1e6 * slowest[kernel, tokens, ctas]:.2f} µs")
+    llama.say(f"tuning: {choice} in {seconds:.1f} s with compiling, {taken >> 20} MB; same on all ranks, from disk, and same bits")
 
 
 def check_graphs(device):

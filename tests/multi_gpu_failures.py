@@ -20,6 +20,7 @@ import torch.distributed as dist
 from multi_gpu import Site
 
 from tw_compile.ops.symmetric import Symmetric
+from tw_compile.ops.tuning import by_rule
 
 TIMEOUT_S, LATE_S, SLACK_S, PATIENCE_S = 4.0, 2.0, 5.0, 120.0
 CALLS, FAILS_AT = 8, 5
@@ -37,7 +38,7 @@ class Case:
         return f"{self.what}, {self.rows} rows" + f" and {self.other_rows}" * (self.what == "other rows")
 
 
-# One_shot for less than 32 rows, two_shot for the rest.
+# By the rule, which on two ranks is one_shot for less than 32 rows, and two_shot for the rest.
 CASES = [
     *(Case("late", rows) for rows in (2, 31, 40, 512)),
     *(Case("killed", rows) for rows in (2, 31, 40, 512)),
@@ -54,7 +55,7 @@ def play(case, rank, world, store, pipe):
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     right_calls, error, seconds = 0, None, 0.0
     with torch.no_grad():
-        symmetric, site = Symmetric(dist.group.WORLD.group_name, device, False, PATIENCE_S), Site(device)
+        symmetric, site = Symmetric(dist.group.WORLD.group_name, device, False, PATIENCE_S, by_rule(world)), Site(device)
         for rows in (case.rows, case.other_rows or case.rows):  # workspaces and kernels
             check_call(symmetric, site, 0, rows, 0)
         symmetric.set_timeout(TIMEOUT_S)

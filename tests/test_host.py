@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tw_compile.ops import host, symmetric
-from tw_compile.ops.symmetric import Arguments, Symmetric, kernel_of
+from tw_compile.ops.symmetric import Arguments, Symmetric
+from tw_compile.ops.tuning import by_rule
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -127,6 +128,7 @@ class Workspace:
     def __init__(self, owner, dtype, hidden, rows):
         self.activations, self.whole_residual = (torch.zeros(rows, hidden, dtype=dtype) for _ in range(2))
         self.carried = torch.zeros(rows, hidden)
+        self.tuning = by_rule(owner.world)
         self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0), 64
         loaded = FUNCTION, THREADS, GROUPS, SHARED
         calls = owner._host
@@ -194,7 +196,7 @@ def test_no_tokens_need_no_driver(symmetric_sites, driver):
     assert [t.shape for t in symmetric_sites.wait(SLOT, False)] == [x.shape] * 2 and driver.noted() == []
 
 
-@pytest.mark.parametrize("rows", [3, 64], ids=lambda rows: kernel_of(rows, 2))
+@pytest.mark.parametrize("rows", [3, 64], ids=by_rule(2).kernel_of)
 def test_the_kernel_is_given_what_it_can_read(symmetric_sites, driver, rows):
     """Vectors as they are where they are aligned; a residual of the slot's last site as such."""
     x, aligned, odd = torch.randn(rows, H, dtype=torch.bfloat16), torch.randn(H), torch.randn(H + 1, dtype=torch.bfloat16)[1:]

@@ -18,6 +18,7 @@ import torch
 from tw_compile.ops import nvrtc, symmetric
 from tw_compile.ops.reference import all_reduce_add_norm
 from tw_compile.ops.symmetric import Arguments, Layout, own_rows
+from tw_compile.ops.tuning import by_rule
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
@@ -575,7 +576,7 @@ class Machine:
             results.append([])
             for rank in range(self.world):
                 rows = call["partials"][0].shape[0] - (rank in fewer)
-                name = kernel or symmetric.kernel_of(rows, self.world)
+                name = kernel or by_rule(self.world).kernel_of(rows)
                 small = name != "two_shot"
                 begin, end = (0, rows) if small else own_rows(rank, self.world, rows)
                 is_whole, takes_carried = whole and not (carried and number < len(calls) - 1), carried and number > 0
@@ -679,7 +680,7 @@ def test_numbers(machine, dtype, world):
         for whole in (True, False):
             (result,) = kernels.run([call], seed, whole=whole)
             assert kernels.status == 0
-            assert_right(result, call, world, whole, symmetric.kernel_of(rows, world) == "one_shot")
+            assert_right(result, call, world, whole, by_rule(world).kernel_of(rows) == "one_shot")
 
 
 @needs_gxx
@@ -700,7 +701,7 @@ def test_numbers_of_a_layer_norm(machine, dtype):
         for whole in (True, False):
             (result,) = kernels.run([call], seed, whole=whole)
             assert kernels.status == 0
-            assert_right(result, call, world, whole, symmetric.kernel_of(rows, world) == "one_shot")
+            assert_right(result, call, world, whole, by_rule(world).kernel_of(rows) == "one_shot")
 
 
 @needs_gxx

@@ -24,6 +24,7 @@ import torch.distributed._symmetric_memory as symm_mem
 
 from tw_compile.ops import nvrtc, symmetric
 from tw_compile.ops.symmetric import Symmetric, own_rows
+from tw_compile.ops.tuning import by_rule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,7 +63,7 @@ class Ranks:
         self.allocated = [0] * world
         with self.stand_ins():
             self.ranks = [
-                Symmetric(str(rank), torch.device("cuda", torch.cuda.current_device()), False, timeout_s)
+                Symmetric(str(rank), torch.device("cuda", torch.cuda.current_device()), False, timeout_s, by_rule(world))
                 for rank in range(world)
             ]
         self.streams = streams()[:world]
@@ -235,7 +236,7 @@ def assert_carried_or_whole(residual, wanted, carried, rank, world, itemsize):
     rows = len(wanted)
     if not carried:
         return assert_close(residual, wanted)
-    begin, end = own_rows(rank, world, rows) if symmetric.kernel_of(rows, world) == "two_shot" else (0, rows)
+    begin, end = own_rows(rank, world, rows) if by_rule(world).kernel_of(rows) == "two_shot" else (0, rows)
     assert residual.shape == wanted.shape
     # The front halves of all 16-byte vectors of a row come first, where these have 16-bit elements.
     in_order = residual.unflatten(-1, (4 // itemsize, -1, 4)).transpose(-2, -3).flatten(-3)

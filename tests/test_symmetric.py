@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from tw_compile.ops.symmetric import LEAST_ROWS, _Call, kernel_of
+from tw_compile.ops.symmetric import LEAST_ROWS, _Call
+from tw_compile.ops.tuning import by_rule
 
 
 def call(rows, shape):
@@ -14,8 +15,9 @@ def call(rows, shape):
         whole_residual=torch.zeros(64, 16, dtype=torch.bfloat16),
         arguments=None,
         max_ctas=16,
+        tuning=by_rule(2),
     )
-    return workspace, _Call(SimpleNamespace(world=2, kernel_of=lambda rows: kernel_of(rows, 2)), workspace, torch.Size(shape), rows)
+    return workspace, _Call(SimpleNamespace(world=2), workspace, torch.Size(shape), rows)
 
 
 def test_no_result_shares_the_storage_of_an_input():

@@ -16,7 +16,7 @@ class Stand(ProcessGroup):
 
     missing, wrong = (), ()
 
-    def __init__(self, group_name, device, multicast):
+    def __init__(self, group_name, device, multicast, tuning):
         super().__init__(group_name, device)
         self.name = "multimem" if multicast else "peer"
 

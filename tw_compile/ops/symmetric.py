@@ -6,7 +6,7 @@ for each slot, dtype, hidden size and power of two of rows. It is made on first 
 it is for good: the pointers are in captured CUDA graphs.
 
 The kernels (``csrc/``): for few tokens each rank finishes all rows for itself, in one_shot; otherwise a part of them for all, in
-two_shot. Which it is: ``kernel_of``. Which rank owns which row: ``own_rows``.
+two_shot. Which it is: ``tuning``. Which rank owns which row: ``own_rows``.
 """
 
 import concurrent.futures
@@ -14,9 +14,10 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import json
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -25,19 +26,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..planning import two_shot_ctas
-from . import agree, gemms, host, nvrtc
+from . import agree, gemms, host, nvrtc, tuning
 from .reference import empty_results
-
-# Rows of the smallest workspace. For so many or more each row is reduced by one rank only.
-LEAST_ROWS = 32
-
-# Rows, times the peers that each comes from, up to which one_shot is faster: on two ranks for all that fit, on four up to 16
-# tokens (benchmarks/results/kernel-tp*.json).
-ONE_SHOT_ROWS_FROM_PEERS = 48
-
-# Rows of a rank up to which a two-shot kernel with nothing beside it has more CTAs than the wire needs, and how many, if the caller
-# leaves it open: few rows are done sooner side by side (benchmarks/results/kernel-*.json).
-FEW_ROWS, CTAS_OF_FEW_ROWS = 128, 32
+from .tuning import LEAST_ROWS, Tuning
 
 MAX_HIDDEN = 32768
 
@@ -56,12 +47,6 @@ def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
     """The rows [begin, end) that a rank owns in a two-shot call: equal parts, but for the last ranks'."""
     part = -(-rows // world)
     return min(rank * part, rows), min((rank + 1) * part, rows)
-
-
-def kernel_of(rows: int, world: int) -> str:
-    """The kernel for a number of tokens. Both give the same bits."""
-    one_shot = rows < LEAST_ROWS and rows * (world - 1) <= ONE_SHOT_ROWS_FROM_PEERS
-    return "one_shot" if one_shot else "two_shot"
 
 
 @dataclass(frozen=True)
@@ -228,6 +213,7 @@ class _Workspace:
     activations, whole_residual: [rows, hidden] tensors of dtype
     carried:                     a [rows, hidden] tensor of float32. Of LEAST_ROWS rows or more, a rank has half of them
                                  at most, in the front of it; behind that it overlaps with whole_residual
+    tuning:                      the owner's; otherwise that of the first rank that knows one, or what all now measure
     """
 
     def __init__(self, owner: "Symmetric", dtype: torch.dtype, hidden: int, rows: int):
@@ -247,12 +233,17 @@ class _Workspace:
         self.bytes = epochs_at + 4 * self.max_ctas
 
         ours = f"{rows} tokens of {dtype} [{hidden}], {self.bytes} bytes"
-        said = agree.exchange(owner.group_name, f"the making of a workspace for up to {ours}", ours, owner.timeout_s)
-        if len(set(said)) > 1:
+        mine = owner.tuning or tuning.known(owner, dtype, hidden)
+        message = ours + "\n" + json.dumps(mine and asdict(mine))
+        said = agree.exchange(owner.group_name, f"the making of a workspace for up to {ours}", message, owner.timeout_s)
+        made, _, tunings = zip(*(theirs.partition("\n") for theirs in said))
+        if len(set(made)) > 1:
             raise RuntimeError(
                 f"the ranks of group {owner.group_name} run different things, and so make different workspaces: "
-                + "; ".join(f"rank {r}: for up to {theirs}" for r, theirs in enumerate(said))
+                + "; ".join(f"rank {r}: for up to {theirs}" for r, theirs in enumerate(made))
             )
+        told = next((Tuning.from_dict(theirs) for theirs in map(json.loads, tunings) if theirs), None)
+        self.tuning = told or tuning.measure(owner, dtype, hidden, self.max_ctas)
         memory = symm_mem.empty(self.bytes, dtype=torch.uint8, device=owner.device)
         memory.zero_()  # the epochs
         # No rank leaves the rendezvous before all have come here: nobody's flag can be overwritten by another's zeros.
@@ -280,7 +271,7 @@ class _Workspace:
             whole_residual_at,
             staging_at,
         )
-        names = {owner.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
+        names = {self.tuning.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
         # center -> name -> Kernel. All names at once: a CUDA graph of another number of rows may be captured next.
         self.kernels = functools.cache(lambda center: {name: owner.kernel(name, dtype, hidden, center) for name in names})
 
@@ -301,17 +292,17 @@ class _Call:
         self.carried = itertools.cycle(carried).__next__
         self.token = self.partials.new_empty(0)
         self.whole_residual = workspace.whole_residual[:rows].view(shape)
-        self._kernel = owner.kernel_of(rows)
-        self.one_shot = self._kernel != "two_shot"
+        self.kernel = workspace.tuning.kernel_of(rows)
+        self.one_shot = self.kernel != "two_shot"
         # The rows of the rank that has most: there are never more CTAs than rows for them.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
         self.ctas = two_shot_ctas(owner.world)
-        self.ctas_alone = CTAS_OF_FEW_ROWS if self.most_rows <= FEW_ROWS else self.ctas
+        self.ctas_alone = workspace.tuning.ctas_alone(rows)
         # (center, ctas, otherwise) -> (Kernel, number of CTAs): see grid
         self.launcher = functools.cache(self._launcher)
 
     def _launcher(self, center: bool, ctas: int, otherwise: int) -> tuple[nvrtc.Kernel, int]:
-        kernel = self.workspace.kernels(center)[self._kernel]
+        kernel = self.workspace.kernels(center)[self.kernel]
         return kernel, self.grid(ctas, otherwise, kernel.cluster)
 
     def grid(self, ctas: int, otherwise: int, cluster: int = 1) -> int:
@@ -335,11 +326,22 @@ class Symmetric:
     of 8 up to 32768; all others are tokens. Errors of a lost or late rank are RuntimeErrors that name it.
     """
 
-    def __init__(self, group_name: str, device: torch.device, multicast: bool, timeout_s: float = agree.PATIENCE_S):
-        """No collective. timeout_s: how long a kernel waits for another rank, which may be compiling, say."""
+    def __init__(
+        self,
+        group_name: str,
+        device: torch.device,
+        multicast: bool,
+        timeout_s: float = agree.PATIENCE_S,
+        tuning: Tuning | None = None,
+    ):
+        """No collective.
+
+        timeout_s: how long a kernel waits for another rank, which may be compiling, say
+        tuning:    the same on all ranks; None to measure it for each dtype and hidden size
+        """
         group = _resolve_process_group(group_name)
         self.name = "multimem" if multicast else "peer"
-        self.group_name, self.timeout_s = group_name, timeout_s
+        self.group_name, self.timeout_s, self.tuning = group_name, timeout_s, tuning
         self.rank, self.world = group.rank(), group.size()
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._error = _ErrorRecord()
@@ -354,6 +356,10 @@ class Symmetric:
         self._host = host.calls()
         self._events = {}  # slot -> (fork, done)
         self._sites = {}  # slot -> the number of its last site
+
+    def another(self, tuning: Tuning) -> "Symmetric":
+        """One with that tuning that shares nothing with this one: its memory is free again when it is dropped."""
+        return Symmetric(self.group_name, self.device, self.name == "multimem", tuning=tuning)
 
     @staticmethod
     def unavailable(group_name: str, device: torch.device, multicast: bool) -> str | None:
@@ -391,7 +397,7 @@ class Symmetric:
             out = self._call(slot, a.dtype, shape).partials
             return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
         except RuntimeError as error:
-            self._raise_if_lost(error)
+            self.raise_if_lost(error)
             raise
 
     def start(
@@ -443,7 +449,7 @@ class Symmetric:
             self._pending[slot] = call, shard, held
             return call.token
         except RuntimeError as error:
-            self._raise_if_lost(error)
+            self.raise_if_lost(error)
             raise
 
     def wait(self, slot: int, borrow: bool) -> tuple[Tensor, Tensor]:
@@ -462,7 +468,7 @@ class Symmetric:
             norm = call.norm if borrow else call.norm.clone()
             return norm, call.carried() if shard else call.whole_residual.clone()
         except RuntimeError as error:
-            self._raise_if_lost(error)
+            self.raise_if_lost(error)
             raise
 
     def fused(
@@ -504,7 +510,7 @@ class Symmetric:
                 whole_residual = whole_residual if shard else whole_residual.clone()
             return norm, call.carried() if shard else whole_residual
         except RuntimeError as error:
-            self._raise_if_lost(error)
+            self.raise_if_lost(error)
             raise
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -523,11 +529,9 @@ class Symmetric:
     def error_address(self) -> int:
         return self._error.address
 
-    def _raise_if_lost(self, cause: BaseException | None = None) -> None:
+    def raise_if_lost(self, cause: BaseException | None = None) -> None:
+        """Raises RuntimeError where a kernel has given up waiting for another rank."""
         self._error.raise_if_set(self.timeout_s, cause)
-
-    def kernel_of(self, rows: int) -> str:
-        return kernel_of(rows, self.world)
 
     def kernel(self, name: str, dtype: torch.dtype, hidden: int, center: bool) -> nvrtc.Kernel:
         key = name, dtype, hidden, center
@@ -549,7 +553,7 @@ class Symmetric:
     def _begin(self, slot: int, x: Tensor) -> _Call | None:
         """What start() and fused() begin with: the call, None if there are no tokens."""
         if self._error.words[0]:
-            self._raise_if_lost()
+            self.raise_if_lost()
         if slot in self._pending:
             self._abandon(slot)
         return self._calls.get((slot, x.dtype, x.shape)) or (self._call(slot, x.dtype, x.shape) if x.numel() else None)

@@ -1,5 +1,6 @@
 """Which implementation carries a group's sites: chosen once for each group and device, the same on all its ranks."""
 
+import gc
 import json
 import logging
 
@@ -12,12 +13,12 @@ from . import agree
 from .process_group import ProcessGroup
 from .reference import add_norm
 from .symmetric import Symmetric
+from .tuning import Tuning, by_rule
 
 log = logging.getLogger("tw_compile")
 
 _SYMMETRIC = {"multimem": True, "peer": False}  # name -> does it use multicast
 _ORDER = ("multimem", "peer", "process_group")
-_SELF_TEST_SLOT = 3
 chosen = {}  # (group name, device, requested transport) -> implementation
 
 
@@ -52,9 +53,10 @@ def choose(
             usable, reasons = _agree(group_name, usable, reasons)
         implementation = None
         while usable and implementation is None:
-            implementation = _make(usable[0], group_name, device)
-            if usable[0] in _SYMMETRIC and (reason := _failed_self_test(implementation, group_name, device)):
-                reasons[usable.pop(0)], implementation = reason, None
+            if usable[0] in _SYMMETRIC and (reason := _failed_self_test(usable[0], group_name, device)):
+                reasons[usable.pop(0)] = reason
+            else:
+                implementation = _make(usable[0], group_name, device)
         why_not = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         if implementation is None:
             raise TokenWeaveError(f"option 'tokenweave.transport' is {requested!r}, which is not possible here: {why_not}")
@@ -71,19 +73,20 @@ def another(requested: str, group_name: str, device: torch.device) -> "ProcessGr
     return _make(choose(requested, group_name, device)[0].name, group_name, device)
 
 
-def _make(name: str, group_name: str, device: torch.device) -> "ProcessGroup | Symmetric":
+def _make(name: str, group_name: str, device: torch.device, tuning: Tuning | None = None) -> "ProcessGroup | Symmetric":
     if name in _SYMMETRIC:
-        return Symmetric(group_name, device, multicast=_SYMMETRIC[name])
+        return Symmetric(group_name, device, multicast=_SYMMETRIC[name], tuning=tuning)
     return ProcessGroup(group_name, device)
 
 
-def _failed_self_test(implementation, group_name: str, device: torch.device) -> str | None:
-    """How small calls differ from the process group's answer, on any rank; None if they do not. A collective.
+def _failed_self_test(name: str, group_name: str, device: torch.device) -> str | None:
+    """How small calls of a transport differ from the process group's answer, on any rank; None if they do not. A collective.
 
-    The kernels must not be wrong in silence on a machine that this project has not: multimem has never been run. The slot is
-    one that no graph has.
+    The kernels must not be wrong in silence on a machine that this project has not: multimem has never been run. They are not tuned
+    before they are known to be right.
     """
     group = _resolve_process_group(group_name)
+    implementation = _make(name, group_name, device, by_rule(group.size()))
     generator = torch.Generator().manual_seed(group.rank())
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, torch.bfloat16)  # noqa: E731
     site = None, None, None, None, 1e-5, 1.0, 0.0, False  # an RMSNorm of the sum alone
@@ -94,12 +97,14 @@ def _failed_self_test(implementation, group_name: str, device: torch.device) -> 
             total = x.float()
             dist.all_reduce(total, group=group)
             wanted = add_norm(total, *site)
-            got = implementation.fused(x, *site, 0, _SELF_TEST_SLOT, 0, False, False, False)
-            for name, ours, right in zip(("norm", "residual"), got, wanted):
+            got = implementation.fused(x, *site, 0, 0, 0, False, False, False)
+            for what, ours, right in zip(("norm", "residual"), got, wanted):
                 error = ((ours.float() - right).norm() / right.norm()).item()
                 if not error < 0.02:  # bfloat16 rounds by 0.004 at most
-                    reason = f"its self-test failed: the {name} of {rows} tokens is off by {error:.1e} on rank {group.rank()}"
-    answers = agree.exchange(group_name, f"the self-test of transport {implementation.name}", reason or "")
+                    reason = f"its self-test failed: the {what} of {rows} tokens is off by {error:.1e} on rank {group.rank()}"
+    answers = agree.exchange(group_name, f"the self-test of transport {name}", reason or "")
+    del implementation
+    gc.collect()  # its workspaces, of which some things refer to each other
     return next((answer for answer in answers if answer), None)
 
 
