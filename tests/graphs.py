@@ -3,7 +3,7 @@
 import functools
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from tw_compile import backend, ops, passes
+from tw_compile.ops import lowering
 from tw_compile.options import Options
 from tw_compile.ops.reference import add_norm
 from tw_compile.passes.find import c10d
@@ -205,6 +206,12 @@ class Rewritten:
         """Assert that the graph computes what it did before. For float32: nothing but the order of sums may differ."""
         torch.testing.assert_close(self.outputs(implementation, shuffle), self.expected(), rtol=1e-4, atol=1e-4)
 
+    def outlined(self) -> "Rewritten":
+        """The same with one graph for layers that are alike, if there are any."""
+        graph = GraphModule(torch.nn.Module(), copy(self.after)).graph
+        passes.outline(graph)
+        return replace(self, after=graph)
+
     def count(self, op) -> int:
         return sum(node.target is op for node in self.after.nodes)
 
@@ -269,6 +276,7 @@ class _Run(Interpreter):
             ops.start: implementation.start,
             ops.wait: implementation.wait,
             ops.fused: implementation.fused,
+            lowering.layer: lambda gm, name, *operands: _Run(gm.graph, implementation, emulated).run(*operands),
             **emulated,
         }
 

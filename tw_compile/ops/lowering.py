@@ -31,7 +31,8 @@ class _Direct(ir.FallbackKernel):
 def layer(subgraph, name, *operands):
     """What ``passes/outline.py`` puts in the place of a layer: a call of what the first such call compiles.
 
-    Some of its results are in a workspace: see register.
+    Takes ``name`` since InvokeSubgraph looks for the operands behind two other arguments. Some of the results are in a workspace: see
+    register.
     """
     if isinstance(subgraph, torch.fx.GraphModule):  # the graph itself is run, as by tools that look for errors in it
         return subgraph(*operands)

@@ -36,9 +36,10 @@ def outline(graph: Graph) -> tuple[GraphModule | None, int | str]:
     alike = _longest_run(_sections(graph), numbers)
     if not alike:
         return None, ""
-    if reason := _cannot_be_called(alike):
+    symbols = _symbols_of(graph, alike[0])
+    if reason := _not_callable(alike) or ("" if symbols is not None else "its layers have sizes that are no inputs of the graph"):
         return None, reason
-    body = _body(graph, alike, numbers)
+    body = _body(alike, symbols, numbers)
     setattr(graph.owning_module, NAME, body.module)
     handed_on = {}
     for repetition in alike:
@@ -151,41 +152,50 @@ def _expr(size):
 
 # --- what can be called ----------------------------------------------------------------------------------------------------
 
-
-def _cannot_be_called(alike: list[_Repetition]) -> str | None:
-    device = next(value(node.args[0]).device for node in alike[0].nodes)
+def _not_callable(alike: list[_Repetition]) -> str | None:
+    """Why one graph cannot stand for them, without Inductor knowing more of it than what it takes and returns; None if it can."""
+    device = value(alike[0].nodes[0].args[0]).device
     for node in alike[0].nodes:
-        if node.target in (operator.getitem, *_SIZES):
+        if node.meta.get("unbacked_bindings"):
+            return f"its layers call {node.target}, whose result has a size that depends on data"
+        if node.target is operator.getitem or isinstance(value(node), (torch.SymInt, torch.SymFloat, torch.SymBool)):
             continue
         if not isinstance(node.target, torch._ops.OpOverload):
             return f"its layers call {node.target}, which has a graph of its own"
         tags = node.target.tags
         if torch.Tag.cudagraph_unsafe in tags or node.target._schema.is_mutable:
             return f"its layers call {node.target}, which is not a function of its inputs alone"
-        tensors = [v for v in (value(node) if isinstance(value(node), (list, tuple)) else [value(node)]) if isinstance(v, torch.Tensor)]
-        if any(tensor.device != device for tensor in tensors) or node.meta.get("unbacked_bindings"):
-            return f"its layers call {node.target}, which has a result elsewhere than on {device}, or of a size that depends on data"
     for repetition in alike:
         inside = set(repetition.nodes)
         for node in repetition.nodes:
             outside = [user for user in node.users if user not in inside]
             if any(calls(user, aten.copy_.default) for user in outside):
                 return "its layers write to inputs of the graph"
-            if outside and not (isinstance(value(node), torch.Tensor) and _is_at_its_beginning(value(node))):
-                return f"its layers hand on what {node.target} returns, which is no tensor, or a part of one"
+            # Inductor takes the place of a result in its storage for one that is yet to be counted.
+            if outside and not (isinstance(value(node), torch.Tensor) and _expr(value(node).storage_offset()) == 0):
+                return f"its layers hand on what {getattr(node.target, '__name__', node.target)} returns, which is no tensor, or a part of one"
         if not all(isinstance(value(node), (torch.Tensor, torch.SymInt)) for node in repetition.outer):
             return "its layers take something other than tensors and sizes"
+    for node in [*alike[0].nodes, *alike[0].outer]:
+        if any(tensor.device != device for tensor in _tensors(value(node))):
+            return f"its layers take or make tensors elsewhere than on {device}"
     return None
 
 
-_SIZES = (
-    aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, operator.add, operator.sub, operator.mul, operator.floordiv,
-    operator.pow,
-)  # fmt: skip
+def _tensors(val) -> list[torch.Tensor]:
+    if isinstance(val, (list, tuple)):
+        return [tensor for item in val for tensor in _tensors(item)]
+    return [val] if isinstance(val, torch.Tensor) else []
 
 
-def _is_at_its_beginning(val: torch.Tensor) -> bool:
-    return _expr(val.storage_offset()) == 0
+def _symbols_of(graph: Graph, layer: _Repetition) -> list[Node] | None:
+    """The inputs of the graph that are the symbols in a layer's sizes; None if there is one for which there is none."""
+    inputs = {_expr(value(n)): n for n in graph.find_nodes(op="placeholder") if isinstance(value(n), torch.SymInt)}
+    vals = [value(node) for node in (*layer.nodes, *layer.outer)]
+    sizes = [size for val in vals for t in _tensors(val) for size in (*t.shape, *t.stride(), t.storage_offset())]
+    sizes += [val for val in vals if isinstance(val, torch.SymInt)]
+    symbols = sorted(set().union(*(_expr(size).free_symbols for size in sizes)), key=str)
+    return [inputs[symbol] for symbol in symbols] if set(symbols) <= set(inputs) else None
 
 
 # --- the subgraph and its calls --------------------------------------------------------------------------------------------
@@ -201,12 +211,9 @@ class _Body:
     results: list[int]
 
 
-def _body(graph: Graph, alike: list[_Repetition], numbers: dict[Node, int]) -> _Body:
+def _body(alike: list[_Repetition], symbols: list[Node], numbers: dict[Node, int]) -> _Body:
     first = alike[0]
     results = sorted({i for r in alike for i, node in enumerate(r.nodes) if not set(node.users) <= set(r.nodes)})
-    free = set().union(*(_symbols(value(node)) for node in [*first.nodes, *first.outer]))
-    symbols = [n for n in graph.find_nodes(op="placeholder") if isinstance(value(n), torch.SymInt) and value(n).node.expr in free]
-
     new = Graph()
     emit = Emitter(new, detect_fake_mode([value(first.nodes[0].args[0])]))
     env = {}
@@ -225,14 +232,6 @@ def _body(graph: Graph, alike: list[_Repetition], numbers: dict[Node, int]) -> _
     output.meta["original_output_strides"] = [value(node).stride() for node in returned]
     new.lint()
     return _Body(GraphModule(torch.nn.Module(), new), symbols, results)
-
-
-def _symbols(val) -> set:
-    if isinstance(val, torch.Tensor):
-        return set().union(*(_expr(size).free_symbols for size in (*val.shape, *val.stride(), val.storage_offset())))
-    if isinstance(val, (list, tuple)):
-        return set().union(*map(_symbols, val))
-    return val.node.expr.free_symbols if isinstance(val, torch.SymInt) else set()
 
 
 def _call(graph: Graph, repetition: _Repetition, body: _Body, handed_on: dict[Node, Node]) -> dict[Node, Node]:

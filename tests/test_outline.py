@@ -1,0 +1,332 @@
+"""outline: layers that are alike are calls of one graph, which computes the same in every order that data flow allows."""
+
+import expecttest
+import pytest
+import torch
+import torch._inductor.config
+from graphs import rewrite, text, without_codegen
+from torch.fx import GraphModule
+from models import STYLES, VOCAB, parallel
+from sites import INNER, H, all_reduce, hf_norm, values
+from test_weave import Logging, designed
+from workspace import Workspace
+
+import tw_compile
+from tw_compile import backend, ops
+from tw_compile.ops import lowering
+from tw_compile.ops.symmetric import Symmetric
+from tw_compile.passes import outline
+from tw_compile.passes.graph_utils import arguments
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+def mlps(layers, between=lambda i, norm, up, down: (norm @ up).relu() @ down):
+    """A function of x, a residual and the weights of so many layers. between: (number, norm, weights) -> what is reduced next"""
+
+    def stack(x, residual, *weights):
+        for i in range(layers):
+            weight, up, down = weights[3 * i : 3 * i + 3]
+            residual = residual + all_reduce(x)
+            x = between(i, hf_norm(residual, weight), up, down)
+        return residual + x
+
+    return stack
+
+
+def mlps_inputs(layers, *batch, dtype=torch.float32, inner=lambda i: INNER):
+    draw = lambda *shape: values(*shape).to(dtype)  # noqa: E731
+    weights = [w for i in range(layers) for w in (draw(H), draw(H, inner(i)) / 4, draw(inner(i), H) / 5)]
+    return draw(*batch, H), draw(*batch, H), *weights
+
+
+def calls(outlined):
+    """What each call of the outlined graph takes, and that graph."""
+    nodes = [node for node in outlined.after.nodes if node.target is lowering.layer]
+    (body,) = {getattr(outlined.after.owning_module, node.args[0].target) for node in nodes} or {None}
+    return [node.args[2:] for node in nodes], body
+
+
+def check(function, *inputs, count, mode="weave", orders=5, **kwargs):
+    """Assert that so many layers become calls, and that they compute what the graph did, over a workspace too."""
+    rewritten = rewrite(function, *inputs, symmetric=True, mode=mode, **kwargs)
+    outlined = rewritten.outlined()
+    taken, body = calls(outlined)
+    assert len(taken) == count
+    for order in [None, *range(orders)]:
+        workspace = Workspace()
+        outlined.check(workspace, shuffle=order)
+    return outlined, body
+
+
+class Snapshot(expecttest.TestCase):
+    def test_four_layers(self):
+        outlined = rewrite(mlps(4), *mlps_inputs(4, 8), mode="fuse", symmetric=True).outlined()
+        _, body = calls(outlined)
+        names = "x residual " + " ".join(f"norm{i} up{i} down{i}" for i in range(4))
+        self.assertExpectedInline(text(outlined.after, names), """\
+%0 = tokenweave.fused(x, residual, norm0, slot=2, wide=True, shard=True, borrow=True) : (f32[8, 16], f32[8, 16])
+%1 = getitem(%0, 1) : f32[8, 16]
+%2 = getitem(%0, 0) : f32[8, 16]
+%3 = aten.mm(%2, up0) : f32[8, 24]
+%4 = aten.relu(%3) : f32[8, 24]
+%5 = tokenweave.linear(%4, down0, slot=2) : f32[8, 16]
+%6 = layer(tokenweave_layer, tokenweave_layer, %5, %1, norm1, up1, down1) : (f32[8, 16], f32[8, 16])
+%7 = getitem(%6, 0) : f32[8, 16]
+%8 = getitem(%6, 1) : f32[8, 16]
+%9 = layer(tokenweave_layer, tokenweave_layer, %8, %7, norm2, up2, down2) : (f32[8, 16], f32[8, 16])
+%10 = getitem(%9, 0) : f32[8, 16]
+%11 = getitem(%9, 1) : f32[8, 16]
+%12 = tokenweave.fused(%11, %10, norm3, slot=2, borrow=True) : (f32[8, 16], f32[8, 16])
+%13 = getitem(%12, 1) : f32[8, 16]
+%14 = getitem(%12, 0) : f32[8, 16]
+%15 = aten.mm(%14, up3) : f32[8, 24]
+%16 = aten.relu(%15) : f32[8, 24]
+%17 = aten.mm(%16, down3) : f32[8, 16]
+%18 = aten.add.Tensor(%13, %17) : f32[8, 16]
+return %18
+""")
+        self.assertExpectedInline(text(body.graph, "x residual norm up down"), """\
+%0 = tokenweave.fused(x, residual, norm, slot=2, wide=True, shard=True, borrow=True) : (f32[8, 16], f32[8, 16])
+%1 = getitem(%0, 1) : f32[8, 16]
+%2 = getitem(%0, 0) : f32[8, 16]
+%3 = aten.mm(%2, up) : f32[8, 24]
+%4 = aten.relu(%3) : f32[8, 24]
+%5 = tokenweave.linear(%4, down, slot=2) : f32[8, 16]
+return %1, %5
+""")
+
+    def test_two_layers_of_a_dynamic_weave(self):
+        """It takes the number of tokens, of which the sizes of its halves are made, and what its first waits are for."""
+        _, body = calls(rewrite(mlps(4), *mlps_inputs(4, 8), mode="weave", dynamic=True).outlined())
+        self.assertExpectedInline(text(body.graph, "a b c d e f g h i j k l"), """\
+0 %0 = tokenweave.start(a, b, c, slot=0, wide=True) : f32[0]
+1 %1 = tokenweave.wait(d, e, f, g, after=%0, slot=1, wide=True) : (f32[s0 - ((s0//2)), 16], f32[s0 - ((s0//2)), 16])
+1 %2 = getitem(%1, 1) : f32[s0 - ((s0//2)), 16]
+1 %3 = getitem(%1, 0) : f32[s0 - ((s0//2)), 16]
+1 %4 = aten.mm(%3, h) : f32[s0 - ((s0//2)), 24]
+1 %5 = aten.relu(%4) : f32[s0 - ((s0//2)), 24]
+1 %6 = aten.mm(%5, i) : f32[s0 - ((s0//2)), 16]
+1 %7 = tokenweave.start(%6, %2, c, slot=1, wide=True) : f32[0]
+0 %8 = tokenweave.wait(%0, a, b, c, after=%7, slot=0, wide=True) : (f32[(s0//2), 16], f32[(s0//2), 16])
+0 %9 = getitem(%8, 1) : f32[(s0//2), 16]
+0 %10 = getitem(%8, 0) : f32[(s0//2), 16]
+0 %11 = aten.mm(%10, j) : f32[(s0//2), 24]
+0 %12 = aten.relu(%11) : f32[(s0//2), 24]
+0 %13 = aten.mm(%12, k) : f32[(s0//2), 16]
+  return %2, %6, %7, %9, %13
+""")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("mode", ["fuse", "weave"])
+@pytest.mark.parametrize("style", ["functional", "in_place"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_llama(style, batch, mode, dynamic):
+    """All of its layers but the first, or the first two where the first one's half has no site in front of it."""
+    model = parallel(style, 4, dtype=torch.float32)
+    count = 2 if (style, batch, mode) == ("in_place", 1, "weave") else 3
+    check(model, torch.randint(0, VOCAB, (batch, 12)), count=count, mode=mode, dynamic=dynamic, orders=2)
+
+
+def test_the_order_of_a_weave_stays():
+    outlined, _ = check(mlps(5), *mlps_inputs(5, 8), count=3)
+    order = Logging()
+    outlined.outputs(order)
+    assert " ".join(order.log) == designed(5)
+
+
+# --- what is alike ---------------------------------------------------------------------------------------------------
+
+
+MODES = pytest.mark.parametrize("mode", ["fuse", "weave"])
+
+
+@MODES
+def test_layers_of_two_kinds_in_turn_are_one(mode):
+    check(mlps(8, lambda i, norm, up, down: (torch.relu if i % 2 else torch.sin)(norm @ up) @ down), *mlps_inputs(8, 8), count=3, mode=mode)
+
+
+def test_the_longest_run_is_taken():
+    """Layers 0 and 1 are others than layers 2 to 7, and the last one's residual is for somebody else."""
+    check(mlps(8, lambda i, norm, up, down: (norm @ up + (i < 2)).relu() @ down), *mlps_inputs(8, 8), count=5, mode="fuse")
+
+
+@pytest.mark.parametrize("first, second", [(1.0, 2.0), (0.0, -0.0), (1.0, True), (1, 1.0)])
+def test_other_constants_are_another_layer(first, second):
+    check(mlps(4, lambda i, norm, up, down: (norm @ up).clamp(min=second if i == 2 else first) @ down), *mlps_inputs(4, 8), count=0, mode="fuse")
+
+
+def test_other_sizes_are_another_layer():
+    check(mlps(4), *mlps_inputs(4, 8, inner=lambda i: INNER + 8 * (i == 2)), count=0, mode="fuse")
+
+
+def test_another_flow_of_data_is_another_layer():
+    def between(i, norm, up, down):
+        one, other = norm @ up, norm @ up.sin()
+        return (one * (one if i == 2 else other)) @ down
+
+    check(mlps(4, between), *mlps_inputs(4, 8), count=0, mode="fuse")
+
+
+@MODES
+def test_what_one_layer_alone_hands_on(mode):
+    """Every call returns it, and all but one of them for nothing."""
+    seen = []
+
+    def between(i, norm, up, down):
+        seen.append(norm @ up)
+        return seen[-1].relu() @ down
+
+    def stack(*inputs):
+        seen.clear()
+        out = mlps(6, between)(*inputs)
+        return out, seen[3]
+
+    check(stack, *mlps_inputs(6, 8), count=4, mode=mode)
+
+
+@MODES
+def test_what_every_layer_hands_on(mode):
+    seen = []
+
+    def between(i, norm, up, down):
+        seen.append(norm @ up)
+        return seen[-1].relu() @ down
+
+    def stack(*inputs):
+        seen.clear()
+        return mlps(6, between)(*inputs), *seen
+
+    check(stack, *mlps_inputs(6, 8), count=4, mode=mode)
+
+
+def test_sites_are_numbered_on():
+    outlined, body = check(mlps(6), *mlps_inputs(6, 8), count=4)
+    assert {arguments(node)["site"] for node in body.graph.nodes if node.target is ops.start} == {ops.NEXT_SITE}
+    counted, carrier = [], Symmetric.__new__(Symmetric)
+    carrier._sites = {}
+
+    class Numbering(Logging):
+        def start(self, x, *site):
+            counted.append((site[11], carrier._number(*site[11:13])))
+            return super().start(x, *site)
+
+    outlined.outputs(Numbering())
+    assert counted == [(slot, site) for site in range(6) for slot in (0, 1)]
+
+
+# --- what is not called ----------------------------------------------------------------------------------------------
+
+
+def reason(function, *inputs, **options):
+    graph = rewrite(function, *inputs, mode="fuse", **options).after
+    return outline(GraphModule(graph.owning_module, graph).graph)[1]
+
+
+def test_one_layer_is_no_reason_to_say_anything():
+    assert reason(mlps(1), *mlps_inputs(1, 8)) == ""
+
+
+def test_layers_that_write_to_inputs():
+    def stack(x, residual, cache, *weights):
+        def between(i, norm, up, down):
+            cache[i].copy_(norm @ up)
+            return cache[i].relu() @ down
+
+        return mlps(4, between)(x, residual, *weights)
+
+    x, residual, *weights = mlps_inputs(4, 8)
+    caches = [values(8, INNER) for _ in range(4)]
+
+    def with_caches(x, residual, *rest):
+        return stack(x, residual, rest[:4], *rest[4:])
+
+    assert reason(with_caches, x, residual, *caches, *weights) == "its layers write to inputs of the graph"
+
+
+def test_layers_that_hand_on_a_part_of_a_tensor():
+    """Inductor would count its place in the storage twice."""
+
+    handed = [0.0]
+
+    def between(i, norm, up, down):
+        one, other = (norm @ up).chunk(2, -1)
+        out = (one * other + handed.pop()) @ down
+        handed.append(other)
+        return out
+
+    x, residual, *weights = mlps_inputs(5, 8)
+    weights = [w[: INNER // 2] if w.shape == (INNER, H) else w for w in weights]
+    said = reason(mlps(5, between), x, residual, *weights)
+    assert said == "its layers hand on what getitem returns, which is no tensor, or a part of one"
+
+
+@torch.library.custom_op("tests_outline::unsafe", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def unsafe(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@unsafe.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_layers_that_cuda_graphs_cannot_have():
+    said = reason(mlps(4, lambda i, norm, up, down: unsafe(norm @ up) @ down), *mlps_inputs(4, 8))
+    assert said == "its layers call tests_outline.unsafe.default, which is not a function of its inputs alone"
+
+
+def test_layers_with_graphs_of_their_own():
+    def between(i, norm, up, down):
+        return torch.cond(norm.sum() > 0, torch.sin, torch.cos, (norm @ up,)) @ down
+
+    assert reason(mlps(4, between), *mlps_inputs(4, 8)) == "its layers call cond, which has a graph of its own"
+
+
+# --- as a part of the backend ----------------------------------------------------------------------------------------
+
+
+def compile_and_run(function, *inputs, **options):
+    with without_codegen(), torch.no_grad():
+        torch.compile(function, backend=backend.tokenweave, options={"tokenweave.mode": "weave", **options})(*inputs)
+    return tw_compile.reports()[-1]
+
+
+def test_the_report_has_it():
+    report = compile_and_run(mlps(5), *mlps_inputs(5, 8))
+    assert report.alike == 3 and "split 4 | 4, 3 layers compiled as one" in str(report)
+
+
+def test_passes_of_the_user_run_before_it_and_those_behind_on_both():
+    before, behind = [], []
+    report = compile_and_run(
+        mlps(5), *mlps_inputs(5, 8),
+        post_grad_custom_pre_pass=lambda graph: before.append(sum(n.target is ops.start for n in graph.nodes)),
+        post_grad_custom_post_pass=lambda graph: behind.append(sum(n.target is ops.start for n in graph.nodes)),
+    )  # fmt: skip
+    assert report.alike == 3
+    assert before == [10] and behind == [2, 4]
+
+
+def test_code_in_cpp_cannot_call_it():
+    report = compile_and_run(mlps(5), *mlps_inputs(5, 8), cpp_wrapper=True)
+    assert report.alike == 0
+    assert "each layer is compiled: only code in Python can call one for several" in report.reasons
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_through_inductor(dynamic, monkeypatch):
+    """What Inductor makes of it reuses no memory of the workspace, inside of layers and between them."""
+    inputs = mlps_inputs(5, 8)
+    rewritten = rewrite(mlps(5), *inputs, symmetric=True, mode="weave", dynamic=dynamic)
+    workspace = Workspace()
+    for name in ("linear", "start", "wait", "fused"):
+        monkeypatch.setattr(ops.direct, name, getattr(workspace, name))
+    monkeypatch.setattr(backend._Pass, "_may_be_symmetric", lambda *_: True)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(mlps(5), backend=backend.tokenweave, dynamic=dynamic, options={"tokenweave.mode": "weave"})(*inputs)
+    assert tw_compile.reports()[-1].alike == 3
+    torch.testing.assert_close(got, rewritten.expected()[0], rtol=1e-4, atol=1e-4)
+    assert min(workspace.lent.values()) > 0
