@@ -1,5 +1,6 @@
-"""How long a call takes on all ranks, as a CUDA graph: of one function among others in turns, or of a small one alone."""
+"""How long a call takes on all ranks, as a CUDA graph: of functions in turns, lest what the GPUs do between them decides."""
 
+import functools
 import random
 import statistics
 import time
@@ -37,34 +38,25 @@ def median_times(runs, device, samples, calls=4):
     return {name: statistics.median(row) for name, row in zip(taken, slowest.tolist())}
 
 
-def time_of(run, l2, samples, device):
-    """Microseconds of a call, its input in L2 (``warm``) or not (``cold``), as ``replay_time`` has them."""
-    if l2 == "warm":
-        return replay_time(run, samples, device)
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)  # several times the L2
-
-    def flushed_run():
-        flush.zero_()
-        run()
-
-    return replay_time(flushed_run, samples, device) - replay_time(flush.zero_, samples, device)
-
-
-def replay_time(run, samples, device):
-    """Microseconds of a call: the median over replays of a graph of CALLS calls, on the slowest rank."""
-    for _ in range(3):
+def times_of(runs, l2, samples, device):
+    """Microseconds of a call of each small function, its input in L2 (``warm``) or not (``cold``), as ``median_times`` has them."""
+    if l2 == "cold":
+        flush = torch.empty(256 << 20, dtype=torch.uint8, device=device).zero_  # several times the L2
+        runs = {name: functools.partial(_one_after_the_other, (flush, run)) for name, run in runs.items()} | {flush: flush}
+    for run in runs.values():
         run()
     torch.cuda.synchronize()
+    graphs = {name: recorded(functools.partial(_one_after_the_other, (run,) * CALLS), device) for name, run in runs.items()}
+    times = {name: seconds / CALLS * 1e6 for name, seconds in median_times(graphs, device, samples, calls=1).items()}
+    if l2 == "cold":
+        flushing = times.pop(flush)
+        times = {name: us - flushing for name, us in times.items()}
+    return times
 
-    def several():
-        for _ in range(CALLS):
-            run()
 
-    replay = recorded(several, device)
-    taken = [seconds_of(replay, device) for _ in range(-3, samples)][3:]  # the first three warm up
-    slowest = torch.tensor(statistics.median(taken) / CALLS * 1e6, device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return slowest.item()
+def _one_after_the_other(runs):
+    for run in runs:
+        run()
 
 
 def seconds_of(run, device, calls=1):
