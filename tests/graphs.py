@@ -208,7 +208,7 @@ class Rewritten:
 
     def outlined(self) -> "Rewritten":
         """The same with one graph for layers that are alike, if there are any."""
-        graph = GraphModule(torch.nn.Module(), copy(self.after)).graph
+        graph = GraphModule(self.after.owning_module, copy(self.after)).graph
         passes.outline(graph)
         return replace(self, after=graph)
 

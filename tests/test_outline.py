@@ -201,6 +201,13 @@ def test_what_every_layer_hands_on(mode):
     check(stack, *mlps_inputs(6, 8), count=4, mode=mode)
 
 
+@MODES
+def test_constants_of_the_model(mode):
+    """Each layer has a tensor of its own, which is no input of the graph; and all have one."""
+    own, common = [values(INNER) for _ in range(5)], values(INNER)
+    check(mlps(5, lambda i, norm, up, down: (norm @ up * own[i] + common).relu() @ down), *mlps_inputs(5, 8), count=3, mode=mode)
+
+
 def test_sites_are_numbered_on():
     outlined, body = check(mlps(6), *mlps_inputs(6, 8), count=4)
     assert {arguments(node)["site"] for node in body.graph.nodes if node.target is ops.start} == {ops.NEXT_SITE}

@@ -14,7 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-from . import passes, planning, rehearsal
+from . import passes, planning, regions, rehearsal
 from .ops import lowering, transport
 from .options import Options, parse
 from .report import Report, record
@@ -40,6 +40,7 @@ def tokenweave(gm, inputs, *, mode=None, options=None):
         return compile_fx(gm, inputs, config_patches=patches)
 
     lowering.register()
+    regions.inline(gm)
     _fix_module_floats(gm)
     theirs = patches.get("post_grad_custom_pre_pass") or config.post_grad_custom_pre_pass or ()
     theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)

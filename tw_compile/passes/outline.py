@@ -30,8 +30,7 @@ def outline(graph: Graph) -> tuple[GraphModule | None, int | str]:
     Returns (what they call, how many there are); (None, why there are none), where the reason is empty if no two layers are alike.
     What they call becomes the attribute NAME of the graph's module.
     """
-    for node in [n for n in graph.nodes if calls(n, operator.getitem)]:
-        node.args[0].append(node)  # so that no tuple passes from one layer to another
+    _put_in_place(graph)
     numbers = _numbers(graph)
     alike = _longest_run(_sections(graph), numbers)
     if not alike:
@@ -49,6 +48,17 @@ def outline(graph: Graph) -> tuple[GraphModule | None, int | str]:
 
 
 # --- which nodes -----------------------------------------------------------------------------------------------------------
+
+
+def _put_in_place(graph: Graph) -> None:
+    """Constants to the front, so that whichever layer uses one takes it from elsewhere; and items to their tuples, so that no tuple
+    passes from one layer to another."""
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            first.prepend(node)
+        elif calls(node, operator.getitem):
+            node.args[0].append(node)
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,8 @@ def _sections(graph: Graph) -> list[list[Node]]:
 
 def _longest_run(sections: list[list[Node]], numbers: dict[Node, int]) -> list[_Repetition]:
     """The repetitions that save most nodes; of several that do, the shortest. None if there are no two."""
-    kinds = [_key(section, numbers)[0] for section in sections]
+    known = {}
+    kinds = [known.setdefault(_key(section, numbers)[0], len(known)) for section in sections]
     best, saved = [], 0
     for period in range(1, len(sections) // 2 + 1):
         first = 0
@@ -137,7 +148,7 @@ def _args(node: Node, numbers: dict[Node, int]) -> tuple:
 
 def _signature(val) -> tuple:
     if isinstance(val, torch.Tensor):
-        return str(val.device), val.dtype, str(val.shape), str(val.stride()), _is_aligned(val)
+        return val.device, val.dtype, tuple(map(_expr, val.shape)), tuple(map(_expr, val.stride())), _is_aligned(val)
     return tuple(map(_signature, val)) if isinstance(val, (list, tuple)) else (type(val), str(val))
 
 
