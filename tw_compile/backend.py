@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
@@ -85,13 +87,21 @@ def _fix_module_floats(gm: torch.fx.GraphModule) -> None:
 
     With ``dynamic=True`` Dynamo traces them as inputs of the graph. Fixing one adds the guard that it stays what it is.
     """
+    told = False
     for node in gm.graph.find_nodes(op="call_method", target="item"):
         number, graph_argument = node.meta.get("example_value"), node.args[0].meta.get("grapharg")
         if isinstance(number, torch.SymFloat) and graph_argument is not None:
             source = graph_argument.source
             if source.guard_source.is_unspecialized_nn_module() or source.guard_source.is_unspecialized_builtin_nn_module():
+                name = str(number.node._expr)
+                told = told or not TensorifyState.should_specialize(name)
+                TensorifyState.specialize(name)
                 node.replace_all_uses_with(guard_scalar(number))
                 gm.graph.erase_node(node)
+    if told:
+        # Dynamo begins again, and makes constants of them itself. It would have to in the end, since they may be no inputs of the
+        # graph any more; but would find out only from AOTAutograd, after that has traced all layers.
+        raise TensorifyScalarRestartAnalysis
     gm.recompile()
 
 
