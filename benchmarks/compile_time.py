@@ -1,9 +1,11 @@
 """Seconds that torch.compile takes for a deep, narrow Llama: tokenweave against Inductor, with empty caches and with full ones.
 
-    torchrun --nproc-per-node 4 benchmarks/compile_time.py --layers 80
+    torchrun --nproc-per-node 4 benchmarks/compile_time.py --layers 80 [--regions]
 
 Each figure is of processes of their own: the first forward pass less the second, on the slowest rank. ``cold`` begins with
 an empty cache directory, ``warm`` with the one that ``cold`` has left. A layer has as many ops as one of any width.
+
+With ``--regions`` each layer is marked by ``torch.compiler.nested_compile_region``, for all sides.
 
 Writes benchmarks/results/compile-*.json, one row for each side and cache, with
 
@@ -34,11 +36,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--regions", action="store_true", help="mark each layer as one that is to be compiled once")
     parser.add_argument("--side", choices=SIDES, help="only compile for this one, and print what it took")
     args = parser.parse_args()
     device, ranks = llama.start()
     if args.side:
-        print(json.dumps(compile_once(args.side, args.layers, args.tokens, device)))
+        print(json.dumps(compile_once(args, device)))
     else:
         rows = []
         for side in SIDES:
@@ -47,7 +50,7 @@ def main():
                 rows.append({"ratio": round(row["seconds"] / inductor, 3), **row})
                 llama.say(f"{rows[-1]['ratio']:.2f} of Inductor's time:", row)
             note = "shapes of the example's tiny Llama; seconds with Dynamo's; the passes are not run where the cache is warm"
-            common.write(f"compile-tp{ranks}", device, note, rows)
+            common.write(f"compile-{'regions-' if args.regions else ''}tp{ranks}", device, note, rows)
     dist.destroy_process_group()
 
 
@@ -63,6 +66,7 @@ def in_new_processes(side, args):
             # Without torchrun's store, which the ranks of this process use.
             environment = {**os.environ, **variables, "TORCHELASTIC_USE_AGENT_STORE": "False"}
             command = [sys.executable, __file__, "--side", side, "--layers", str(args.layers), "--tokens", str(args.tokens)]
+            command += ["--regions"] if args.regions else []
             printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
             dist.barrier()  # before the first rank removes the caches of all
             yield {**size, "side": side, "cache": cache, **json.loads(printed.splitlines()[-1])}
@@ -74,13 +78,15 @@ def free_port():
         return any_port.getsockname()[1]
 
 
-def compile_once(side, layers, tokens, device):
+def compile_once(args, device):
     """What compiling takes on the slowest rank."""
     in_passes = timed_passes()
+    if args.regions:
+        llama.Layer.forward = torch.compiler.nested_compile_region(llama.Layer.forward)
     with torch.no_grad():
-        model, config = variants.build("tiny", layers, device)
-        ids = torch.randint(config.vocab, (1, tokens), device=device)
-        run = common.Side(side, model).run
+        model, config = variants.build("tiny", args.layers, device)
+        ids = torch.randint(config.vocab, (1, args.tokens), device=device)
+        run = common.Side(args.side, model).run
         dist.barrier()  # opens the connections, which is not compiling
         seconds = seconds_of(run, ids) - seconds_of(run, ids)
     slowest = torch.tensor([seconds, sum(in_passes)], device=device)
