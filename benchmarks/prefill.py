@@ -34,10 +34,11 @@ def main():
     device, ranks = llama.start()
     measured_rows = []
     sizes = sorted(itertools.product(args.batch, args.tokens), key=lambda size: size[0] * size[1])
+    compiled_for = sizes[:1] + [(batch, tokens) for batch, tokens in sizes if batch * tokens >= LARGE][:1]
     with torch.no_grad():
         model, config = variants.build(args.model, args.layers, device)
         for batch, tokens in sizes:
-            if (batch, tokens) == sizes[0] or (batch, tokens) == next((s for s in sizes if s[0] * s[1] >= LARGE), None):
+            if (batch, tokens) in compiled_for:
                 torch._dynamo.reset()
                 sides = [common.Side(name, model) for name in args.sides]
             size = {"model": args.model, "layers": args.layers, "batch": batch, "tokens": tokens}

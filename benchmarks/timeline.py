@@ -47,6 +47,7 @@ def main():
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096)
     args = parser.parse_args()
+    torch._inductor.config.force_disable_caches = True  # which would give a graph that was compiled for another size: see prefill.py
 
     device, ranks = llama.start()
     with torch.no_grad():

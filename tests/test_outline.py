@@ -169,8 +169,9 @@ def test_another_flow_of_data_is_another_layer():
 
 
 @MODES
-def test_what_one_layer_alone_hands_on(mode):
-    """Every call returns it, and all but one of them for nothing."""
+@pytest.mark.parametrize("handed_on", [slice(3, 4), slice(None)], ids=["one", "all"])
+def test_what_layers_hand_on(handed_on, mode):
+    """Every call returns it; where one layer alone hands it on, all but one of them for nothing."""
     seen = []
 
     def between(i, norm, up, down):
@@ -179,23 +180,7 @@ def test_what_one_layer_alone_hands_on(mode):
 
     def stack(*inputs):
         seen.clear()
-        out = mlps(6, between)(*inputs)
-        return out, seen[3]
-
-    check(stack, *mlps_inputs(6, 8), count=4, mode=mode)
-
-
-@MODES
-def test_what_every_layer_hands_on(mode):
-    seen = []
-
-    def between(i, norm, up, down):
-        seen.append(norm @ up)
-        return seen[-1].relu() @ down
-
-    def stack(*inputs):
-        seen.clear()
-        return mlps(6, between)(*inputs), *seen
+        return mlps(6, between)(*inputs), *seen[handed_on]
 
     check(stack, *mlps_inputs(6, 8), count=4, mode=mode)
 

@@ -94,8 +94,8 @@ def first_half(length, tokens_per_step, options: Options, least: int, eighths: i
             return f"split={options.split} is not a multiple of the {tokens_per_step} tokens of a sequence"
         steps = options.split // tokens_per_step
         # Torch makes a constant of a symbolic length that is 1, and of all those that it comes from.
-        least, too_few = (1, "nothing") if isinstance(length, int) else (2, "fewer than 2 entries of a dynamic length")
-        return steps if steps + least <= length else f"split={options.split} leaves {too_few} for the second half"
+        needed, too_few = (1, "nothing") if isinstance(length, int) else (2, "fewer than 2 entries of a dynamic length")
+        return steps if steps + needed <= length else f"split={options.split} leaves {too_few} for the second half"
     # One rule for all sizes above the threshold: a branch on a symbolic length would cost a graph.
     if tokens_per_step != 1 or least < 2 * TILE:
         return length // 2

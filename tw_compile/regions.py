@@ -38,7 +38,7 @@ def _inline(gm: GraphModule, call: Node) -> None:
                 target = node.target
                 if node.op == "get_attr":
                     target = f"{module.target}_{target.replace('.', '_')}"
-                    setattr(gm, target, _attribute(region, node.target))
+                    setattr(gm, target, operator.attrgetter(node.target)(region))
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = gm.graph.create_node(node.op, target, args, kwargs)
                 env[node].meta = dict(node.meta)
@@ -51,9 +51,3 @@ def _inline(gm: GraphModule, call: Node) -> None:
 
 def _is_number(a) -> bool:
     return isinstance(a.meta.get("example_value") if isinstance(a, Node) else a, (float, torch.SymFloat))
-
-
-def _attribute(module, path: str):
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module

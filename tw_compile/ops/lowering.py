@@ -9,9 +9,6 @@ from torch._inductor.virtualized import V
 from . import fused, linear, start, wait
 
 
-_IMPORT = "from tw_compile.ops import direct as tokenweave"
-
-
 class _Direct(ir.FallbackKernel):
     """A call of an op; of the function in ``direct``, where the code is Python, as it is by default.
 
@@ -20,10 +17,9 @@ class _Direct(ir.FallbackKernel):
 
     def codegen(self, wrapper):
         if not (V.graph.cpp_wrapper or V.graph.fx_wrapper):
-            if isinstance(wrapper, SubgraphPythonWrapperCodegen):
-                wrapper.get_root_graph().add_import_once(_IMPORT)  # it writes no imports of its own
-            else:
-                wrapper.add_import_once(_IMPORT)
+            # That of a subgraph writes no imports.
+            writer = wrapper.get_root_graph() if isinstance(wrapper, SubgraphPythonWrapperCodegen) else wrapper
+            writer.add_import_once("from tw_compile.ops import direct as tokenweave")
             self.python_kernel_name = f"tokenweave.{self.op_overload._opname}"
         super().codegen(wrapper)
 

@@ -163,6 +163,7 @@ def _expr(size):
 
 # --- what can be called ----------------------------------------------------------------------------------------------------
 
+
 def _not_callable(alike: list[_Repetition]) -> str | None:
     """Why one graph cannot stand for them, without Inductor knowing more of it than what it takes and returns; None if it can."""
     device = value(alike[0].nodes[0].args[0]).device
