@@ -276,7 +276,7 @@ class _Run(Interpreter):
             ops.start: implementation.start,
             ops.wait: implementation.wait,
             ops.fused: implementation.fused,
-            lowering.layer: lambda gm, name, *operands: _Run(gm.graph, implementation, emulated).run(*operands),
+            lowering.layer: lambda gm, written, *operands: _Run(gm.graph, implementation, emulated).run(*operands),
             **emulated,
         }
 

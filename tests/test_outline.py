@@ -4,7 +4,7 @@ import expecttest
 import pytest
 import torch
 import torch._inductor.config
-from graphs import rewrite, text, without_codegen
+from graphs import rewrite, run, shuffled, text, without_codegen
 from torch.fx import GraphModule
 from models import STYLES, VOCAB, parallel
 from sites import INNER, H, all_reduce, hf_norm, values
@@ -16,7 +16,7 @@ from tw_compile import backend, ops
 from tw_compile.ops import lowering
 from tw_compile.ops.symmetric import Symmetric
 from tw_compile.passes import outline
-from tw_compile.passes.graph_utils import arguments
+from tw_compile.passes.graph_utils import arguments, aten
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -71,10 +71,10 @@ class Snapshot(expecttest.TestCase):
 %3 = aten.mm(%2, up0) : f32[8, 24]
 %4 = aten.relu(%3) : f32[8, 24]
 %5 = tokenweave.linear(%4, down0, slot=2) : f32[8, 16]
-%6 = layer(tokenweave_layer, tokenweave_layer, %5, %1, norm1, up1, down1) : (f32[8, 16], f32[8, 16])
+%6 = layer(tokenweave_layer, [], %5, %1, norm1, up1, down1) : (f32[8, 16], f32[8, 16])
 %7 = getitem(%6, 0) : f32[8, 16]
 %8 = getitem(%6, 1) : f32[8, 16]
-%9 = layer(tokenweave_layer, tokenweave_layer, %8, %7, norm2, up2, down2) : (f32[8, 16], f32[8, 16])
+%9 = layer(tokenweave_layer, [], %8, %7, norm2, up2, down2) : (f32[8, 16], f32[8, 16])
 %10 = getitem(%9, 0) : f32[8, 16]
 %11 = getitem(%9, 1) : f32[8, 16]
 %12 = tokenweave.fused(%11, %10, norm3, slot=2, borrow=True) : (f32[8, 16], f32[8, 16])
@@ -219,21 +219,66 @@ def test_one_layer_is_no_reason_to_say_anything():
     assert reason(mlps(1), *mlps_inputs(1, 8)) == ""
 
 
-def test_layers_that_write_to_inputs():
-    def stack(x, residual, cache, *weights):
+POSITIONS = torch.arange(4, 12)
+
+
+def cached(layers, read_before=0):
+    """A stack whose layers each write their keys to a cache of their own, and attend to that; and of which some are read before."""
+
+    def stack(x, residual, *rest):
+        caches, weights = rest[:layers], rest[layers:]
+        scale = 1.0 + sum(cache.mean() for cache in caches[:read_before])
+
         def between(i, norm, up, down):
-            cache[i].copy_(norm @ up)
-            return cache[i].relu() @ down
+            rows = norm @ up
+            caches[i][POSITIONS] = rows
+            return (rows @ caches[i].t() * scale).softmax(-1) @ caches[i] @ down
 
-        return mlps(4, between)(x, residual, *weights)
+        return mlps(layers, between)(x, residual, *weights)
 
-    x, residual, *weights = mlps_inputs(4, 8)
-    caches = [values(8, INNER) for _ in range(4)]
+    return stack
 
-    def with_caches(x, residual, *rest):
-        return stack(x, residual, rest[:4], *rest[4:])
 
-    assert reason(with_caches, x, residual, *caches, *weights) == "its layers write to inputs of the graph"
+def cached_inputs(layers):
+    x, residual, *weights = mlps_inputs(layers, len(POSITIONS))
+    return x, residual, *(values(2 * len(POSITIONS), INNER) for _ in range(layers)), *weights
+
+
+def test_layers_that_write_to_inputs_of_their_own():
+    """Each writes inside what nobody else reads."""
+    rewritten = rewrite(cached(5), *cached_inputs(5), mode="fuse", symmetric=True)
+    outlined = rewritten.outlined()
+    taken, body = calls(outlined)
+    writes = [sum(node.target is aten.copy_.default for node in graph.nodes) for graph in (body.graph, outlined.after)]
+    assert len(taken) == 3 and writes == [1, 2]
+
+    def outcome(graph, implementation=None):
+        inputs = [x.clone() for x in rewritten.inputs]
+        return run(graph, inputs, implementation), inputs
+
+    for order in range(5):
+        got = outcome(shuffled(outlined.after, order), Workspace())
+        torch.testing.assert_close(got, outcome(rewritten.before), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_write_to_inputs_that_others_read():
+    """A layer that writes what another reads is not called; where all do, none is."""
+    some = rewrite(cached(6, read_before=2), *cached_inputs(6), mode="fuse").outlined()
+    assert len(calls(some)[0]) == 3
+    assert reason(cached(6, read_before=6), *cached_inputs(6)) == "its layers write to inputs of the graph that are read elsewhere, too"
+
+
+def test_layers_that_hand_on_what_they_take():
+    """Inductor would take a view of it for memory of its own, and reuse what it is a view of."""
+    handed = []
+
+    def between(i, norm, up, down):
+        one = norm @ up
+        other = handed.pop() if i else one
+        handed.append(other.t())
+        return (one + other.sin()) @ down
+
+    assert reason(mlps(8, between), *mlps_inputs(8, INNER)) == "its layers hand on a part of what they take, or write"
 
 
 def test_layers_that_hand_on_a_part_of_a_tensor():
@@ -306,17 +351,35 @@ def test_code_in_cpp_cannot_call_it():
     assert "each layer is compiled: only code in Python can call one for several" in report.reasons
 
 
-def test_through_inductor(monkeypatch):
-    """What Inductor makes of it reuses no memory of the workspace, inside of layers and between them."""
-    inputs = mlps_inputs(5, 8)
-    rewritten = rewrite(mlps(5), *inputs, symmetric=True, mode="weave", dynamic=True)
+@pytest.fixture
+def workspace(monkeypatch):
+    """What carries the sites in code that Inductor writes."""
     workspace = Workspace()
     for name in ("linear", "start", "wait", "fused"):
         monkeypatch.setattr(ops.direct, name, getattr(workspace, name))
     monkeypatch.setattr(backend._Pass, "_may_be_symmetric", lambda *_: True)
     torch._dynamo.reset()
+    return workspace
+
+
+def test_through_inductor(workspace):
+    """What Inductor makes of it reuses no memory of the workspace, inside of layers and between them."""
+    inputs = mlps_inputs(5, 8)
+    rewritten = rewrite(mlps(5), *inputs, symmetric=True, mode="weave", dynamic=True)
     with torch.no_grad():
         got = torch.compile(mlps(5), backend=backend.tokenweave, dynamic=True, options={"tokenweave.mode": "weave"})(*inputs)
     assert tw_compile.reports()[-1].alike == 3
     torch.testing.assert_close(got, rewritten.expected()[0], rtol=1e-4, atol=1e-4)
     assert min(workspace.lent.values()) > 0
+
+
+def test_caches_through_inductor(workspace):
+    """A call writes what the layer would have."""
+    inputs = cached_inputs(5)
+    same = [x.clone() for x in inputs]
+    expected = rewrite(cached(5), *same, mode="fuse").expected()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(cached(5), backend=backend.tokenweave, options={"tokenweave.mode": "fuse"})(*inputs)
+    assert tw_compile.reports()[-1].alike == 3
+    torch.testing.assert_close([got, *inputs], [*expected, *same], rtol=1e-4, atol=1e-4)

@@ -24,16 +24,20 @@ class _Direct(ir.FallbackKernel):
         super().codegen(wrapper)
 
 
-def layer(subgraph, name, *operands):
+def layer(subgraph, written, *operands):
     """What ``passes/outline.py`` puts in the place of a layer: a call of what the first such call compiles.
 
-    Takes ``name`` since InvokeSubgraph looks for the operands behind two other arguments. Some of the results are in a workspace: see
-    register.
+    written: numbers of the operands that it writes to, which are inputs of the graph. (InvokeSubgraph looks for the operands behind two
+    other arguments.) Some of the results are in a workspace: see register.
     """
     if isinstance(subgraph, torch.fx.GraphModule):  # the graph itself is run, as by tools that look for errors in it
         return subgraph(*operands)
     outputs = ir.InvokeSubgraph.create(subgraph, *operands)
     V.graph.never_reuse_buffers.update(output.get_name() for output in outputs)
+    call = outputs[0].inputs[0]
+    for i in written:
+        assert call.inputs[i].get_name() == operands[i].get_name(), "a layer would write to a copy"
+        call.mutation_outputs.append(ir.MutationOutput(ir.NoneLayout(device=call.get_device()), call.inputs[i], call))
     return [ir.TensorBox.create(output) for output in outputs]
 
 

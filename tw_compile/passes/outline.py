@@ -5,8 +5,10 @@ so many is looked for, and each repetition becomes a call. They are alike where 
 between them are. What differs are the operands, of which weights are most, and the numbers of the sites.
 
 Order is data flow, as ``weave`` and ``place`` leave it, and any order of the calls that keeps to it is one of the nodes in them.
+What a layer writes to an input of the graph, such as its key-value cache, it writes inside, if nobody else reads that input.
 """
 
+import itertools
 import operator
 from dataclasses import dataclass
 
@@ -63,10 +65,17 @@ def _put_in_place(graph: Graph) -> None:
 
 @dataclass(frozen=True)
 class _Repetition:
-    """nodes: of one layer; outer: what they take from elsewhere, in the order in which they do."""
+    """nodes: of one layer, writes last; outer: what they take from elsewhere, in the order in which they do."""
 
     nodes: list[Node]
     outer: list[Node]
+
+    def operands(self) -> list[Node]:
+        """What of it is tensors."""
+        return [a for a in self.outer if isinstance(value(a), torch.Tensor)]
+
+    def written(self) -> list[Node]:
+        return [node.args[0] for node in self.nodes if _is_write(node)]
 
 
 def _sections(graph: Graph) -> list[list[Node]]:
@@ -75,9 +84,21 @@ def _sections(graph: Graph) -> list[list[Node]]:
     for node in graph.nodes:
         if calls(node, ops.start, ops.fused):
             sections.append([])
-        if sections and node.op == "call_function":
+        if sections and node.op == "call_function" and not _is_write(node):
             sections[-1].append(node)
     return sections
+
+
+def _is_write(node: Node) -> bool:
+    """Whether it is one of those that stand at the end of a graph for what the model did to its inputs in place."""
+    return calls(node, aten.copy_.default) and node.args[0].op == "placeholder"
+
+
+def _with_writes(nodes: list[Node]) -> list[Node]:
+    """The nodes, and behind them the writes of their results to what nobody else reads."""
+    inside = set(nodes)
+    writes = [u for node in nodes for u in node.users if _is_write(u) and u.args[1] is node]
+    return nodes + [write for write in writes if set(write.args[0].users) <= {write, *inside}]
 
 
 def _longest_run(sections: list[list[Node]], numbers: dict[Node, int]) -> list[_Repetition]:
@@ -101,16 +122,14 @@ def _longest_run(sections: list[list[Node]], numbers: dict[Node, int]) -> list[_
 
 
 def _equal(sections, first, period, count, numbers) -> list[_Repetition]:
-    """As many repetitions as are alike as a whole, of those whose sections are."""
-    run, wanted = [], None
+    """As many repetitions in a row as are alike as a whole, of those whose sections are."""
+    repetitions = []
     for at in range(first, first + count * period, period):
-        nodes = [node for section in sections[at : at + period] for node in section]
+        nodes = _with_writes([node for section in sections[at : at + period] for node in section])
         key, outer = _key(nodes, numbers)
-        if wanted not in (None, key):
-            break
-        wanted = key
-        run.append(_Repetition(nodes, outer))
-    return run
+        repetitions.append((key, _Repetition(nodes, outer)))
+    runs = [[repetition for _, repetition in run] for _, run in itertools.groupby(repetitions, key=operator.itemgetter(0))]
+    return max(runs, key=len)
 
 
 def _numbers(graph: Graph) -> dict[Node, int]:
@@ -166,8 +185,13 @@ def _expr(size):
 
 def _not_callable(alike: list[_Repetition]) -> str | None:
     """Why one graph cannot stand for them, without Inductor knowing more of it than what it takes and returns; None if it can."""
-    device = value(alike[0].nodes[0].args[0]).device
+    first = alike[0].nodes[0]
+    device = value(first.args[0]).device
+    # Inductor would not know that a result is a part of what a layer takes, or writes. What is only read is nobody's to reuse.
+    only_read = {_storage(n) for n in first.graph.find_nodes(op="placeholder") if _is_read_only(n)}
     for node in alike[0].nodes:
+        if _is_write(node):
+            continue
         if node.meta.get("unbacked_bindings"):
             return f"its layers call {node.target}, whose result has a size that depends on data"
         if node.target is operator.getitem or isinstance(value(node), (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -179,19 +203,31 @@ def _not_callable(alike: list[_Repetition]) -> str | None:
             return f"its layers call {node.target}, which is not a function of its inputs alone"
     for repetition in alike:
         inside = set(repetition.nodes)
+        taken = {*repetition.operands(), *(node.args[1] for node in repetition.nodes if _is_write(node))}
+        not_new = set(map(_storage, taken)) - only_read
         for node in repetition.nodes:
             outside = [user for user in node.users if user not in inside]
             if any(calls(user, aten.copy_.default) for user in outside):
-                return "its layers write to inputs of the graph"
+                return "its layers write to inputs of the graph that are read elsewhere, too"
             # Inductor takes the place of a result in its storage for one that is yet to be counted.
             if outside and not (isinstance(value(node), torch.Tensor) and _expr(value(node).storage_offset()) == 0):
                 return f"its layers hand on what {getattr(node.target, '__name__', node.target)} returns, which is no tensor, or a part of one"
+            if outside and _storage(node) in not_new:
+                return "its layers hand on a part of what they take, or write"
         if not all(isinstance(value(node), (torch.Tensor, torch.SymInt)) for node in repetition.outer):
             return "its layers take something other than tensors and sizes"
     for node in [*alike[0].nodes, *alike[0].outer]:
         if any(tensor.device != device for tensor in _tensors(value(node))):
             return f"its layers take or make tensors elsewhere than on {device}"
     return None
+
+
+def _is_read_only(node: Node) -> bool:
+    return isinstance(value(node), torch.Tensor) and not any(_is_write(user) and user.args[0] is node for user in node.users)
+
+
+def _storage(node: Node) -> int:
+    return value(node).untyped_storage()._cdata
 
 
 def _tensors(val) -> list[torch.Tensor]:
@@ -216,11 +252,12 @@ def _symbols_of(graph: Graph, layer: _Repetition) -> list[Node] | None:
 @dataclass(frozen=True)
 class _Body:
     """module: one layer; symbols: the inputs of the graph that it takes before those of ``_Repetition.outer`` that are tensors;
-    results: which of its nodes it returns"""
+    results: which of its nodes it returns; written: which of its operands it writes to, counted from the first symbol"""
 
     module: GraphModule
     symbols: list[Node]
     results: list[int]
+    written: tuple[int, ...]
 
 
 def _body(alike: list[_Repetition], symbols: list[Node], numbers: dict[Node, int]) -> _Body:
@@ -229,7 +266,8 @@ def _body(alike: list[_Repetition], symbols: list[Node], numbers: dict[Node, int
     new = Graph()
     emit = Emitter(new, detect_fake_mode([value(first.nodes[0].args[0])]))
     env = {}
-    for outer in [*symbols, *(a for a in first.outer if isinstance(value(a), torch.Tensor))]:
+    operands = [*symbols, *first.operands()]
+    for outer in operands:
         env[outer] = new.placeholder(outer.name)
         env[outer].meta = dict(outer.meta)
     env |= {a: emit.size(value(a)) for a in first.outer if a not in env}
@@ -243,15 +281,15 @@ def _body(alike: list[_Repetition], symbols: list[Node], numbers: dict[Node, int
     output.meta["user_visible_output_idxs"] = list(range(len(returned)))
     output.meta["original_output_strides"] = [value(node).stride() for node in returned]
     new.lint()
-    return _Body(GraphModule(torch.nn.Module(), new), symbols, results)
+    return _Body(GraphModule(torch.nn.Module(), new), symbols, results, tuple(map(operands.index, first.written())))
 
 
 def _call(graph: Graph, repetition: _Repetition, body: _Body, handed_on: dict[Node, Node]) -> dict[Node, Node]:
     """Replace a layer by a call. handed_on: what earlier calls return, by the nodes that it replaces; returns the same of this one."""
     with graph.inserting_before(repetition.nodes[0]):
         module = graph.get_attr(NAME)
-        operands = [*body.symbols, *(handed_on.get(a, a) for a in repetition.outer if isinstance(value(a), torch.Tensor))]
-        call = graph.call_function(layer, (module, NAME, *operands))
+        operands = [*body.symbols, *(handed_on.get(a, a) for a in repetition.operands())]
+        call = graph.call_function(layer, (module, body.written, *operands))
         returned = [repetition.nodes[i] for i in body.results]
         call.meta["val"] = tuple(map(value, returned))
         results = {old: graph.call_function(operator.getitem, (call, i)) for i, old in enumerate(returned)}
