@@ -192,6 +192,24 @@ def test_constants_of_the_model(mode):
     check(mlps(5, lambda i, norm, up, down: (norm @ up * own[i] + common).relu() @ down), *mlps_inputs(5, 8), count=3, mode=mode)
 
 
+@MODES
+@pytest.mark.parametrize("view", [lambda x: x[0], lambda x: x.squeeze(0), lambda x: x.view(8, INNER)], ids=["select", "squeeze", "view"])
+def test_layers_round_for_themselves(mode, view):
+    """What each takes in bfloat16 is handed to it in float32, in which Inductor may go on to compute with it."""
+
+    def rotated(x, residual, angles, *weights):
+        cos = view(angles.cos().bfloat16())
+        return mlps(5, lambda i, norm, up, down: (norm @ up * cos).relu() @ down)(x, residual, *weights)
+
+    x, residual, *weights = mlps_inputs(5, 8, dtype=torch.bfloat16)
+    rewritten = rewrite(rotated, x, residual, values(1, 8, INNER), *weights, mode=mode)
+    outlined = rewritten.outlined()
+    taken, _ = calls(outlined)
+    assert len(taken) == (2 if mode == "weave" else 3)
+    assert all(sum(a.target is aten.cos.default for a in operands) == 1 for operands in taken)
+    torch.testing.assert_close(outlined.outputs(), rewritten.outputs(), rtol=0, atol=0)
+
+
 def test_sites_are_numbered_on():
     outlined, body = check(mlps(6), *mlps_inputs(6, 8), count=4)
     assert {arguments(node)["site"] for node in body.graph.nodes if node.target is ops.start} == {ops.NEXT_SITE}

@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 from .. import ops
 from ..ops.lowering import layer
 from .emit import Emitter
-from .graph_utils import arguments, aten, calls, in_order, value
+from .graph_utils import VIEWS, arguments, aten, calls, in_order, prims, value
 
 NAME = "tokenweave_layer"
 
@@ -33,6 +33,7 @@ def outline(graph: Graph) -> tuple[GraphModule | None, int | str]:
     What they call becomes the attribute NAME of the graph's module.
     """
     _put_in_place(graph)
+    _round_inside(graph)
     numbers = _numbers(graph)
     alike = _longest_run(_sections(graph), numbers)
     if not alike:
@@ -61,6 +62,49 @@ def _put_in_place(graph: Graph) -> None:
             first.prepend(node)
         elif calls(node, operator.getitem):
             node.args[0].append(node)
+
+
+_VIEWS = (
+    *VIEWS, aten.slice.Tensor, aten.select.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.expand.default,
+)  # fmt: skip
+
+
+def _round_inside(graph: Graph) -> None:
+    """Let each layer round for itself what several take rounded, such as the angles of a rotary embedding.
+
+    Inductor leaves a rounding out where it computes with the result in the same kernel. A layer that is called would find the rounded
+    values in memory, and compute with these: to other bits than layers that are compiled one by one.
+    """
+    sections = _sections(graph)
+    section_of = {node: i for i, section in enumerate(sections) for node in section}
+    for node in reversed(graph.nodes):
+        users = {}
+        for user in node.users:
+            users.setdefault(section_of.get(user), []).append(user)
+        elsewhere = set(users) - {None, section_of.get(node)}
+        if len(elsewhere) < 2 or not _is_rounded(node):
+            continue
+        for i in elsewhere:
+            first = min(users[i], key=sections[i].index)
+            with graph.inserting_before(first):
+                own = graph.node_copy(node, lambda a: a)
+            sections[i].insert(sections[i].index(first), own)
+            section_of[own] = i
+            for user in users[i]:
+                user.replace_input_with(node, own)
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _is_rounded(node: Node) -> bool:
+    """Whether it is something in fewer bits than that was computed in, or a view of that."""
+    while calls(node, *_VIEWS):
+        node = node.args[0]
+    if not calls(node, prims.convert_element_type.default):
+        return False
+    before, after = value(node.args[0]).dtype, value(node).dtype
+    return before.is_floating_point and after.is_floating_point and after.itemsize < before.itemsize
 
 
 @dataclass(frozen=True)
