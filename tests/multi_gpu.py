@@ -26,7 +26,7 @@ from tw_compile.ops import tuning
 from tw_compile.ops.symmetric import Symmetric
 from tw_compile.ops.tuning import LEAST_ROWS, Tuning
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("examples", "benchmarks")]
 import llama  # noqa: E402
 
 LAYERS, SIZES = 4, (512, 1000, 2048, 4096, 8192)
@@ -133,6 +133,7 @@ def check_agreement(device):
         right = exact(ids)[0]
         errors = {}
         for name, run in runs.items():
+            run(ids)  # with whatever is rehearsed and tuned first
             EVENTS.clear()
             hidden = run(ids)[0]
             errors[name] = error(hidden, right)
@@ -337,6 +338,31 @@ def check_graphs(device):
             graph.replay()
             assert torch.equal(captured, plain(static)[0]), (tokens, seed)
     llama.say("graphs: reduce-overhead and a capture of one's own replay with new inputs")
+
+
+def check_caches(device):
+    """Decode steps write to the KV caches, in CUDA graphs and where layers are compiled as one, what they write without either."""
+    import decode
+
+    def steps(**options):
+        torch.manual_seed(0)
+        model, config = decode.build("70B", LAYERS, device, 4, 64)
+        run = compiled(model, options.pop("backend", "tokenweave"), **options)
+        hidden = []
+        for position in range(40, 50):
+            ids = inputs(config, device, 1, batch=4, seed=position)
+            hidden.append(run(ids, torch.full((4,), position, device=device))[0].clone())
+        return torch.stack(hidden), [model.get_buffer(name) for name, _ in model.named_buffers() if "cache" in name]
+
+    plain, caches = steps()
+    assert tw_compile.reports()[-1].alike == LAYERS - 1, tw_compile.reports()[-1]
+    for options in {"triton.cudagraphs": True}, {"max_autotune": True, "triton.cudagraphs": True}, {"backend": "inductor"}:
+        torch._dynamo.reset()
+        hidden, others = steps(**options)
+        pairs = [(hidden, plain), *zip(others, caches)]
+        same, worst = all(torch.equal(a, b) for a, b in pairs), max(error(a, b.double()) for a, b in pairs)
+        llama.say(f"caches: {options}: {'the same bits' if same else f'relative difference {worst:.1e}'}")
+        assert same if options == {"triton.cudagraphs": True} else worst < 2e-2
 
 
 def check_transports(device):
