@@ -12,7 +12,7 @@ from test_weave import Logging, designed
 from workspace import Workspace
 
 import tw_compile
-from tw_compile import backend, ops
+from tw_compile import backend, ops, passes
 from tw_compile.ops import lowering
 from tw_compile.ops.symmetric import Symmetric
 from tw_compile.passes import outline
@@ -192,17 +192,24 @@ def test_constants_of_the_model(mode):
     check(mlps(5, lambda i, norm, up, down: (norm @ up * own[i] + common).relu() @ down), *mlps_inputs(5, 8), count=3, mode=mode)
 
 
+def rotated(layers, view=lambda angles: angles):
+    """A stack whose layers all take the cosines of one input, rounded."""
+
+    def stack(x, residual, angles, *weights):
+        cos = view(angles.cos().bfloat16())
+        return mlps(layers, lambda i, norm, up, down: (norm @ up * cos).relu() @ down)(x, residual, *weights)
+
+    x, residual, *weights = mlps_inputs(layers, 8, dtype=torch.bfloat16)
+    return stack, (x, residual, values(1, 8, INNER), *weights)
+
+
 @MODES
 @pytest.mark.parametrize("view", [lambda x: x[0], lambda x: x.squeeze(0), lambda x: x.view(8, INNER)], ids=["select", "squeeze", "view"])
 def test_layers_round_for_themselves(mode, view):
     """What each takes in bfloat16 is handed to it in float32, in which Inductor may go on to compute with it."""
 
-    def rotated(x, residual, angles, *weights):
-        cos = view(angles.cos().bfloat16())
-        return mlps(5, lambda i, norm, up, down: (norm @ up * cos).relu() @ down)(x, residual, *weights)
-
-    x, residual, *weights = mlps_inputs(5, 8, dtype=torch.bfloat16)
-    rewritten = rewrite(rotated, x, residual, values(1, 8, INNER), *weights, mode=mode)
+    stack, inputs = rotated(5, view)
+    rewritten = rewrite(stack, *inputs, mode=mode)
     outlined = rewritten.outlined()
     taken, _ = calls(outlined)
     assert len(taken) == (2 if mode == "weave" else 3)
@@ -401,3 +408,19 @@ def test_caches_through_inductor(workspace):
         got = torch.compile(cached(5), backend=backend.tokenweave, options={"tokenweave.mode": "fuse"})(*inputs)
     assert tw_compile.reports()[-1].alike == 3
     torch.testing.assert_close([got, *inputs], [*expected, *same], rtol=1e-4, atol=1e-4)
+
+
+def test_bits_through_inductor(workspace, monkeypatch):
+    """They do not hang on whether there are calls."""
+    stack, inputs = rotated(5, lambda angles: angles[0])
+
+    def compiled():
+        torch._dynamo.reset()
+        with torch.no_grad():
+            return torch.compile(stack, backend=backend.tokenweave, options={"tokenweave.mode": "weave"})(*inputs)
+
+    called = compiled()
+    monkeypatch.setattr(passes, "outline", lambda graph: (None, ""))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert torch.equal(compiled(), called)
+    assert [report.alike for report in tw_compile.reports()[-2:]] == [2, 0]
