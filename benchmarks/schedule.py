@@ -1,16 +1,18 @@
-"""Ways to weave a layer: cuts, more than two pieces, numbers of CTAs, and GEMMs that are told of them or not.
+"""Ways to weave a layer: cuts, more than two pieces, attention that is not cut, numbers of CTAs, and GEMMs that are told of them or not.
 
     torchrun --nproc-per-node 8 benchmarks/schedule.py --model 70B --tokens 1024 2048 4096 8192
 
 Two layers' GEMMs, attention and sites alone, as a rehearsal runs them (tw_compile/rehearsal.py), but in CUDA graphs. Writes
 benchmarks/results/schedule-*.json: one row for each way, with
 
-    model, tp, tokens, pieces (tokens of each), ctas (of a communication kernel), told (cuBLASLt of the SMs that are left), ms,
-    speedup (over the fused sites, not woven), vs_nocomm (over no all-reduces, not cut)
+    model, tp, tokens, pieces (tokens of each), whole_attention (not cut, with the GEMMs in front of it), ctas (of a communication
+    kernel), told (cuBLASLt of the SMs that are left), ms, speedup (over the fused sites, not woven), vs_nocomm (over no
+    all-reduces, not cut)
 """
 
 import argparse
 import functools
+import itertools
 
 import result_file
 import timing
@@ -27,12 +29,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=variants.MODELS, default="70B", help="shapes of the model")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--ctas", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--ctas", type=int, nargs="+", default=[4, 8, 16, 24])
     parser.add_argument("--samples", type=int, default=7)
     args = parser.parse_args()
 
     device, ranks = llama.start()
-    stage = WithoutComm(section_of(variants.MODELS[args.model], ranks, args.tokens), device)
+    stage = Ways(section_of(variants.MODELS[args.model], ranks, args.tokens), device)
     rows = []
     with torch.no_grad():
         stage.set()
@@ -52,8 +54,8 @@ def section_of(config, ranks, sizes):
     return Section(hidden, "bfloat16", tuple(sizes), 1, 0, (attention, mlp) * 2)
 
 
-class WithoutComm(Stage):
-    """A stage that can leave out the sites."""
+class Ways(Stage):
+    """A stage that can also leave out the sites, or leave attention whole."""
 
     def __init__(self, section, device):
         super().__init__(section, transport.choose("auto", dist.group.WORLD.group_name, device)[0], device)
@@ -63,20 +65,43 @@ class WithoutComm(Stage):
         for phase in self.section.phases:
             self.compute(phase, norm, 0, tokens, 0)
 
-    def run_told(self, pieces, ctas, told):
+    def run_told(self, pieces, whole_attention, ctas, told):
         gemms.MAX_CTAS = ctas if told else 0
-        self.run(pieces, sum(pieces), ctas)
+        if whole_attention:
+            self.run_with_whole_attention(pieces, ctas)
+        else:
+            self.run(pieces, sum(pieces), ctas)
+
+    def run_with_whole_attention(self, pieces, ctas):
+        """What ends in attention is done for all tokens, once the norms of both halves are there; the GEMM behind it is cut again."""
+        tokens, slots = sum(pieces), range(len(pieces))
+        for number, phase in enumerate(self.section.phases):
+            # Each half's norm and residual, waited for when it is asked for.
+            halves = (self.carrier.wait(slot, True) if number else (self.value(pieces[slot], self.section.hidden), None) for slot in slots)
+            whole = any(op[0] == "attention" for op in phase)
+            if whole:
+                halves = list(halves)
+                self.work(phase[:-1], torch.cat([norm for norm, _ in halves]), tokens, 0)
+                parts = self.value(tokens, phase[-1][1]).split(pieces)
+            for slot, (norm, residual) in enumerate(halves):
+                if whole:
+                    x = self.carrier.linear(parts[slot], self.weights[phase[-1][1:]], None, slot)
+                else:
+                    x = self.compute(phase, norm, slot, tokens, sum(pieces[:slot]))
+                self.carrier.start(*self._site(x, residual), ctas, slot, number, True, True)
+        for slot in slots:
+            self.carrier.wait(slot, True)
 
 
 def measure(stage, model, tokens, ctas, samples, device):
     tile = 128
     eighth, third, quarter = tokens // 8, tokens // 3 // tile * tile, tokens // 4
     cuts = [[tokens // 2] * 2, [3 * eighth, 5 * eighth], [5 * eighth, 3 * eighth], [third, third, tokens - 2 * third], [quarter] * 4]
-    ways = {"no-comm": functools.partial(stage.without_sites, tokens), ((tokens,), 0, False): functools.partial(stage.run_told, [tokens], 0, False)}
-    for pieces in cuts:
-        for number in ctas:
-            for told in (False, True):
-                ways[tuple(pieces), number, told] = functools.partial(stage.run_told, pieces, number, told)
+    halves, *_ = cuts
+    plain = (tokens,), False, 0, False
+    keys = [plain, *itertools.product(map(tuple, cuts), [False], ctas, [False, True]), *itertools.product([tuple(halves)], [True], ctas, [False, True])]
+    ways = {"no-comm": functools.partial(stage.without_sites, tokens)}
+    ways |= {(pieces, *way): functools.partial(stage.run_told, list(pieces), *way) for pieces, *way in keys}
     for run in ways.values():
         run()
     torch.cuda.synchronize()
@@ -84,13 +109,14 @@ def measure(stage, model, tokens, ctas, samples, device):
     times = timing.median_times({way: timing.recorded(run, device) for way, run in ways.items()}, device, samples, calls=2)
     gemms.MAX_CTAS = max_ctas
     bound = times.pop("no-comm")
-    fused = times[(tokens,), 0, False]
+    fused = times[plain]
     llama.say(f"{tokens} tokens: fused {fused * 1e3:.3f} ms, no-comm {fused / bound:.3f} ×")
     rows = []
-    for (pieces, number, told), seconds in times.items():
+    for (pieces, whole_attention, number, told), seconds in times.items():
         rows.append(
             {
-                "model": model, "tp": dist.get_world_size(), "tokens": tokens, "pieces": pieces, "ctas": number, "told": told,
+                "model": model, "tp": dist.get_world_size(), "tokens": tokens, "pieces": pieces,
+                "whole_attention": whole_attention, "ctas": number, "told": told,
                 "ms": round(seconds * 1e3, 4), "speedup": round(fused / seconds, 3), "vs_nocomm": round(bound / seconds, 3),
             }
         )  # fmt: skip

@@ -33,7 +33,7 @@ SIZES = 256, 512, 1024, 2048, 4096, 8192
 MAX_ELEMENTS = 1 << 25
 
 PHASES = 4  # of compute between two sites: two layers
-CTAS = 4, 6, 8, 12, 16
+CTAS = 4, 6, 8, 12, 16, 24
 EIGHTHS = 3, 4, 5
 SAMPLES = 5
 # Clocks for which the GPU waits before each sample: the host has enqueued most of it by then, and is not what is measured.
@@ -228,14 +228,16 @@ class Stage:
             self.carrier.wait(slot, True)
 
     def compute(self, phase, norm, slot, sequence, before):
-        tokens = norm.shape[0]
-        for kind, *sizes in phase[:-1]:
+        self.work(phase[:-1], norm, sequence, before)
+        rows, columns = phase[-1][1:]
+        return self.carrier.linear(self._input(norm, rows), self.weights[rows, columns], None, slot)
+
+    def work(self, ops, norm, sequence, before):
+        for kind, *sizes in ops:
             if kind == "mm":
                 torch.mm(self._input(norm, sizes[0]), self.weights[tuple(sizes)])
             else:
-                self._attend(*sizes, tokens, sequence, before)
-        rows, columns = phase[-1][1:]
-        return self.carrier.linear(self._input(norm, rows), self.weights[rows, columns], None, slot)
+                self._attend(*sizes, norm.shape[0], sequence, before)
 
     def _attend(self, heads, kv_heads, channels, tokens, sequence, before):
         """Causal; of the tokens behind a cut within a sequence in two parts, as passes/attention.py does it."""
