@@ -1,4 +1,5 @@
-"""A process of its own that compiles one block for sizes on both sides of the threshold, and says what happened, as JSON."""
+"""A process of its own that compiles one block for sizes on both sides of the threshold, some times over, and says each time what
+happened, as JSON."""
 
 import json
 import sys
@@ -22,22 +23,24 @@ if __name__ == "__main__":
 
     passes.rewrite = counted
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    torch.manual_seed(0)
-    compiled = torch.compile(mlp, backend=backend.tokenweave, options=json.loads(sys.argv[1]))
-    sums = []
-    for tokens in (48, 16, 64):
-        x, residual, *weights = mlp_inputs(tokens)
-        torch._dynamo.mark_dynamic(x, 0)
-        torch._dynamo.mark_dynamic(residual, 0)
-        sums.append(compiled(x, residual, *weights).sum().item())
-    print(
-        json.dumps(
-            {
-                "rewrites": len(rewrites),
-                "reports": [report.to_dict() for report in tw_compile.reports()],
-                "graph hits": counters["inductor"]["fxgraph_cache_hit"],
-                "autograd hits": counters["aot_autograd"]["autograd_cache_hit"],
-                "sums": sums,
-            }
-        )
-    )
+    for _ in range(int(sys.argv[2])):
+        torch._dynamo.reset()
+        counters.clear()
+        rewrites.clear()
+        before = len(tw_compile.reports())
+        torch.manual_seed(0)
+        compiled = torch.compile(mlp, backend=backend.tokenweave, options=json.loads(sys.argv[1]))
+        sums = []
+        for tokens in (48, 16, 64):
+            x, residual, *weights = mlp_inputs(tokens)
+            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(residual, 0)
+            sums.append(compiled(x, residual, *weights).sum().item())
+        said = {
+            "rewrites": len(rewrites),
+            "reports": [report.to_dict() for report in tw_compile.reports()[before:]],
+            "graph hits": counters["inductor"]["fxgraph_cache_hit"],
+            "autograd hits": counters["aot_autograd"]["autograd_cache_hit"],
+            "sums": sums,
+        }
+        print(json.dumps(said))

@@ -138,7 +138,8 @@ def test_the_same_graph_compiled_twice_has_two_reports(world):
 # --- caches ----------------------------------------------------------------------------------------------------------
 
 
-def compile_in_a_process(cache, autograd_cache, **options):
+def compile_in_a_process(cache, autograd_cache, times=1, **options):
+    """What ``compile_once.py`` says of each time."""
     root = Path(__file__).parent
     environment = {
         **os.environ,
@@ -149,19 +150,18 @@ def compile_in_a_process(cache, autograd_cache, **options):
         "PYTHONPATH": os.pathsep.join([str(root), str(root.parent), os.environ.get("PYTHONPATH", "")]),
     }
     options = {f"tokenweave.{name}": value for name, value in options.items()}
-    command = [sys.executable, str(root / "compile_once.py"), json.dumps(options)]
+    command = [sys.executable, str(root / "compile_once.py"), json.dumps(options), str(times)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return list(map(json.loads, done.stdout.splitlines()[-times:]))
 
 
 def test_a_cache_hit_has_its_report_and_runs_no_pass(tmp_path):
-    first = compile_in_a_process(tmp_path, autograd_cache=False, min_tokens=32)
+    (first,) = compile_in_a_process(tmp_path, autograd_cache=False, min_tokens=32)
     assert first["rewrites"] == 2 and first["graph hits"] == first["autograd hits"] == 0
     assert [report["mode"] for report in first["reports"]] == ["weave", "fuse"]
 
-    hits_in_the_graph_cache = compile_in_a_process(tmp_path, autograd_cache=True, min_tokens=32)
-    hits_in_both = compile_in_a_process(tmp_path, autograd_cache=True, min_tokens=32)
+    hits_in_the_graph_cache, hits_in_both = compile_in_a_process(tmp_path, autograd_cache=True, times=2, min_tokens=32)
     assert (hits_in_the_graph_cache["graph hits"], hits_in_both["autograd hits"]) == (2, 2)
     for again in (hits_in_the_graph_cache, hits_in_both):
         assert again["rewrites"] == 0
