@@ -664,9 +664,10 @@ def assert_right(results, call, world, whole=True, one_shot=False):
 
 
 @needs_gxx
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("world", (2, 3, 5, 8))
-def test_numbers(machine, dtype, world):
+@pytest.mark.parametrize(
+    "world, dtype", [*((3, dtype) for dtype in DTYPES), *((world, torch.bfloat16) for world in (2, 5, 8)), (8, torch.float32)], ids=str
+)
+def test_numbers(machine, world, dtype):
     kernels = machine(dtype, 64, world, "peer")
     for seed, rows in enumerate((1, 2, 7, 31, 32, 33, 64)):
         variant = dict(
@@ -783,7 +784,7 @@ def test_a_residual_is_carried_unrounded(machine, dtype, rows, kernel):
 
 @needs_gxx
 @pytest.mark.parametrize("center, hidden", [(False, 1024), (True, 520)], ids=("RMSNorm", "LayerNorm"))
-@settings(max_examples=7, deadline=None, database=None, derandomize=True)
+@settings(max_examples=6, deadline=None, database=None, derandomize=True)
 @given(
     rows=st.tuples(st.integers(0, 49), st.integers(1, 50)).map(lambda r: slice(r[0], min(sum(r), 50))),
     kernel=st.sampled_from(KERNELS), ctas=st.integers(1, 4), layouts=st.sampled_from((layouts(1, 1), layouts(3, 2), Layout)),

@@ -32,7 +32,7 @@ def check_forward(ranks, path, name, batch=1, *arguments):
     return first
 
 
-ON_FOUR_RANKS = list(MODELS)[::5]
+ON_FOUR_RANKS = "Llama", "Qwen3-MoE"
 
 
 @pytest.mark.parametrize("name", ON_FOUR_RANKS)
@@ -47,7 +47,7 @@ def test_one_sequence_in_float32_on_two_ranks(ranks, checkpoint, name):
     assert outcome.difference < 2e-6 and outcome.error < 2e-6
 
 
-@pytest.mark.parametrize("name", MODELS if os.environ.get("TW_FULL") else list(MODELS)[::2])
+@pytest.mark.parametrize("name", MODELS if os.environ.get("TW_FULL") else list(MODELS)[::3])
 def test_a_batch_in_bfloat16_on_two_ranks(ranks, checkpoint, name):
     """The error is not above that of eager PyTorch."""
     outcome = check_forward(ranks, checkpoint(name), name, 3, 32, False, torch.bfloat16)
