@@ -12,7 +12,6 @@ benchmarks/results/schedule-*.json: one row for each way, with
 
 import argparse
 import functools
-import itertools
 
 import result_file
 import timing
@@ -97,9 +96,9 @@ def measure(stage, model, tokens, ctas, samples, device):
     tile = 128
     eighth, third, quarter = tokens // 8, tokens // 3 // tile * tile, tokens // 4
     cuts = [[tokens // 2] * 2, [3 * eighth, 5 * eighth], [5 * eighth, 3 * eighth], [third, third, tokens - 2 * third], [quarter] * 4]
-    halves, *_ = cuts
     plain = (tokens,), False, 0, False
-    keys = [plain, *itertools.product(map(tuple, cuts), [False], ctas, [False, True]), *itertools.product([tuple(halves)], [True], ctas, [False, True])]
+    kinds = [*((tuple(pieces), False) for pieces in cuts), (tuple(cuts[0]), True)]  # and whether attention is whole
+    keys = [plain, *((*kind, number, told) for kind in kinds for number in ctas for told in (False, True))]
     ways = {"no-comm": functools.partial(stage.without_sites, tokens)}
     ways |= {(pieces, *way): functools.partial(stage.run_told, list(pieces), *way) for pieces, *way in keys}
     for run in ways.values():

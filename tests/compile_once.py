@@ -10,17 +10,10 @@ from torch._dynamo.utils import counters
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 if __name__ == "__main__":
-    from sites import all_reduce, hf_norm
-    from test_split import mlp_inputs
+    from test_split import mlp, mlp_inputs
 
     import tw_compile
     from tw_compile import backend, passes
-
-    def block(x, residual, weight, up, down):
-        """Two sites, and little for which Inductor would write C++, which takes long to compile."""
-        residual = residual + all_reduce(x)
-        x = hf_norm(residual, weight) @ up @ down
-        return hf_norm(residual + all_reduce(x), weight)
 
     rewrites = []
 
@@ -36,7 +29,7 @@ if __name__ == "__main__":
         rewrites.clear()
         before = len(tw_compile.reports())
         torch.manual_seed(0)
-        compiled = torch.compile(block, backend=backend.tokenweave, options=json.loads(sys.argv[1]))
+        compiled = torch.compile(mlp, backend=backend.tokenweave, options=json.loads(sys.argv[1]))
         sums = []
         for tokens in (48, 16, 64):
             x, residual, *weights = mlp_inputs(tokens)

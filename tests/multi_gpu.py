@@ -341,7 +341,7 @@ def check_graphs(device):
 
 
 def check_caches(device):
-    """Decode steps write to the KV caches, in CUDA graphs and where layers are compiled as one, what they write without either."""
+    """Decode steps whose layers are compiled as one write to the KV caches: the same bits in CUDA graphs, and what Inductor writes."""
     import decode
 
     def steps(**options):

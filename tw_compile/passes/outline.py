@@ -64,12 +64,6 @@ def _put_in_place(graph: Graph) -> None:
             node.args[0].append(node)
 
 
-_VIEWS = (
-    *VIEWS, aten.slice.Tensor, aten.select.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.expand.default,
-)  # fmt: skip
-
-
 def _round_inside(graph: Graph) -> None:
     """Let each layer round for itself what several take rounded, such as the angles of a rotary embedding.
 
@@ -99,7 +93,7 @@ def _round_inside(graph: Graph) -> None:
 
 def _is_rounded(node: Node) -> bool:
     """Whether it is something in fewer bits than that was computed in, or a view of that."""
-    while calls(node, *_VIEWS):
+    while calls(node, *VIEWS) or getattr(node.target, "is_view", False):
         node = node.args[0]
     if not calls(node, prims.convert_element_type.default):
         return False
