@@ -51,7 +51,7 @@ def run_as_it_is(gm, inputs, **kwargs):
 
 def without_codegen(inner=run_as_it_is):
     """While this context is open, the backend leaves out code generation, which takes most of a compilation."""
-    return mock.patch.object(backend, "compile_fx", functools.partial(inductor.compile_fx, inner_compile=inner))
+    return mock.patch.object(backend, "compile_fx_inner", inner)
 
 
 def capture_with_inputs(model, *inputs, dynamic=False) -> tuple[Graph, list]:

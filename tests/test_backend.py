@@ -168,7 +168,21 @@ def test_a_branch_with_a_site_inside(world, quick):
     inputs = values(8, H).abs(), values(8, H), values(H)
     with torch.no_grad():
         torch.testing.assert_close(compiled(block)(*inputs), block(*inputs))
-    assert sum(len(r.sites) + len(r.refusals) for r in tw_compile.reports()) == 1
+    (report,) = tw_compile.reports()
+    (refusal,) = report.refusals
+    assert not report.sites and refusal.reason.endswith(", the graph of a higher-order op")
+
+
+@pytest.mark.parametrize("mode", ["auto", "fuse", "weave"])
+def test_graphs_of_higher_order_ops_are_not_ours(world, quick, messages, mode):
+    def block(x, r, w):
+        return hf_norm(r + all_reduce(torch.cond(x.sum() > 0, torch.cos, torch.sin, (x,))), w)
+
+    inputs = values(8, H), values(8, H), values(H)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(block, options={"tokenweave.mode": mode})(*inputs), block(*inputs))
+    (report,) = tw_compile.reports()
+    assert len(report.sites) == 1 and not messages()
 
 
 def test_a_graph_break_gives_a_report_for_each_graph(world, quick):
@@ -204,7 +218,7 @@ def test_an_unknown_mode_is_inductors_error(world, quick):
 def test_inductors_options_reach_it(world, monkeypatch):
     seen = []
 
-    def spy(gm, inputs, config_patches):
+    def spy(gm, inputs, inner_compile, config_patches):
         seen.append(config_patches)
         return gm.forward
 

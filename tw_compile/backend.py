@@ -11,14 +11,16 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.utils import counters
 from torch._inductor import config
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch.fx.experimental.symbolic_shapes import guard_scalar
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import passes, planning, regions, rehearsal
 from .ops import lowering, transport
 from .options import Options, parse
+from .passes.graph_utils import subgraphs
 from .report import Report, record
 
 log = logging.getLogger("tw_compile")
@@ -42,14 +44,17 @@ def tokenweave(gm, inputs, *, mode=None, options=None):
         return compile_fx(gm, inputs, config_patches=patches)
 
     lowering.register()
-    regions.inline(gm)
     _fix_module_floats(gm)
+    if any(map(is_traceable_wrapper_subclass, inputs)):
+        regions.inline(gm)  # AOTAutograd does not pass a DTensor to a region
     theirs = patches.get("post_grad_custom_pre_pass") or config.post_grad_custom_pre_pass or ()
     theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
 
     def compile_with(rewriting):
         before = counters["inductor"].copy()
-        compiled = compile_fx(gm, inputs, config_patches={**patches, "post_grad_custom_pre_pass": rewriting})
+        compiled = compile_fx(
+            gm, inputs, inner_compile=rewriting.compile, config_patches={**patches, "post_grad_custom_pre_pass": rewriting}
+        )
         names = [name for name in counters["inductor"] - before if name.startswith(_COUNTER)]
         return compiled, [_with_transport(Report.from_dict(json.loads(name.removeprefix(_COUNTER))), ours) for name in names]
 
@@ -87,22 +92,21 @@ def _fix_module_floats(gm: torch.fx.GraphModule) -> None:
 
     With ``dynamic=True`` Dynamo traces them as inputs of the graph. Fixing one adds the guard that it stays what it is.
     """
-    told = False
-    for node in gm.graph.find_nodes(op="call_method", target="item"):
-        number, graph_argument = node.meta.get("example_value"), node.args[0].meta.get("grapharg")
+    told, numbers = False, {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        number, graph_argument = getattr(node.meta.get("example_value"), "item_memo", None), node.meta.get("grapharg")
         if isinstance(number, torch.SymFloat) and graph_argument is not None:
             source = graph_argument.source
             if source.guard_source.is_unspecialized_nn_module() or source.guard_source.is_unspecialized_builtin_nn_module():
                 name = str(number.node._expr)
                 told = told or not TensorifyState.should_specialize(name)
                 TensorifyState.specialize(name)
-                node.replace_all_uses_with(guard_scalar(number))
-                gm.graph.erase_node(node)
+                numbers[node] = guard_scalar(number)
     if told:
         # Dynamo begins again, and makes constants of them itself. It would have to in the end, since they may be no inputs of the
         # graph any more; but would find out only from AOTAutograd, after that has traced all layers.
         raise TensorifyScalarRestartAnalysis
-    gm.recompile()
+    regions.fix_numbers(gm, numbers)  # where they are passed to regions, Dynamo has not
 
 
 @functools.cache
@@ -152,16 +156,28 @@ class _Pass(CustomGraphPass):
     def __init__(self, options: Options, then: tuple, plan: planning.Plan | None = None):
         self.options, self.then, self.plan = options, then, plan
         self.unplanned = None  # (section, group, device), if that is why it failed
+        self.called = []  # the graphs of its higher-order ops: Inductor calls a pass with these, too, and they are not ours
+
+    def compile(self, gm, inputs, **kwargs):
+        """What Inductor does with a graph that AOTAutograd has traced, and does not do where the cache has it."""
+        regions.inline(gm)
+        self.called = [graph for _, graph in subgraphs(gm.graph)]
+        return compile_fx_inner(gm, inputs, **kwargs)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        report = None if any(graph is called for called in self.called) else self._rewrite(graph)
+        for other in self.then:
+            other(graph)
+        if report is not None:
+            if report.mode != "off":
+                _outline(graph, report)
+            counters["inductor"][_COUNTER + json.dumps(report.to_dict())] += 1
+
+    def _rewrite(self, graph: torch.fx.Graph) -> Report:
         new, report = passes.rewrite(graph, self.options, self._may_be_symmetric, self._plan_of)
         if new is not graph:
             _become(graph, new)
-        for other in self.then:
-            other(graph)
-        if report.mode != "off":
-            _outline(graph, report)
-        counters["inductor"][_COUNTER + json.dumps(report.to_dict())] += 1
+        return report
 
     def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
         usable, _ = transport.candidates(self.options.transport, group, device)

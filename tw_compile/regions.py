@@ -1,43 +1,64 @@
 """Regions that are marked to be compiled once (``torch.compiler.nested_compile_region``): what they call is put in their place.
 
 A site reaches from one layer into the next, and the passes see it only where both are in one graph. Layers that are alike are
-compiled once for all that: see ``passes/outline.py``. What marking them saves is Dynamo's work.
+compiled once for all that: see ``passes/outline.py``. What marking them saves is the tracing of each, by Dynamo and AOTAutograd.
 """
 
 import operator
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 _CALL = torch.ops.higher_order.invoke_subgraph
+# How AOTAutograd calls a region that writes to its inputs. Behind the region's own results it returns what is written.
+_WRITING_CALL = torch.ops.higher_order.auto_functionalized_v2
 
 
 def inline(gm: GraphModule) -> None:
-    """In place, on a graph as Dynamo gives it to a backend."""
-    calls = gm.graph.find_nodes(op="call_function", target=_CALL)
-    for call in calls:
-        _inline(gm, call)
-    if calls:
-        gm.graph.eliminate_dead_code()
+    """In place, on a graph as Dynamo or AOTAutograd gives it. Calls that write to a part of a tensor, a view, are left."""
+    inlined = [_inline(gm, call) for target in (_CALL, _WRITING_CALL) for call in gm.graph.find_nodes(op="call_function", target=target)]
+    if any(inlined):
+        gm.delete_all_unused_submodules()
         gm.recompile()
 
 
-def _inline(gm: GraphModule, call: Node) -> None:
-    module, _, *operands = call.args
-    region = getattr(gm, module.target)
+def _taken(call: Node) -> tuple[Node, list, list[int]] | None:
+    """The region that a node calls, with which operands, and the numbers of those that it writes to, if it is such a call."""
+    if call.target is _CALL:
+        return call.args[0], list(call.args[2:]), []
+    if call.args[0] is not _CALL:
+        return None
+    given, bases = call.kwargs, call.kwargs["_all_bases"]
+    operands, written = {int(name[3:]): a for name, a in given.items() if name.startswith("arg")}, [-1] * len(bases)
+    for name, base in given.items():
+        if name.endswith("_base_index"):
+            number = int(name.removeprefix("_arg").removesuffix("_base_index"))
+            if any(other.startswith(f"_arg{number}_") for other in given if other != name):
+                return None
+            operands[number], written[base] = bases[base], number
+    return given["subgraph"], [operands[i] for i in range(len(operands))], written
+
+
+def _inline(gm: GraphModule, call: Node) -> bool:
+    taken = _taken(call)
+    if taken is None:
+        return False
+    name, operands, written = taken
+    region = getattr(gm, name.target)
     inline(region)
-    env = dict(zip(region.graph.find_nodes(op="placeholder"), operands, strict=True))
+    placeholders = region.graph.find_nodes(op="placeholder")
+    env = dict(zip(placeholders, operands, strict=True))
     with gm.graph.inserting_before(call):
         for node in region.graph.nodes:
             if node.op == "output":
-                results = map_arg(node.args[0], env.__getitem__)
-            elif node.target == "item" and _is_number(number := env[node.args[0]]):
-                env[node] = number  # torch 2.13 passes a float that an earlier call has made of a tensor to a region that still does
+                results = [*map_arg(node.args[0], env.__getitem__), *(env[placeholders[number]] for number in written)]
+            elif written and node.target is torch.ops.aten.copy_.default and node.args[0] in placeholders:
+                env[node] = env[node.args[0]] = env[node.args[1]]  # the last that AOTAutograd lets a region do to an input
             elif node.op != "placeholder":
                 target = node.target
                 if node.op == "get_attr":
-                    target = f"{module.target}_{target.replace('.', '_')}"
+                    target = f"{name.target}_{target.replace('.', '_')}"
                     setattr(gm, target, operator.attrgetter(node.target)(region))
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = gm.graph.create_node(node.op, target, args, kwargs)
@@ -46,8 +67,53 @@ def _inline(gm: GraphModule, call: Node) -> None:
         assert item.target is operator.getitem, f"{item.format_node()} takes all that a region returns"
         item.replace_all_uses_with(results[item.args[1]])
         gm.graph.erase_node(item)
+    attributes = [a for a in call.all_input_nodes if a.op == "get_attr"]
     gm.graph.erase_node(call)
+    for attribute in attributes:
+        if not attribute.users:
+            gm.graph.erase_node(attribute)
+    return True
 
 
-def _is_number(a) -> bool:
-    return isinstance(a.meta.get("example_value") if isinstance(a, Node) else a, (float, torch.SymFloat))
+def fix_numbers(gm: GraphModule, numbers: dict[Node, float]) -> None:
+    """Make constants of inputs of a graph of Dynamo's, and of the numbers that it passes to regions. In place.
+
+    numbers: input -> what it is, for tensors of which the graph, or a region, takes the number by ``item``
+    """
+    _fix_numbers(gm, dict(numbers), {})
+
+
+def _fix_numbers(gm, numbers, made):
+    """made: (region, a number or None for each of its inputs) -> that region with these numbers. Other calls may have others."""
+    for item in gm.graph.find_nodes(op="call_method", target="item"):
+        if item.args[0] in numbers:
+            numbers[item] = numbers[item.args[0]]
+    for call in gm.graph.find_nodes(op="call_function", target=_CALL):
+        module, _, *operands = call.args
+        given = tuple(numbers.get(a) if isinstance(a, Node) else a if isinstance(a, float) else None for a in operands)
+        if any(number is not None for number in given):
+            region = getattr(gm, module.target)
+            if (region, given) not in made:
+                made[region, given] = _with_numbers(region, given, made), f"region_with_numbers_{len(made)}"
+            fixed, name = made[region, given]
+            setattr(gm, name, fixed)
+            with gm.graph.inserting_before(call):
+                attribute = gm.graph.get_attr(name)
+            call.args = (attribute, name, *(a for a, number in zip(operands, given) if number is None))
+    for node, number in reversed(numbers.items()):
+        node.replace_all_uses_with(number)
+        if node.op != "placeholder":
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _with_numbers(region, given, made):
+    graph = Graph()
+    graph.output(graph.graph_copy(region.graph, {}))
+    fixed = GraphModule(region, graph)
+    numbers = {node: number for node, number in zip(graph.find_nodes(op="placeholder"), given, strict=True) if number is not None}
+    _fix_numbers(fixed, dict(numbers), made)
+    for node in numbers:
+        graph.erase_node(node)
+    fixed.recompile()
+    return fixed
