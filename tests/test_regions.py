@@ -137,6 +137,23 @@ def test_a_region_that_writes_to_a_part_is_left_with_a_reason():
     assert all(refusal.reason.endswith("the graph of a higher-order op") for refusal in report.refusals)
 
 
+def test_a_region_with_sizes_that_depend_on_data_is_left():
+    """In its place, the sizes of all layers would be the same symbol."""
+
+    def sparse(x, residual, weight, up, down):
+        residual = residual + all_reduce(x)
+        norm = hf_norm(residual, weight)
+        rows = (norm[:, 0] > 0).nonzero()[:, 0]
+        return torch.zeros_like(x).index_add(0, rows, (norm[rows] @ up).relu() @ down), residual
+
+    inputs = mlps_inputs(4, 8)
+    with without_codegen(), torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(stack(torch.compiler.nested_compile_region(sparse), 4), backend=backend.tokenweave)(*inputs)
+    torch.testing.assert_close(compiled, stack(sparse, 4)(*inputs), rtol=1e-4, atol=1e-4)
+    (report,) = tw_compile.reports()
+    assert not report.sites and all(refusal.reason.startswith("inside ") for refusal in report.refusals) and report.refusals
+
+
 # --- numbers that are inputs -----------------------------------------------------------------------------------------
 
 

@@ -103,8 +103,7 @@ def _fix_module_floats(gm: torch.fx.GraphModule) -> None:
                 TensorifyState.specialize(name)
                 numbers[node] = guard_scalar(number)
     if told:
-        # Dynamo begins again, and makes constants of them itself. It would have to in the end, since they may be no inputs of the
-        # graph any more; but would find out only from AOTAutograd, after that has traced all layers.
+        # Dynamo begins again, and makes constants of them itself: as inputs, every call would make a tensor of each.
         raise TensorifyScalarRestartAnalysis
     regions.fix_numbers(gm, numbers)  # where they are passed to regions, Dynamo has not
 

@@ -16,7 +16,11 @@ _WRITING_CALL = torch.ops.higher_order.auto_functionalized_v2
 
 
 def inline(gm: GraphModule) -> None:
-    """In place, on a graph as Dynamo or AOTAutograd gives it. Calls that write to a part of a tensor, a view, are left."""
+    """In place, on a graph as Dynamo or AOTAutograd gives it.
+
+    Two kinds of region stay calls: those that write to a part of a tensor, a view, and those with sizes that depend on data, which
+    would get the same symbol at every place.
+    """
     inlined = [_inline(gm, call) for target in (_CALL, _WRITING_CALL) for call in gm.graph.find_nodes(op="call_function", target=target)]
     if any(inlined):
         gm.delete_all_unused_submodules()
@@ -46,6 +50,8 @@ def _inline(gm: GraphModule, call: Node) -> bool:
         return False
     name, operands, written = taken
     region = getattr(gm, name.target)
+    if any("unbacked_bindings" in node.meta for node in region.graph.nodes):
+        return False
     inline(region)
     placeholders = region.graph.find_nodes(op="placeholder")
     env = dict(zip(placeholders, operands, strict=True))
