@@ -55,13 +55,13 @@ def waited(model):
 
 
 class Side:
-    """A model under one of SIDES, with dynamic shapes. Sizes must come in ascending order: see ``mode``."""
+    """A model under one of SIDES. Sizes must come in ascending order: see ``mode``."""
 
-    def __init__(self, name, model):
+    def __init__(self, name, model, dynamic=True):
         backend, options, change = SIDES[name]
         model = change(model) if change else model
         self.name = name
-        self.run = torch.compile(model, backend=backend, options=options, dynamic=True) if backend else waited(model)
+        self.run = torch.compile(model, backend=backend, options=options, dynamic=dynamic) if backend else waited(model)
         # Of the newest graph. Its guards are lower bounds of the tokens, so that it is the one that larger sizes run.
         self.mode = None
 

@@ -5,7 +5,8 @@
 Each figure is of processes of their own: the first forward pass less the second, on the slowest rank. ``cold`` begins with
 an empty cache directory, ``warm`` with the one that ``cold`` has left. A layer has as many ops as one of any width.
 
-With ``--regions`` each layer is marked by ``torch.compiler.nested_compile_region``, for all sides.
+With ``--regions`` each layer is marked by ``torch.compiler.nested_compile_region``, for all sides, and shapes are static: Inductor
+takes no number of a module's, like a norm's eps, into a region where they are dynamic, and PyTorch would break the graph.
 
 Writes benchmarks/results/compile-*.json, one row for each side and cache, with
 
@@ -49,7 +50,8 @@ def main():
                 inductor = next((r["seconds"] for r in rows if r["cache"] == row["cache"]), row["seconds"])
                 rows.append({"ratio": round(row["seconds"] / inductor, 3), **row})
                 llama.say(f"{rows[-1]['ratio']:.2f} of Inductor's time:", row)
-            note = "shapes of the example's tiny Llama; seconds with Dynamo's; the passes are not run where the cache is warm"
+            kind = "static" if args.regions else "dynamic"
+            note = f"the example's tiny Llama, {kind} shapes; seconds with Dynamo's; the passes are not run where the cache is warm"
             common.write(f"compile-{'regions-' if args.regions else ''}tp{ranks}", device, note, rows)
     dist.destroy_process_group()
 
@@ -86,7 +88,7 @@ def compile_once(args, device):
     with torch.no_grad():
         model, config = variants.build("tiny", args.layers, device)
         ids = torch.randint(config.vocab, (1, args.tokens), device=device)
-        run = common.Side(args.side, model).run
+        run = common.Side(args.side, model, dynamic=not args.regions).run
         dist.barrier()  # opens the connections, which is not compiling
         seconds = seconds_of(run, ids) - seconds_of(run, ids)
     slowest = torch.tensor([seconds, sum(in_passes)], device=device)

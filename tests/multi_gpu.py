@@ -340,29 +340,53 @@ def check_graphs(device):
     llama.say("graphs: reduce-overhead and a capture of one's own replay with new inputs")
 
 
-def check_caches(device):
-    """Decode steps whose layers are compiled as one write to the KV caches: the same bits in CUDA graphs, and what Inductor writes."""
+def decode_steps(device, **options):
+    """What ten steps give, and the KV caches that they write to."""
     import decode
 
-    def steps(**options):
-        torch.manual_seed(0)
-        model, config = decode.build("70B", LAYERS, device, 4, 64)
-        run = compiled(model, options.pop("backend", "tokenweave"), **options)
-        hidden = []
-        for position in range(40, 50):
-            ids = inputs(config, device, 1, batch=4, seed=position)
-            hidden.append(run(ids, torch.full((4,), position, device=device))[0].clone())
-        return torch.stack(hidden), [model.get_buffer(name) for name, _ in model.named_buffers() if "cache" in name]
+    torch.manual_seed(0)
+    model, config = decode.build("70B", LAYERS, device, 4, 64)
+    run = compiled(model, options.pop("backend", "tokenweave"), **options)
+    hidden = []
+    for position in range(40, 50):
+        ids = inputs(config, device, 1, batch=4, seed=position)
+        hidden.append(run(ids, torch.full((4,), position, device=device))[0].clone())
+    return torch.stack(hidden), [model.get_buffer(name) for name, _ in model.named_buffers() if "cache" in name]
 
-    plain, caches = steps()
+
+def check_caches(device):
+    """Decode steps whose layers are compiled as one write to the KV caches: the same bits in CUDA graphs, and what Inductor writes."""
+    plain, caches = decode_steps(device)
     assert tw_compile.reports()[-1].alike == LAYERS - 1, tw_compile.reports()[-1]
     for options in {"triton.cudagraphs": True}, {"max_autotune": True, "triton.cudagraphs": True}, {"backend": "inductor"}:
         torch._dynamo.reset()
-        hidden, others = steps(**options)
+        hidden, others = decode_steps(device, **options)
         pairs = [(hidden, plain), *zip(others, caches)]
         same, worst = all(torch.equal(a, b) for a, b in pairs), max(error(a, b.double()) for a, b in pairs)
         llama.say(f"caches: {options}: {'the same bits' if same else f'relative difference {worst:.1e}'}")
         assert same if options == {"triton.cudagraphs": True} else worst < 2e-2
+
+
+def check_regions(device):
+    """Layers marked to be compiled once give the bits of those that are not, in CUDA graphs too, and write the same to caches."""
+    import decode
+
+    mark = lambda kind: mock.patch.object(kind, "forward", torch.compiler.nested_compile_region(kind.forward))  # noqa: E731
+    model, config = build(device)
+    ids = [inputs(config, device, tokens, seed=seed) for tokens in (64, 2048) for seed in range(3)]
+    run = compiled(model)
+    plain, (hidden, caches) = [run(i)[0] for i in ids], decode_steps(device)
+    torch._dynamo.reset()
+    for options in {}, {"triton.cudagraphs": True}:
+        with mark(llama.Layer), mark(decode.CachedAttention):
+            run = compiled(model, **options)
+            assert all(torch.equal(run(i)[0], expected) for i, expected in zip(ids, plain))
+            report = tw_compile.reports()[-1]
+            assert report.mode == "weave" and len(report.sites) == 2 * LAYERS + 1 and report.alike, report
+            marked, others = decode_steps(device, **options)
+            assert torch.equal(marked, hidden) and all(map(torch.equal, others, caches))
+        torch._dynamo.reset()
+    llama.say("regions: the same bits as without, woven and fused, in CUDA graphs too, and in the caches")
 
 
 def check_transports(device):

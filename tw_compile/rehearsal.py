@@ -30,7 +30,7 @@ log = logging.getLogger("tw_compile")
 # Tokens at which a graph of any number of tokens is rehearsed, and elements of the reduced values at the most: more tokens are taken
 # to be like so many.
 SIZES = 256, 512, 1024, 2048, 4096, 8192
-MAX_ELEMENTS = 1 << 25
+MAX_ELEMENTS = 1 << 26
 
 PHASES = 4  # of compute between two sites: two layers
 CTAS = 4, 6, 8, 12, 16, 24
