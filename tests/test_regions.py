@@ -47,8 +47,7 @@ def with_a_size(x, residual, weight, up, down):
     return (hf_norm(residual, weight) @ up).relu().view(x.shape[0], INNER) @ down, residual
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("mode", ["fuse", "weave"])
+@pytest.mark.parametrize("mode, dynamic", [("fuse", False), ("weave", True)])
 @pytest.mark.parametrize("function", [plain, with_a_constant, with_a_region_inside, with_a_size])
 def test_regions(function, mode, dynamic):
     inputs = mlps_inputs(5, 8)
