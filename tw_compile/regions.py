@@ -38,7 +38,8 @@ def _taken(call: Node) -> tuple[Node, list, list[int]] | None:
     for name, base in given.items():
         if name.endswith("_base_index"):
             number = int(name.removeprefix("_arg").removesuffix("_base_index"))
-            if any(other.startswith(f"_arg{number}_") for other in given if other != name):
+            of_a_part = any(other.startswith(f"_arg{number}_") for other in given if other != name)
+            if of_a_part or written[base] != -1:
                 return None
             operands[number], written[base] = bases[base], number
     return given["subgraph"], [operands[i] for i in range(len(operands))], written
