@@ -51,7 +51,8 @@ def run_as_it_is(gm, inputs, **kwargs):
 
 def without_codegen(inner=run_as_it_is):
     """While this context is open, the backend leaves out code generation, which takes most of a compilation."""
-    return mock.patch.object(backend, "compile_fx_inner", inner)
+    # What the backend leaves to Inductor it gives to compile_fx alone.
+    return mock.patch.multiple(backend, compile_fx_inner=inner, compile_fx=functools.partial(inductor.compile_fx, inner_compile=inner))
 
 
 def capture_with_inputs(model, *inputs, dynamic=False) -> tuple[Graph, list]:

@@ -47,8 +47,10 @@ def with_a_size(x, residual, weight, up, down):
     return (hf_norm(residual, weight) @ up).relu().view(x.shape[0], INNER) @ down, residual
 
 
-@pytest.mark.parametrize("mode, dynamic", [("fuse", False), ("weave", True)])
-@pytest.mark.parametrize("function", [plain, with_a_constant, with_a_region_inside, with_a_size])
+CASES = [(plain, "fuse", False)] + [(f, "weave", True) for f in (plain, with_a_constant, with_a_region_inside, with_a_size)]
+
+
+@pytest.mark.parametrize("function, mode, dynamic", CASES)
 def test_regions(function, mode, dynamic):
     inputs = mlps_inputs(5, 8)
     rewritten = rewrite(stack(torch.compiler.nested_compile_region(function), 5), *inputs, mode=mode, dynamic=dynamic, symmetric=True)
