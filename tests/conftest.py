@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tw_compile import backend, ops, report
+from tw_compile import backend, context, ops, report
 from ranks import Ranks
 
 
@@ -39,8 +39,9 @@ def fresh():
     torch._dynamo.reset()
     torch.manual_seed(0)
     report._reports.clear()
-    backend._say_once.cache_clear()
+    report.say_once.cache_clear()
     ops.transport.chosen.clear()
+    context._contexts.clear()
 
 
 @pytest.fixture(scope="session")

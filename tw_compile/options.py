@@ -1,9 +1,12 @@
 """The options of the backend: ``torch.compile(model, backend="tokenweave", options={"tokenweave.mode": "fuse"})``."""
 
 import difflib
-from dataclasses import dataclass, fields
+import os
+from dataclasses import asdict, dataclass, fields
 
 PREFIX = "tokenweave."
+# Overrules the option ``mode`` in all of a process, for production: ``off``, or ``fuse``, which weaves nothing.
+KILL_SWITCH = "TW_COMPILE_MODE"
 
 
 class TokenWeaveError(RuntimeError):
@@ -22,6 +25,7 @@ class Options:
     split:       tokens in the first half.
     ctas:        CTAs (one an SM) of each communication kernel.
     timeout:     seconds after which a kernel that waits for another rank gives up, with an error.
+    most:        what the environment allows at most: ``weave``, ``fuse`` or ``off``. No option: see KILL_SWITCH.
     """
 
     mode: str = "auto"
@@ -30,11 +34,37 @@ class Options:
     split: int | str = "auto"
     ctas: int | str = "auto"
     timeout: int | str = "auto"
+    most: str = "weave"
 
     CHOICES = {
         "mode": ("auto", "weave", "fuse", "off"),
         "transport": ("auto", "multimem", "peer", "process_group"),
+        "most": ("weave", "fuse", "off"),
     }
+
+    @property
+    def requested(self) -> dict:
+        """What a report says was asked for."""
+        return {name: given for name, given in asdict(self).items() if (name, given) != ("most", "weave")}
+
+    @property
+    def forced(self) -> str | None:
+        """The mode that must be met, or is an error; None where there is a choice."""
+        return self.mode if self.mode in ("weave", "fuse") and self.most == "weave" else None
+
+    @property
+    def off(self) -> str:
+        """Why nothing is changed; '' where something may be."""
+        if self.most == "off":
+            return f"{KILL_SWITCH} is off"
+        return "mode is off" if self.mode == "off" else ""
+
+    @property
+    def fused_only(self) -> str:
+        """Why nothing is woven; '' where something may be."""
+        if self.mode == "fuse":
+            return "mode is fuse"
+        return f"{KILL_SWITCH} is fuse" if self.most == "fuse" else ""
 
     def __post_init__(self):
         for field in fields(self):
@@ -53,7 +83,7 @@ def parse(options: dict | None) -> tuple[Options, dict]:
     Raises TokenWeaveError for an unknown ``tokenweave.*`` option, or a value that the option does not take.
     """
     ours, inductor = {}, {}
-    known = [field.name for field in fields(Options)]
+    known = [field.name for field in fields(Options) if field.name != "most"]
     for name, value in (options or {}).items():
         if not name.startswith(PREFIX):
             inductor[name] = value
@@ -66,4 +96,11 @@ def parse(options: dict | None) -> tuple[Options, dict]:
                 f"The options are {', '.join(PREFIX + k for k in known)}"
             )
         ours[short] = value
-    return Options(**ours), inductor
+    return Options(**ours, most=_allowed()), inductor
+
+
+def _allowed() -> str:
+    value = os.environ.get(KILL_SWITCH, "")
+    if value not in ("", "off", "fuse"):
+        raise TokenWeaveError(f"the environment variable {KILL_SWITCH} is {value!r}; it takes 'off' or 'fuse', or is not set")
+    return value or "weave"

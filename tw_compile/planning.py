@@ -80,26 +80,52 @@ def two_shot_ctas(world: int) -> int:
     return max(8, 32 // world)
 
 
-def first_half(length, tokens_per_step, options: Options, least: int, eighths: int = 4):
-    """Steps of the cut axis that go to the first half.
+@dataclass(frozen=True)
+class Place:
+    """Where a graph is cut, for the sizes of a call.
 
-    length:           length of the axis that is cut (tokens of one sequence, or sequences of a batch); int or SymInt
-    tokens_per_step:  tokens in one step of it (1, or the length of a sequence); int or SymInt
-    least:            tokens that there are at least
-    eighths:          how many of them, about, where the axis is one of tokens
-    Returns an int or SymInt, or a str that says why the requested cut is not possible.
+    dim:  of the shape of the reduced values
+    rule: "tiles", about ``Plan.eighths`` of the tokens in whole tiles; "half"; or the number of entries in front
+    """
+
+    dim: int
+    rule: str | int
+
+
+def place_of_cut(batch: list[int], options: Options, plan: Plan) -> Place | str:
+    """Where to cut reduced values, or why not at all.
+
+    batch: their shape without the last dimension, as numbers
+    """
+    if options.fused_only:
+        return options.fused_only
+    dim = next((i for i, size in enumerate(batch) if size != 1), None)
+    if dim is None:
+        return "one token cannot be split"
+    if (least := min_tokens(options, plan)) is None:
+        return "it was not faster in a rehearsal on this machine"
+    if math.prod(batch) < least:
+        return f"fewer than {least} tokens"
+    rule = rule_of_cut(batch[dim], math.prod(batch[dim + 1 :]), options, plan.eighths)
+    return rule if isinstance(rule, str) and rule not in ("tiles", "half") else Place(dim, rule)
+
+
+def rule_of_cut(length: int, tokens_per_step: int, options: Options, eighths: int) -> str | int:
+    """The rule of a Place, or why the requested cut is not possible.
+
+    length:          of the axis that is cut (tokens of one sequence, or sequences of a batch)
+    tokens_per_step: tokens in one step of it (1, or the length of a sequence)
     """
     if options.split != "auto":
-        if not options.split % tokens_per_step == 0:
+        steps, left = divmod(options.split, tokens_per_step)
+        if left:
             return f"split={options.split} is not a multiple of the {tokens_per_step} tokens of a sequence"
-        steps = options.split // tokens_per_step
-        # Torch makes a constant of a symbolic length that is 1, and of all those that it comes from.
-        needed, too_few = (1, "nothing") if isinstance(length, int) else (2, "fewer than 2 entries of a dynamic length")
-        return steps if steps + needed <= length else f"split={options.split} leaves {too_few} for the second half"
-    # One rule for all sizes above the threshold: a branch on a symbolic length would cost a graph.
-    if tokens_per_step != 1 or least < 2 * TILE:
-        return length // 2
-    # The last term is 0 where the first is a tile or more. Below the threshold it keeps the cut from being 0: Inductor's cache
-    # evaluates the guards of a woven graph there too, and they divide by both halves.
-    tiles = length * eighths // (8 * TILE)
-    return tiles * TILE + 1 // (1 + tiles)
+        return steps if steps < length else f"split={options.split} leaves nothing for the second half"
+    return "tiles" if tokens_per_step == 1 and length >= 2 * TILE and length * eighths >= 8 * TILE else "half"
+
+
+def first_half(length, rule: str | int, eighths: int):
+    """Entries of the cut axis that go to the first half. length: of the axis; int or SymInt, as is what is returned"""
+    if rule == "tiles":
+        return length * eighths // (8 * TILE) * TILE
+    return length // 2 if rule == "half" else rule

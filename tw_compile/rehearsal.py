@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from . import files
 from .ops import agree, transport
 from .options import Options
-from .planning import Plan, by_rule, by_times, first_half
+from .planning import Plan, by_rule, by_times, first_half, rule_of_cut
 
 log = logging.getLogger("tw_compile")
 
@@ -74,40 +74,35 @@ def sms_of(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
 
 
-_agreed = {}  # (section, group name, requested transport) -> Plan
-
-
 def known(section: Section, group: str, device: torch.device, requested: str) -> Plan | None:
-    """The plan for a section, as far as this rank knows without asking others."""
-    plan = _agreed.get((section, group, requested))
-    if plan is None:
-        try:
-            plan = Plan(**json.loads(_path(section, group, device, requested).read_bytes()))
-        except (OSError, ValueError, TypeError):  # not there, or not one of ours
-            pass
-    return plan
+    """The plan for a section that this machine has on disk."""
+    try:
+        return Plan(**json.loads(_path(section, group, device, requested).read_bytes()))
+    except (OSError, ValueError, TypeError):  # not there, or not one of ours
+        return None
 
 
-def agree_on(section: Section, group: str, device: torch.device, requested: str, mine: Plan | None) -> Plan:
-    """The plan of all ranks of the group: that of the first one that has any, or what they now measure together.
+def agree_on(section: Section | None, group: str, device: torch.device, requested: str, mine: Plan | None) -> Plan | None:
+    """The plan of all ranks of the group: that of the first one that has any, or what they now measure together. A collective.
 
-    mine: what this rank has
-
-    A collective of the group when it is first asked for a section.
+    section: of this rank, whose graph may differ; that of the first rank that has one is rehearsed. None goes by a rule
+    mine:    what this rank has
     """
-    key = section, group, requested
-    if key not in _agreed:
-        said = agree.exchange(group, "the plan of a graph", json.dumps(mine and asdict(mine)))
-        plan = next((Plan(**theirs) for theirs in map(json.loads, said) if theirs), None)
-        if plan is None:
-            plan = _rehearse(section, group, device, requested)
-            gc.collect()  # the workspaces, of which some things refer to each other
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        if plan.gain is not None and plan != known(section, group, device, requested):  # else it is kept already
-            files.write(_path(section, group, device, requested), json.dumps(asdict(plan)).encode())
-        _agreed[key] = plan
-    return _agreed[key]
+    said = agree.exchange(group, "the plan of a graph", json.dumps((section and asdict(section), mine and asdict(mine))))
+    sections, plans = zip(*map(json.loads, said))
+    plan = next((Plan(**theirs) for theirs in plans if theirs), None)
+    first = next((Section.from_dict(theirs) for theirs in sections if theirs), None)
+    if plan is None and first is None:
+        return None
+    if plan is None:
+        plan = _rehearse(first, group, device, requested)
+        gc.collect()  # the workspaces, of which some things refer to each other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    section = section or first
+    if section is not None and plan.gain is not None and plan != known(section, group, device, requested):
+        files.write(_path(section, group, device, requested), json.dumps(asdict(plan)).encode())
+    return plan
 
 
 def _path(section: Section, group: str, device: torch.device, requested: str):
@@ -184,10 +179,8 @@ class Stage:
         for variant in variants:
             sequence, sequences = tokens // self.section.sequences, self.section.sequences
             ctas, eighths = variant or (0, 4)
-            if sequences == 1:
-                first = first_half(tokens, 1, Options(), tokens, eighths)
-            else:
-                first = first_half(sequences, sequence, Options(), tokens) * sequence
+            length, step = (tokens, 1) if sequences == 1 else (sequences, sequence)
+            first = first_half(length, rule_of_cut(length, step, Options(), eighths), eighths) * step
             pieces = [first, sequence * sequences - first] if variant else [sequence * sequences]
             runs.append(functools.partial(self.run, pieces, sequence, ctas))
         taken = [[self._seconds(run) for run in runs] for _ in range(SAMPLES + 1)]

@@ -1,6 +1,8 @@
 """What was found in each compiled graph, what was done with it, and why not more."""
 
+import functools
 import json
+import logging
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -129,7 +131,14 @@ def _form(site: Site) -> str:
     return f"all-reduce + add + {site.norm}" if site.residual else f"all-reduce + {site.norm}"
 
 
+log = logging.getLogger("tw_compile")
+
 _reports: list[Report] = []
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    log.warning(message)
 
 
 def record(report: Report) -> None:

@@ -68,6 +68,18 @@ def choose(
     return chosen[key]
 
 
+def forget(group_name: str) -> None:
+    """Drop what was chosen for a group, with its memory: the group is gone, and another may come by its name."""
+    for key in [key for key in chosen if key[0] == group_name]:
+        del chosen[key]
+    gc.collect()  # its workspaces, of which some things refer to each other
+
+
+def is_process_group(group_name: str) -> bool:
+    """Whether the process group's own collectives carry all that was chosen for a group."""
+    return all(implementation.name == "process_group" for key, (implementation, _) in chosen.items() if key[0] == group_name)
+
+
 def another(requested: str, group_name: str, device: torch.device) -> "ProcessGroup | Symmetric":
     """An implementation like the chosen one that shares nothing with it: its memory is free again when it is dropped."""
     return _make(choose(requested, group_name, device)[0].name, group_name, device)

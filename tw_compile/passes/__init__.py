@@ -1,10 +1,11 @@
 """The passes over a post-grad graph, in order. ``rewrite`` reads as the story."""
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
-from ..options import Options, TokenWeaveError
+from ..options import Options
 from ..report import Refusal, Report, Site
 from .cut import Cut, choose_cut, section_of
 from .find import Match, find
@@ -15,70 +16,98 @@ from .place import place
 from .split import split
 from .unshard import unshard
 from .weave import weave
+from .wire import Decision, numbered
 
-__all__ = ["rewrite", "unshard", "find", "fuse", "choose_cut", "split", "weave", "place", "outline"]
+__all__ = ["Cut", "Decision", "Rewritten", "rewrite", "unshard", "find", "fuse", "choose_cut", "section_of", "split", "weave", "place", "outline"]
 
 
-def rewrite(graph: Graph, options: Options, may_be_symmetric, plan_of=lambda section, group, device: None) -> tuple[Graph, Report]:
-    """Find the sites of a graph and do what the options ask for. Returns the new graph, and what was done.
+@dataclass
+class Rewritten:
+    """What became of a graph.
 
-    Sequence-parallel sites are found in the form that ``unshard`` gives them; ``graph`` keeps its own where nothing is done.
+    graph:     the new one; the one that was given where nothing is done
+    report:    what was done, and why not more
+    sites:     number of a site -> (group, number of its collective in the graph as it was)
+    refused:   the collectives that could have been sites -> why they are none
+    not_woven: why it is not woven; ''
+    """
+
+    graph: Graph
+    report: Report
+    sites: dict[int, tuple[str, int]] = field(default_factory=dict)
+    refused: dict[tuple[str, int], str] = field(default_factory=dict)
+    not_woven: str = ""
+
+
+def rewrite(
+    graph: Graph,
+    options: Options,
+    may_be_symmetric: Callable[[str, object], bool],
+    cut_of: Callable[[list[Node]], Cut | str],
+    decision: Decision = Decision(),
+) -> Rewritten:
+    """Find the sites of a graph and do what the options ask for. Changes nothing in ``graph``.
 
     may_be_symmetric: (group name, device) -> whether its sites may run over symmetric memory, so that values should live there
-    plan_of:          (section, group name, device) -> the Plan that was rehearsed for it, or None for one by rule
-    Raises TokenWeaveError where ``mode`` asks for what the graph does not allow. Free of side effects but on ``graph``:
-    on a cache hit this does not run.
+    cut_of:           the sites, as ``fused`` calls -> the cut, or why the graph is not woven; '' leaves that to the caller
+    decision:         what is not done, as some rank cannot
     """
-    report = Report(requested=asdict(options))
-    whole, scatters = unshard(graph)
-    reduces = find(whole)
+    report = Report(requested=options.requested)
+    work = copied(graph)
+    numbers = {node.name: number for node, number in numbered(work).items()}
+    denied = {name: decision.refused[number] for name, number in numbers.items() if number in decision.refused}
+    work, scatters = unshard(work, denied)
+    reduces = find(work, denied)
     found = [*scatters, *reduces]
     matches = [f for f in found if isinstance(f, Match)]
     report.refusals = [f for f in found if isinstance(f, Refusal)]
-    rows = [_site(match) for match in matches]
-    if options.mode == "off" or not matches:
-        report.sites = rows if options.mode == "off" else []
-        kinds = [name for name, some in (("all-reduces", reduces), ("reduce-scatters", scatters)) if some]
-        return graph, _idle(report, options, kinds)
+    new = Rewritten(graph, report)
+    new.sites = {i: numbers[match.all_reduce.name] for i, match in enumerate(matches)}
+    new.refused = {numbers[f.all_reduce]: f.reason for f in report.refusals if f.all_reduce in numbers}
+    if options.off or not matches:
+        report.sites = [_site(match) for match in matches]
+        report.reasons.append(options.off or _nothing([n for n, f in (("all-reduces", reduces), ("reduce-scatters", scatters)) if f]))
+        return new
 
     device = value(matches[0].total).device  # asked now: the passes below replace the node
     ctas = 0 if options.ctas == "auto" else options.ctas
-    graph, sites = whole, fuse(whole, matches, options.transport, ctas)
-    report.mode, cut = "fuse", "mode is fuse"
-    if options.mode != "fuse":
-        plan, section = None, section_of(sites, options)
-        if section is not None and (plan := plan_of(section, matches[0].group, device)):
-            report.rehearsal = {"section": asdict(section), "plan": asdict(plan)}
-        cut = choose_cut(sites, options, plan)
-    woven = []
+    sites = fuse(work, matches, options.transport, ctas)
+    report.mode, woven = "fuse", []
+    cut = decision.not_woven or cut_of(sites)
     if isinstance(cut, Cut):
-        graph, woven, report.joins = split(graph, sites, cut)
-        graph = weave(graph, cut.ctas or ctas)
+        may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven]
+        others = numbered(work, without=sites)
+        unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
+        work, woven, report.joins, _ = split(work, may_be_cut, cut, unsplit)
+        work = weave(work, cut.ctas or ctas)
         report.mode, report.split = "weave", tuple(n if isinstance(n, int) else str(n) for n in cut.halves)
-    elif options.mode == "weave" and options.min_tokens == "auto":
-        raise TokenWeaveError(f"option 'tokenweave.mode' is 'weave', but this graph cannot be woven: {cut}")
-    elif options.mode != "fuse":
-        report.reasons.append(f"not woven: {cut}")
-    place(graph, workspace=all(may_be_symmetric(match.group, device) for match in matches))
-    report.sites = [_site(match, site in woven) for match, site in zip(matches, sites)]
-    return graph, report
+    else:
+        new.not_woven = cut
+        if cut and cut != options.fused_only:
+            report.reasons.append(f"not woven: {cut}")
+    place(work, all(may_be_symmetric(match.group, device) for match in matches), decision.gathered)
+    new.graph, report.sites = work, [_site(match, site in woven) for match, site in zip(matches, sites)]
+    return new
 
 
-def _idle(report: Report, options: Options, kinds: list[str]) -> Report:
-    """The report of a graph that is left as it is. kinds: of what it has"""
-    if options.mode == "off":
-        report.reasons.append("mode is off")
-        return report
-    reason = (
-        f"none of its {' and '.join(kinds)} can be fused"
-        if kinds
-        else "it contains no all-reduce; is the model tensor-parallel, and are its collectives inside the compiled region?"
-    )
-    if options.mode != "auto":
-        detail = "".join(f"\n  {r.all_reduce}: {r.reason} ({r.source})" for r in report.refusals)
-        raise TokenWeaveError(f"option 'tokenweave.mode' is {options.mode!r}, but this graph cannot be: {reason}{detail}")
-    report.reasons.append(reason)
-    return report
+def refusal(new: Rewritten, options: Options) -> str:
+    """What an error says of a graph without sites, where ``mode`` asks for some."""
+    rows = "".join(f"\n  {r.all_reduce}: {r.reason} ({r.source})" for r in new.report.refusals)
+    return f"option 'tokenweave.mode' is {options.mode!r}, but this graph cannot be: {new.report.reasons[-1]}{rows}"
+
+
+def copied(graph: Graph) -> Graph:
+    new, env = Graph(graph.owning_module), {}
+    for node in graph.nodes:
+        env[node] = new.node_copy(node, env.__getitem__)
+    return new
+
+
+def _nothing(kinds: list[str]) -> str:
+    """Why a graph has no site. kinds: of what it has"""
+    if kinds:
+        return f"none of its {' and '.join(kinds)} can be fused"
+    return "it contains no all-reduce; is the model tensor-parallel, and are its collectives inside the compiled region?"
 
 
 def _site(match: Match, woven: bool = False) -> Site:

@@ -7,9 +7,9 @@ from torch.fx import Node
 
 from .. import rehearsal
 from ..options import Options
-from ..planning import Plan, by_rule, first_half, min_tokens
+from ..planning import Place, Plan, by_rule, first_half, place_of_cut
 from .attention import SIGNATURES
-from .graph_utils import aten, calls, is_one, value
+from .graph_utils import aten, calls, value
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,38 @@ def section_of(sites: list[Node], options: Options) -> rehearsal.Section | None:
     return rehearsal.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases))
 
 
-def choose_cut(sites: list[Node], options: Options, plan: Plan | None = None) -> Cut | str:
-    """The cut for a graph's ``fused`` calls, or why there is none.
+def batch_of(sites: list[Node]) -> list:
+    """The shape of the reduced values of a graph's ``fused`` calls, without the last dimension."""
+    return list(value(sites[0].args[0]).shape[:-1])
 
-    plan: None goes by a rule. Compares symbolic sizes: this is where the threshold becomes a guard of the compiled graph.
-    """
+
+def plan_by_rule(sites: list[Node]) -> Plan:
+    """The plan of a graph that is not rehearsed."""
     x = value(sites[0].args[0])
-    *batch, hidden = x.shape
-    dim = next((i for i, size in enumerate(batch) if not is_one(size)), None)
-    if dim is None:
-        return "one token cannot be split"
-    plan = plan or by_rule(hidden, rehearsal.sms_of(x.device))
-    least = min_tokens(options, plan)
-    if least is None:
-        return "it was not faster in a rehearsal on this machine"
-    tokens = math.prod(batch)
-    if not tokens >= least:
-        return f"fewer than {least} tokens"
-    least = tokens if isinstance(tokens, int) else least
-    first = first_half(batch[dim], math.prod(batch[dim + 1 :]), options, least, plan.eighths)
-    return first if isinstance(first, str) else Cut(dim, batch[dim], first, plan.ctas)
+    return by_rule(x.shape[-1], rehearsal.sms_of(x.device))
+
+
+def choose_cut(sites: list[Node], options: Options, plan: Plan | None = None) -> Cut | str:
+    """The cut for a graph's ``fused`` calls and the sizes that it is compiled for, or why there is none.
+
+    plan: None goes by a rule. Sizes are taken by their hints: which form of a graph runs is decided in each call (forms.py).
+    """
+    plan, batch = plan or plan_by_rule(sites), batch_of(sites)
+    numbers = [number(size) for size in batch]
+    if None in numbers:
+        return "its number of tokens depends on data"
+    at = place_of_cut(numbers, options, plan)
+    return at if isinstance(at, str) else cut_at(batch, at, plan)
+
+
+def cut_at(batch: list, at: Place, plan: Plan) -> Cut:
+    """batch: see ``batch_of``"""
+    return Cut(at.dim, batch[at.dim], first_half(batch[at.dim], at.rule, plan.eighths), plan.ctas)
+
+
+def number(size) -> int | None:
+    """A size, as the number that it has where the graph is compiled; no guard comes of it. None where that depends on data."""
+    return size if isinstance(size, int) else size.node.hint
 
 
 def _phase(site: Node, hidden: int) -> tuple | None:

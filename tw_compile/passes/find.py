@@ -17,8 +17,9 @@ or a LayerNorm, which is the same of r32 - mean(r32), and may have a bias of its
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -79,6 +80,31 @@ def register_all_reduce(op, read: Callable[[Node], AllReduce]) -> None:
     _ALL_REDUCES[op] = read
 
 
+def registered() -> list[str]:
+    """The ops that were registered as all-reduces."""
+    return [str(op) for op in _ALL_REDUCES if op.namespace not in _COLLECTIVES]
+
+
+_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
+_LOCAL = ("wait_tensor", "_wrap_tensor_autograd")
+
+
+def collectives(graph):
+    from .. import ops
+    return [n for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and (n.target in (ops.fused, ops.start, *_ALL_REDUCES) or (n.target.namespace in _COLLECTIVES and n.target._opname not in _LOCAL))]
+
+
+def collective_group(node: Node) -> str:
+    """The name of the group that a collective is for; '' for what has collectives of several inside."""
+    if node.target in _ALL_REDUCES:
+        return _ALL_REDUCES[node.target](node).group
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    named = {a.name: given for a, given in zip(node.target._schema.arguments, node.args)} | dict(node.kwargs)
+    group = named.get("group", named.get("group_name", ""))
+    return group if isinstance(group, str) else ""
+
+
 @dataclass(frozen=True)
 class Norm:
     """A norm: its result, and what it is, ``row * rsqrt(mean(row²) + eps) * (weight + offset) + shift``.
@@ -136,12 +162,15 @@ class _Refused(Exception):
 _NO_NORM = "no RMSNorm or LayerNorm follows"
 
 
-def find(graph: Graph) -> list[Match | Refusal]:
-    """Every all-reduce of a post-grad graph, in the order of the graph, as a match or a refusal."""
+def find(graph: Graph, refused: Mapping[str, str] = MappingProxyType({})) -> list[Match | Refusal]:
+    """Every all-reduce of a post-grad graph, in the order of the graph, as a match or a refusal.
+
+    refused: names of all-reduces that are refused in any case -> the reason
+    """
     found, owner = [], {}
     for node in graph.nodes:
         if calls(node, *_ALL_REDUCES, *_REFUSED):
-            match = _match(node)
+            match = Refusal(str(node), source_of(node), refused[node.name]) if node.name in refused else _match(node)
             if isinstance(match, Match) and (first := owner.setdefault(match.total, node)) is not node:
                 match = Refusal(str(node), source_of(node), f"its residual add and norm are fused with {first} already")
             found.append(match)

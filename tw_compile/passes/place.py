@@ -14,6 +14,7 @@ shard    a wide residual stays in the workspace, each rank having its own rows.
 """
 
 import operator
+from collections.abc import Collection
 
 from torch.fx import Graph, Node
 
@@ -24,10 +25,11 @@ _VIEWS = (*VIEWS, aten.slice.Tensor, aten.permute.default, aten.unsqueeze.defaul
 _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear)
 
 
-def place(graph: Graph, workspace: bool) -> None:
+def place(graph: Graph, workspace: bool, gathered: Collection[int] = ()) -> None:
     """Set the flags of all sites, and rewrite the GEMMs in front of them to ``linear``, where it is safe.
 
     workspace: whether there may be one; without it, only the dtype of the residuals is settled
+    gathered:  numbers of the sites whose residual is whole in any case, as another rank needs it so
     """
     sites = [_Site(n) for n in graph.nodes if calls(n, ops.fused, ops.start)]
     slots: dict[tuple, list[_Site]] = {}
@@ -41,7 +43,7 @@ def place(graph: Graph, workspace: bool) -> None:
             for previous, site in zip([None, *chain], chain):
                 _absorb(graph, previous, site, before)
         for site, following in zip(chain, [*chain[1:], None]):
-            wide = _only_carried(site, following)
+            wide = site.number not in gathered and _only_carried(site, following)
             site.set_flags(wide, workspace and wide, workspace and _can_borrow(site, following, before))
     graph.lint()
 
@@ -52,7 +54,7 @@ class _Site:
     def __init__(self, node: Node):
         self.node = node
         self.done = node if calls(node, ops.fused) else next(u for u in node.users if calls(u, ops.wait) and u.args[0] is node)
-        self.group, self.transport, self.slot = map(arguments(node).get, ("group", "transport", "slot"))
+        self.group, self.transport, self.slot, self.number = map(arguments(node).get, ("group", "transport", "slot", "site"))
         self.writer = node  # what writes the slot first: the site, which copies its input in, or its linear
 
     def result(self, index: int) -> Node | None:

@@ -36,12 +36,12 @@ class Halves:
 _NOT_HIDDEN = "no mask is known to hide what the second half writes from the first half"
 
 
-def split(graph: Graph, sites: list[Node], cut: Cut) -> tuple[Graph, list[Node], list[Join]]:
+def split(graph: Graph, sites: list[Node], cut: Cut, unsplit=()) -> tuple[Graph, list[Node], list[Join]]:
     """Cut the region between the first and the last of ``sites`` (``fused`` calls).
 
     Returns (new graph, the sites that were cut, what had to be joined between the first and the last of them).
     """
-    return _Splitter(graph, sites, cut).run()
+    return (*_Splitter(graph, sites, cut).run(), {})
 
 
 def _chain(sites: list[Node], before: Ancestors) -> list[Node]:

@@ -63,6 +63,11 @@ def register_token_rule(*targets) -> Callable[[Rule], Rule]:
     return register
 
 
+def registered() -> list[str]:
+    """The ops whose rule was registered from outside of this package."""
+    return [str(op) for op, rule in _RULES.items() if not (getattr(rule, "__module__", "") or "").startswith(__package__)]
+
+
 def split_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
     """How ``node`` is split, or why it cannot be. axes: the TokenAxis of each of its inputs that is cut."""
     rule = _RULES.get(node.target)

@@ -13,7 +13,9 @@ slice of the whole. Only complete sites are rewritten: what is not fused afterwa
 """
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import sympy
 import torch
@@ -70,9 +72,10 @@ class _Site:
         return self.scatter.args[3]
 
 
-def unshard(graph: Graph) -> tuple[Graph, list[Refusal]]:
+def unshard(graph: Graph, refused: Mapping[str, str] = MappingProxyType({})) -> tuple[Graph, list[Refusal]]:
     """Put the sequence-parallel sites of a post-grad graph in the form of an all-reduce.
 
+    refused: names of reduce-scatters that are refused in any case -> the reason
     Returns (new graph, or ``graph`` itself where it has no such site; a Refusal for each reduce-scatter that stays). Changes
     nothing in ``graph``.
     """
@@ -81,7 +84,7 @@ def unshard(graph: Graph) -> tuple[Graph, list[Refusal]]:
     before = Ancestors(graph) if scatters else None
     sites, refusals, owner = [], [], {}
     for node in scatters:
-        site = _site(node, before, owner)
+        site = refused.get(node.name) or _site(node, before, owner)
         if isinstance(site, _Site):
             sites.append(site)
         else:

@@ -1,0 +1,233 @@
+"""What all ranks have agreed on: one Context for each process group, which lives and dies with it.
+
+Each rank compiles for itself, and its graph may differ from the others' where their collectives do not: rank 0 alone returns hidden
+states, say. So what is done with the collectives of a graph is decided by all ranks of their groups together, when a graph with
+these collectives is first met (``agreed``). A rank that meets them again, compiling alone, takes the decision that is known; no
+rank waits for one that has no reason to come.
+"""
+
+import json
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.fx import Graph
+
+from . import passes, rehearsal
+from .ops import agree, transport
+from .options import Options, TokenWeaveError
+from .passes import find, token_axis, wire
+
+log = logging.getLogger("tw_compile")
+
+# Rounds in which ranks that differ come to what all can do. Each takes at least one thing away.
+ROUNDS = 64
+
+
+@dataclass
+class Context:
+    """group:     the process group, held weakly
+    left:      why its graphs are left to Inductor from here on; ''
+    decisions: (options, form, what the groups of a graph exchange) -> what was agreed
+    plans:     the same without the form -> planning.Plan or None
+    """
+
+    group: "weakref.ref[dist.ProcessGroup]"
+    left: str = ""
+    decisions: dict = field(default_factory=dict)
+    plans: dict = field(default_factory=dict)
+
+
+class Left(Exception):
+    """A graph is left to Inductor on all ranks, for this reason."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    decision: wire.Decision
+    wires: dict
+
+
+_contexts: dict[str, Context] = {}
+
+
+def of(group_name: str) -> Context:
+    """The context of a group. Names come again when groups are destroyed: what was known of one of the same name is forgotten."""
+    group = _resolve_process_group(group_name)
+    context = _contexts.get(group_name)
+    if context is None or context.group() is not group:
+        forget(group_name)
+        context = _contexts[group_name] = Context(weakref.ref(group))
+    return context
+
+
+def forget(group_name: str) -> None:
+    """Drop what belongs to a group of this name, its symmetric memory included."""
+    _contexts.pop(group_name, None)
+    transport.forget(group_name)
+
+
+def is_current(context: Context, group_name: str) -> bool:
+    return context.group() is _resolve_process_group(group_name)
+
+
+def agreed(
+    graph: Graph, options: Options, form: object, attempt: Callable[[wire.Decision], passes.Rewritten]
+) -> tuple[passes.Rewritten, bool]:
+    """What becomes of a graph on all ranks: ``attempt`` with the decision that all can carry out.
+
+    graph: before it is rewritten
+    form:  what of it is decided on: "fuse", or where it is cut
+    Returns (the result, whether all ranks are here, as it is decided for the first time). A collective of the graph's groups where something is not known yet.
+    Raises Left on all ranks where they cannot agree, and TokenWeaveError on all ranks for a contradiction.
+    """
+    groups = [group for group in wire.groups_of(graph) if group]
+    signatures = {group: wire.signature(graph, group) for group in groups}
+    contexts = [of(group) for group in groups]
+    if not groups:
+        return attempt(wire.Decision()), True
+    if left := next((context.left for context in contexts if context.left), ""):
+        raise Left(left)
+    key = options, str(form), json.dumps([*signatures.values()])
+    known = contexts[0].decisions.get(key)
+    if known is not None:
+        new = attempt(known.decision)
+        if _can(new, known, groups):
+            return new, False
+    asked = [group for group in groups if not agree.is_alone(_resolve_process_group(group))]
+    decision = known.decision if known is not None else wire.Decision()
+    for _ in range(ROUNDS):
+        new, outcomes, problem = _attempt(attempt, decision, groups)
+        merged = decision
+        for group in asked:
+            said = _exchange(group, options, signatures[group], outcomes[group], problem)
+            problem = problem or _problem(group, said)
+            if not problem:
+                merged = wire.merge(merged, group, [theirs["outcome"] for theirs in said])
+                problem = ("left", "its ranks cannot agree on what to do with its collectives") if merged is None else None
+                merged = merged or decision
+        again = merged != decision
+        if len(asked) > 1:  # a rank that changes its mind does so for all the groups that it is in
+            for group in asked:
+                said = [json.loads(s) for s in agree.exchange(group, "the end of a round", json.dumps((again, problem)))]
+                again = again or any(theirs for theirs, _ in said)
+                problem = problem or next((theirs for _, theirs in said if theirs), None)
+        if problem:
+            _give_up(problem, contexts, options)
+        if not again:
+            contexts[0].decisions[key] = _Known(decision, {group: outcomes[group]["wire"] for group in groups})
+            return new, True
+        decision = merged
+    raise Left("its ranks cannot agree on what to do with its collectives")
+
+
+def plan_of(graph: Graph, options: Options, section: rehearsal.Section | None, device, asked: bool):
+    """The plan of all ranks for a graph, rehearsed where none has one; None goes by a rule.
+
+    section: what of it is rehearsed; asked: whether all ranks are here
+    """
+    groups = [group for group in wire.groups_of(graph) if group]
+    key = options, json.dumps([wire.signature(graph, group) for group in groups])
+    plans = of(groups[0]).plans
+    if key in plans or not asked or not rehearsal.possible(device):
+        if key not in plans and section is not None:
+            return rehearsal.known(section, groups[0], device, options.transport)
+        return plans.get(key)
+    plan = None
+    for group in groups:
+        plan = rehearsal.agree_on(section, group, device, options.transport, plan or _mine(section, group, device, options))
+        section = None  # the first group has rehearsed; the others hear of it
+    plans[key] = plan
+    return plan
+
+
+def all_well(graph: Graph, what: str, failure: str) -> str:
+    """What failed on any rank of a graph's groups, '' if nothing did. A collective. failure: what did on this one"""
+    groups = [group for group in wire.groups_of(graph) if group and not agree.is_alone(_resolve_process_group(group))]
+    for group in groups:
+        said = agree.exchange(group, what, failure)
+        failure = failure or next((f"rank {rank}: {theirs}" for rank, theirs in enumerate(said) if theirs), "")
+    return failure
+
+
+def _mine(section, group, device, options):
+    return rehearsal.known(section, group, device, options.transport) if section is not None else None
+
+
+def _can(new: passes.Rewritten, known: _Known, groups: list[str]) -> bool:
+    """Whether what came of a graph on this rank goes with what the others know."""
+    wires = {group: wire.wire(new.graph, group) for group in groups}
+    if wires == known.wires:
+        return True
+    # The process group sees no more of a site than how it is cut.
+    over_group = all(transport.is_process_group(group) for group in groups)
+    return over_group and all(wire.plain(wires[group]) == wire.plain(known.wires[group]) for group in groups)
+
+
+def _attempt(attempt, decision, groups):
+    try:
+        new = attempt(decision)
+    except TokenWeaveError as error:
+        return None, dict.fromkeys(groups), ("error", str(error))
+    except Exception as error:  # of one rank, perhaps: the others must hear of it
+        log.debug("a graph could not be rewritten", exc_info=True)
+        return None, dict.fromkeys(groups), ("left", f"it could not be rewritten: {type(error).__name__}: {error}")
+    outcomes = {}
+    for group in groups:
+        outcomes[group] = {
+            "refused": {str(number): why for (of, number), why in new.refused.items() if of == group},
+            "sites": {str(site): number for site, (of, number) in new.sites.items() if of == group},
+            "not_woven": new.not_woven,
+            "wire": wire.wire(new.graph, group),
+        }
+    return new, outcomes, None
+
+
+def _exchange(group, options, signature, outcome, problem) -> list[dict]:
+    mine = {
+        "version": agree.version(),
+        "options": options.requested,
+        "registered": sorted((*find.registered(), *token_axis.registered())),
+        "signature": signature,
+        "outcome": outcome,
+        "problem": problem,
+    }
+    return [json.loads(theirs) for theirs in agree.exchange(group, "the agreement on a graph", json.dumps(mine))]
+
+
+def _problem(group: str, said: list[dict]) -> tuple[str, str] | None:
+    """What keeps ranks from agreeing, the same on all of them: (kind, what it is), where the kind is "error" or "left"."""
+    for name, what in (("version", "run different versions"), ("options", "have different options"), ("registered", "have registered different rules or all-reduces")):
+        if any(theirs[name] != said[0][name] for theirs in said):
+            return "error", f"the ranks of group {group} {what}: " + "; ".join(f"rank {r}: {_short(theirs[name], said[0][name] if r else said[1][name])}" for r, theirs in enumerate(said))
+    if any(theirs["signature"] != said[0]["signature"] for theirs in said):
+        counts = "; ".join(f"rank {rank}: {_count(theirs['signature'])}" for rank, theirs in enumerate(said))
+        return "left", f"the ranks of group {group} have different graphs ({counts}), as where one of them has a graph break"
+    return next(((kind, f"rank {rank}: {what}" if kind == "left" else what) for rank, theirs in enumerate(said) if theirs["problem"] for kind, what in [theirs["problem"]]), None)
+
+
+def _short(mine, theirs) -> str:
+    """What is different of one rank."""
+    if isinstance(mine, dict):
+        return ", ".join(f"{name}={value}" for name, value in mine.items() if theirs.get(name) != value) or "the same"
+    return str(mine)
+
+
+def _count(signature: list) -> str:
+    names = [entry[0] for entry in signature]
+    return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "no collective"
+
+
+def _give_up(problem: tuple[str, str], contexts: list[Context], options: Options) -> None:
+    kind, what = problem
+    if kind == "error":
+        raise TokenWeaveError(what)
+    if "different graphs" in what:  # they are apart from here on
+        for context in contexts:
+            context.left = what
+    if options.forced:
+        raise TokenWeaveError(f"option 'tokenweave.mode' is {options.forced!r}, but this graph cannot be: {what}")
+    raise Left(what)

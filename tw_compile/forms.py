@@ -1,0 +1,333 @@
+"""The forms of a graph, fused and woven, and the choice between them: made when the graph is called, by its number of tokens.
+
+No threshold is a guard, so none specialises a graph, and whoever drops Dynamo's guards gets the right form, too. A form is compiled
+when a call first needs it, for the sizes of that call (sizes.py), and again where what was taken for granted does not hold.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch._dynamo.utils import detect_fake_mode
+from torch._guards import TracingContext, tracing
+from torch._inductor import config
+from torch._inductor.fx_passes.post_grad import post_grad_passes, reorder_for_locality, view_to_reshape
+from torch._inductor.utils import BoxedBool
+from torch._inductor.virtualized import V
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import context, passes, planning
+from .ops import transport
+from .options import Options, TokenWeaveError
+from .passes.cut import batch_of, cut_at, plan_by_rule, section_of
+from .passes.find import collectives
+from .report import Report, record, say_once
+from .sizes import ForSizes, Sizes, copied, for_sizes
+
+log = logging.getLogger("tw_compile")
+
+# Compilations of one form for different sizes. Calls of yet others run as they are, uncompiled.
+MOST_VARIANTS = 16
+# Sizes of calls whose form is remembered.
+MOST_CALLS = 4096
+
+FUSE, PLAIN = "fuse", "plain"
+
+
+def compile_forms(gm, inputs: list, options: Options, inner_compile: Callable, patches: dict, kwargs: dict) -> Callable:
+    """What runs a graph of inference that AOTAutograd has traced: its forms; or where it has no sites, what Inductor makes of it.
+
+    inner_compile: Inductor's; patches: of its configuration; kwargs: further arguments of its
+    Raises TokenWeaveError for a request that cannot be met, on every rank alike.
+    """
+    view_to_reshape(gm)
+    if config.reorder_for_locality:
+        reorder_for_locality(gm.graph)  # Inductor would do it to the graph that is woven
+    forms = Forms(gm, inputs, options, inner_compile, patches, kwargs)
+    run = forms.begin()
+    if run is not None:
+        return run
+    record(forms.left)
+    if not options.off:
+        say_once(f"nothing to fuse or weave in a graph: {forms.left.reasons[-1]}")
+    return inner_compile(gm, inputs, **kwargs)
+
+
+@dataclass
+class _Variant:
+    """A form that was compiled, and the sizes that it is for."""
+
+    made: ForSizes
+    run: Callable
+
+
+@dataclass
+class _Learnt:
+    """What is known of a graph whose sites were found. batch: the shape of its reduced values, in the symbols of ``made``"""
+
+    made: ForSizes
+    new: passes.Rewritten
+    batch: list
+
+
+class Forms:
+    """A graph that can be called: ``forms(args)`` with a list of its inputs, which it empties.
+
+    left: the report of a graph that is left to Inductor; None where it is not
+    """
+
+    _boxed_call = True
+
+    def __init__(self, gm, inputs, options, inner_compile, patches, kwargs):
+        self.gm, self.inputs, self.options, self.inner_compile, self.kwargs = gm, inputs, options, inner_compile, kwargs
+        self.config = patches
+        self.left: Report | None = None
+        self.plan, self.rehearsal = None, None
+        self.learnt: list[_Learnt] = []
+        self.variants: dict[object, list[_Variant]] = {}
+        self.not_woven: dict[planning.Place, str] = {}
+        self.runs: dict[tuple, Callable] = {}
+        self.contexts: list[tuple[str, context.Context]] = []
+        self.lock = threading.RLock()
+
+    def begin(self) -> Callable | None:
+        """What runs the graph, with the form compiled for the sizes that it was traced with; None if it is left to Inductor."""
+        if self.options.off or not collectives(self.gm.graph):
+            self.left = passes.rewrite(self.gm.graph, self.options, self._may_be_symmetric, lambda sites: "").report
+            return None
+        try:
+            self.sizes = Sizes(self.gm)
+            values = self.sizes.hints(self.gm)
+            if values is None:
+                return self  # sizes without a hint: the first call has them
+            run = self._run_of(values)
+            return self if self.sizes else run
+        except context.Left as left:
+            self.left = self.left or self._report(str(left))
+            return None
+
+    def __call__(self, args: list):
+        values = self.sizes.of_call(args)
+        run = self.runs.get(values)
+        if run is None:
+            with self.lock:
+                run = self._run_in_call(values)
+        return run(args)
+
+    def _run_in_call(self, values: tuple) -> Callable:
+        try:
+            return self._run_of(values)
+        except context.Left as left:
+            self.left = self.left or self._report(str(left))
+            return self._run_of(values)
+
+    def _run_of(self, values: tuple) -> Callable:
+        """What runs calls with these values of the symbols."""
+        if values not in self.runs:
+            run = self._entered(self._variant(*self._form_of(values), values))
+            if len(self.runs) >= MOST_CALLS:
+                self.runs.clear()
+            self.runs[values] = run
+        return self.runs[values]
+
+    # --- which form ----------------------------------------------------------------------------------------------------
+
+    def _form_of(self, values: tuple) -> tuple[object, str]:
+        """(FUSE, PLAIN or where the graph is cut; why it is not woven)"""
+        if self.left is not None:
+            return PLAIN, ""
+        known = dict(zip(self.sizes.symbols, values))
+        learnt = next((learnt for learnt in self.learnt if learnt.made.is_alike(known)), None) or self._learn(known)
+        batch = [learnt.made.number(size, known) for size in learnt.batch]
+        if None in batch:
+            at = "its number of tokens depends on data"
+        else:
+            at = planning.place_of_cut(batch, self.options, self.plan)
+        at = self.not_woven.get(at, at)
+        if isinstance(at, str):
+            self._require_woven(at)
+            return FUSE, at
+        return at, ""
+
+    def _learn(self, known: dict) -> _Learnt:
+        """Find the sites of the graph with sizes of this kind, and agree on what is made of them, and how the graph is woven."""
+        made, seen = self._for_sizes(known), {}
+
+        def look(sites):
+            seen.update(batch=batch_of(sites), section=section_of(sites, self.options), by_rule=plan_by_rule(sites))
+            return ""
+
+        new, first = self._agreed(FUSE, made, look)
+        if not new.sites:
+            if self.options.forced:
+                raise TokenWeaveError(passes.refusal(new, self.options))
+            self.left = new.report
+            raise context.Left(new.report.reasons[-1])
+        for group, device in _places(new.report):
+            transport.choose(self.options.transport, group, device, self._timeout)
+            self.contexts.append((group, context.of(group)))
+        if self.plan is None and not self.options.fused_only:
+            plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, first)
+            if plan is not None and seen["section"] is not None:
+                self.rehearsal = {"section": asdict(seen["section"]), "plan": asdict(plan)}
+            self.plan = plan or seen["by_rule"]
+        self.learnt.append(_Learnt(made, new, seen["batch"]))
+        return self.learnt[-1]
+
+    def _require_woven(self, reason: str) -> None:
+        if self.options.forced == "weave" and self.options.min_tokens == "auto":
+            raise TokenWeaveError(f"option 'tokenweave.mode' is 'weave', but this graph cannot be woven: {reason}")
+
+    # --- compiling -----------------------------------------------------------------------------------------------------
+
+    def _variant(self, form, why: str, values: tuple) -> Callable:
+        """A form that is compiled for sizes like these."""
+        known = dict(zip(self.sizes.symbols, values))
+        variants = self.variants.setdefault(form, [])
+        if found := next((variant for variant in variants if variant.made.holds(known)), None):
+            return found.run
+        learnt = next((learnt for learnt in self.learnt if learnt.made.values == known), None)
+        made, first = learnt.made if learnt else self._for_sizes(known), False
+        if form == PLAIN:
+            new = passes.Rewritten(made.gm.graph, self.left)
+        elif form == FUSE:
+            # Where its sites were found just now, the ranks are together.
+            new, first = (learnt.new, True) if learnt else self._agreed(FUSE, made, lambda sites: "")
+            new.report.reasons += [f"not woven: {why}"] if why != self.options.fused_only else []
+        else:
+            try:
+                new, first = self._agreed(form, made, lambda sites: cut_at(batch_of(sites), form, self.plan))
+                reason = new.not_woven
+            except context.Left as left:
+                reason = str(left)
+            if reason:
+                self._require_woven(reason)
+                self.not_woven[form] = reason
+                return self._variant(FUSE, reason, values)
+        if len(variants) < MOST_VARIANTS:
+            run = self._compile(made, new, first)
+        else:
+            say_once(f"a graph was compiled {MOST_VARIANTS} times for different sizes: others run uncompiled. See docs/troubleshooting")
+            run = _uncompiled(made, new)
+        variants.append(_Variant(made, run))
+        return run
+
+    def _agreed(self, form, made: ForSizes, cut_of: Callable) -> tuple[passes.Rewritten, bool]:
+        def attempt(decision):
+            return passes.rewrite(made.gm.graph, self.options, self._may_be_symmetric, cut_of, decision)
+
+        with self._inside(made):
+            return context.agreed(self.gm.graph, self.options, form, attempt)
+
+    def _compile(self, made: ForSizes, new: passes.Rewritten, first: bool) -> Callable:
+        """Have Inductor compile a rewritten graph. first: whether all ranks are at it, so that they can fail together"""
+        failure, error = "", None
+        with self._inside(made):
+            try:
+                gm = copied(made.gm, new.graph)
+                if new.sites:
+                    _outline(gm, new.report)
+                kwargs = self.kwargs | {"cudagraphs": BoxedBool(bool(self.kwargs.get("cudagraphs")))}
+                with config.patch(reorder_for_locality=False):
+                    run = self.inner_compile(gm, made.inputs, **kwargs)
+            except Exception as raised:
+                failure, error = f"it could not be compiled: {type(raised).__name__}: {raised}", raised
+        if first:
+            failure = context.all_well(self.gm.graph, "the compilation of a graph", failure)
+        if failure:
+            if self.options.forced or not first:
+                raise error or TokenWeaveError(failure)
+            raise context.Left(failure) from error
+        if new.sites:
+            self._complete(new.report)
+        return run
+
+    def _complete(self, report: Report) -> None:
+        for group, device in _places(report):
+            implementation, why_not = transport.choose(self.options.transport, group, device, self._timeout)
+            report.transport = implementation.name
+            report.reasons += [why_not] if why_not else []
+        report.rehearsal = self.rehearsal
+        record(report)
+
+    @property
+    def _timeout(self) -> float | None:
+        return None if self.options.timeout == "auto" else self.options.timeout
+
+    def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
+        usable, _ = transport.candidates(self.options.transport, group, device)
+        return any(name != "process_group" for name in usable)
+
+    def _report(self, reason: str) -> Report:
+        return Report(requested=self.options.requested, reasons=[reason])
+
+    def _for_sizes(self, known: dict) -> ForSizes:
+        if known:
+            with self._configured():
+                return for_sizes(self.gm, known)
+        return ForSizes(self.gm, self.inputs, detect_fake_mode(self.inputs), {}, {})
+
+    @contextlib.contextmanager
+    def _inside(self, made: ForSizes):
+        """Where a graph with symbols of its own is rewritten and compiled: as in a compilation of Dynamo's, also in a call."""
+        if not made.symbols:
+            yield
+            return
+        with self._configured(), tracing(TracingContext(made.mode)), V.set_fake_mode(made.mode):
+            yield
+
+    @contextlib.contextmanager
+    def _configured(self):
+        modes = _disable_current_modes()  # Dynamo's own fake mode, in a compilation
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast(), modes, config.patch(self.config):
+            yield
+
+    def _entered(self, run: Callable) -> Callable:
+        """``run``, for the groups that there are."""
+        contexts = self.contexts
+        if not contexts:
+            return run
+
+        def entered(args):
+            for group, known in contexts:
+                if not context.is_current(known, group):
+                    self.contexts[:] = [(name, context.of(name)) for name, _ in contexts]
+            return run(args)
+
+        entered._boxed_call = True
+        return entered
+
+
+def _places(report: Report) -> list[tuple[str, torch.device]]:
+    """The groups and devices of a graph's sites."""
+    return [(group, torch.device(device)) for group, device in dict.fromkeys((site.group, site.device) for site in report.sites)]
+
+
+def _uncompiled(made: ForSizes, new: passes.Rewritten) -> Callable:
+    gm = copied(made.gm, new.graph)
+
+    def run(args):
+        given = list(args)
+        args.clear()
+        with torch.no_grad():
+            return gm(*given)
+
+    return run
+
+
+def _outline(gm: torch.fx.GraphModule, report: Report) -> None:
+    """Let Inductor compile one of the layers that are alike, and do to that what it is about to do to the graph."""
+    if config.cpp_wrapper or config.fx_wrapper:
+        report.reasons.append("each layer is compiled: only code in Python can call one for several")
+        return
+    layer, found = passes.outline(gm.graph)
+    if layer is not None:
+        report.alike = found
+        # Passes of the user's see the graph as a whole, and the order of the weave is kept.
+        with config.patch(post_grad_custom_pre_pass=None, reorder_for_locality=False):
+            post_grad_passes(layer, is_inference=True)
+    elif found:
+        report.reasons.append(f"each layer is compiled: {found}")

@@ -1,0 +1,144 @@
+"""What the ranks exchange in a graph: its collectives, in program order. All ranks of a group must have the same.
+
+A graph is rewritten by each rank for itself. Ranks whose graphs differ elsewhere, as where rank 0 alone returns hidden states, could
+so come to do different things with the same all-reduce. ``merge`` says what they all can do.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from .. import ops
+from .find import collective_group, collectives
+from .graph_utils import arguments, calls, value
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is not done with the collectives of a graph, as some rank cannot. A group's collectives are numbered in program order.
+
+    refused:   (group, number of the collective in the graph as it was) -> why no site is made of it
+    unwoven:   numbers of the sites that run whole in a woven graph
+    unsplit:   (group, number among those of the fused graph that are no site) -> the same of a collective that is no site
+    gathered:  numbers of the sites after which all ranks get the whole residual
+    not_woven: why the graph is not woven; ''
+    """
+
+    refused: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    unwoven: frozenset[int] = frozenset()
+    unsplit: frozenset[tuple[str, int]] = frozenset()
+    gathered: frozenset[int] = frozenset()
+    not_woven: str = ""
+
+
+def groups_of(graph: Graph) -> list[str]:
+    """The groups of a graph's collectives, in the order in which they come."""
+    return list(dict.fromkeys(collective_group(node) for node in collectives(graph)))
+
+
+def numbered(graph: Graph, without: Collection[Node] = ()) -> dict[Node, tuple[str, int]]:
+    """Each collective, with its group and its number in it. without: those that do not count"""
+    counts, numbers = {}, {}
+    for node in (node for node in collectives(graph) if node not in without):
+        group = collective_group(node)
+        counts[group] = counts.get(group, -1) + 1
+        numbers[node] = group, counts[group]
+    return numbers
+
+
+def signature(graph: Graph, group: str) -> list:
+    """What ranks that run the same model have in common: op, dtype and row of each collective of a group. No number of tokens."""
+    said = []
+    for node, (of, _) in numbered(graph).items():
+        if of == group:
+            x = next((value(a) for a in node.all_input_nodes if isinstance(value(a), torch.Tensor)), None)
+            row = x.shape[-1] if x is not None and x.dim() > 1 and isinstance(x.shape[-1], int) else None
+            named = [a for a in node.args if isinstance(a, str) and a != group]  # the reduce op
+            said.append([_name(node), *named, str(x.dtype).removeprefix("torch.") if x is not None else "", row])
+    return said
+
+
+def wire(graph: Graph, group: str) -> list:
+    """What a rewritten graph does with the collectives of a group, as plain data: all that must be the same on all ranks.
+
+    A site is ["site", number, in halves, form, carried], where ``carried`` says that each rank has its own rows of the residual only;
+    another collective [op, in halves].
+    """
+    said = []
+    for node in collectives(graph):
+        if collective_group(node) != group:
+            continue
+        half = node.meta.get("half")
+        if calls(node, ops.start, ops.fused):
+            given = arguments(node)
+            form = [given[name] is not None for name in ("residual", "weight", "bias", "shift")]
+            form += [given[name] for name in ("eps", "scale", "offset", "center")]
+            entry = ["site", given["site"], half is not None, form, given["wide"]]
+            if half == 1 and said and said[-1][:2] == entry[:2]:
+                said[-1][4] = said[-1][4] and given["wide"]
+                continue
+        else:
+            entry = [_name(node), half is not None]
+            if half == 1:  # a collective that is cut is two calls, one for each half
+                continue
+        said.append(entry)
+    return said
+
+
+def plain(wire_of_group: list) -> list[bool]:
+    """Of a wire what the process group sees of it: which collectives come in halves."""
+    return [entry[2] if entry[0] == "site" else entry[1] for entry in wire_of_group]
+
+
+def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | None:
+    """The decision that ranks which came to different outcomes can all carry out; None where they cannot agree.
+
+    outcomes: of each rank, as plain data: {"refused": {number of a collective: why}, "sites": {number of a site: that of its
+              collective}, "not_woven": why, "wire": wire}
+    """
+    if all(o["wire"] == outcomes[0]["wire"] and o["not_woven"] == outcomes[0]["not_woven"] for o in outcomes):
+        return decision
+    refused = dict(decision.refused)
+    for rank, outcome in enumerate(outcomes):
+        for number, why in outcome["refused"].items():
+            if any(int(number) in other["sites"].values() for other in outcomes):
+                refused.setdefault((group, int(number)), f"rank {rank}: {why}")
+    if refused != decision.refused:
+        return _with(decision, refused=refused)
+    if any(o["not_woven"] for o in outcomes):
+        rank, why = next((rank, o["not_woven"]) for rank, o in enumerate(outcomes) if o["not_woven"])
+        return None if decision.not_woven else _with(decision, not_woven=f"rank {rank}: {why}")
+    wires = [o["wire"] for o in outcomes]
+    if len(set(map(len, wires))) > 1:
+        return None
+    unwoven, unsplit, gathered, others = set(decision.unwoven), set(decision.unsplit), set(decision.gathered), 0
+    for entries in zip(*wires):
+        if len({(e[0], e[1] if e[0] == "site" else None) for e in entries}) > 1:
+            return None
+        if entries[0][0] != "site":
+            if len({e[1] for e in entries}) > 1:
+                unsplit.add((group, others))
+            others += 1
+            continue
+        number = entries[0][1]
+        different = next((rank for rank, e in enumerate(entries) if e[3] != entries[0][3]), None)
+        if different is not None:
+            refused[group, outcomes[0]["sites"][str(number)]] = f"rank {different} has another residual or norm there than rank 0"
+        if len({e[2] for e in entries}) > 1:
+            unwoven.add(number)
+        if len({e[4] for e in entries}) > 1:
+            gathered.add(number)
+    if refused != decision.refused:
+        return _with(decision, refused=refused)
+    merged = _with(decision, unwoven=frozenset(unwoven), unsplit=frozenset(unsplit), gathered=frozenset(gathered))
+    return None if merged == decision else merged
+
+
+def _with(decision: Decision, **changes) -> Decision:
+    return Decision(**{**decision.__dict__, **changes})
+
+
+def _name(node: Node) -> str:
+    return str(node.target).removeprefix("_c10d_functional.").removesuffix(".default").removesuffix("_")
