@@ -19,7 +19,9 @@ from torch.fx import Graph
 from . import passes, rehearsal
 from .ops import agree, transport
 from .options import Options, TokenWeaveError
-from .passes import find, token_axis, wire
+from .passes import wire
+from .passes.find import registered_all_reduces
+from .passes.token_axis import registered_rules
 
 log = logging.getLogger("tw_compile")
 
@@ -33,12 +35,19 @@ class Context:
     left:      why its graphs are left to Inductor from here on; ''
     decisions: (options, form, what the groups of a graph exchange) -> what was agreed
     plans:     the same without the form -> planning.Plan or None
+    progress:  the calls that each rank has begun; None where that is not known
     """
 
     group: "weakref.ref[dist.ProcessGroup]"
     left: str = ""
     decisions: dict = field(default_factory=dict)
     plans: dict = field(default_factory=dict)
+    progress: agree.Progress | None = None
+
+    def called(self) -> None:
+        """To be said when a graph of the group is called."""
+        if self.progress is not None:
+            self.progress.begin_call()
 
 
 class Left(Exception):
@@ -187,15 +196,19 @@ def _attempt(attempt, decision, groups):
 
 
 def _exchange(group, options, signature, outcome, problem) -> list[dict]:
+    context = of(group)
+    if context.progress is None:
+        context.progress = agree.progress(group)  # all ranks are here for the first time
     mine = {
         "version": agree.version(),
         "options": options.requested,
-        "registered": sorted((*find.registered(), *token_axis.registered())),
+        "registered": sorted((*registered_all_reduces(), *registered_rules())),
         "signature": signature,
         "outcome": outcome,
         "problem": problem,
     }
-    return [json.loads(theirs) for theirs in agree.exchange(group, "the agreement on a graph", json.dumps(mine))]
+    said = agree.exchange(group, "the agreement on a graph", json.dumps(mine), progress=context.progress)
+    return [json.loads(theirs) for theirs in said]
 
 
 def _problem(group: str, said: list[dict]) -> tuple[str, str] | None:

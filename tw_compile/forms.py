@@ -287,14 +287,15 @@ class Forms:
 
     def _entered(self, run: Callable) -> Callable:
         """``run``, for the groups that there are."""
-        contexts = self.contexts
-        if not contexts:
+        if not self.contexts:
             return run
 
         def entered(args):
-            for group, known in contexts:
+            for i, (group, known) in enumerate(self.contexts):
                 if not context.is_current(known, group):
-                    self.contexts[:] = [(name, context.of(name)) for name, _ in contexts]
+                    known = context.of(group)
+                    self.contexts[i] = group, known
+                known.called()
             return run(args)
 
         entered._boxed_call = True

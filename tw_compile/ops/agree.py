@@ -1,9 +1,15 @@
 """How the ranks of a group find out whether they agree: through the group's store, since a collective that one of them does
 not enter would hang."""
 
+import contextlib
 import functools
 import hashlib
 import json
+import mmap
+import os
+import tempfile
+import time
+import uuid
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +22,8 @@ from ..options import TokenWeaveError
 
 # How long a rank waits for another to come, which may be compiling: seconds.
 PATIENCE_S = 600.0
+# How long a rank may be ahead in its calls, of another thread perhaps, before it is known not to come: seconds.
+GONE_ON_S = 10.0
 
 # Exchanges of each group so far, the same on all its ranks. By the group itself: names come again when a group is destroyed.
 _exchanges: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = weakref.WeakKeyDictionary()
@@ -26,12 +34,63 @@ def is_alone(group: dist.ProcessGroup) -> bool:
     return group.size() == 1 or dist.get_backend(group) == "fake"
 
 
-def exchange(group_name: str, what: str, message: str, timeout_s: float = PATIENCE_S) -> list[str]:
+class Progress:
+    """How many calls each rank of a group has begun, in memory that the ranks of one host share.
+
+    It tells a rank that waits for another one whether that one has gone on without it.
+    """
+
+    def __init__(self, path: str, rank: int, world: int):
+        with open(path, "r+b") as file:
+            self._counts = memoryview(mmap.mmap(file.fileno(), 8 * world)).cast("Q")
+        self._rank = rank
+
+    def begin_call(self) -> None:
+        self._counts[self._rank] += 1
+
+    def is_ahead(self, rank: int) -> bool:
+        """Whether a rank has begun more calls than this one."""
+        return self._counts[rank] > self._counts[self._rank]
+
+
+def progress(group_name: str) -> "Progress | None":
+    """A Progress for a group; None where its ranks do not share a host. All ranks call this."""
+    group = _resolve_process_group(group_name)
+    if is_alone(group):
+        return None
+    rank, world, path = group.rank(), group.size(), ""
+    if rank == 0:
+        with contextlib.suppress(OSError):
+            handle, path = tempfile.mkstemp(prefix="tokenweave-", dir="/dev/shm")
+            os.write(handle, bytes(8 * world))
+            os.close(handle)
+    (host, path), *others = map(json.loads, exchange(group_name, "the first agreement", json.dumps((_host(), path))))
+    counts = None
+    if path and all(theirs == host for theirs, _ in others):
+        with contextlib.suppress(OSError):
+            counts = Progress(path, rank, world)
+    opened = exchange(group_name, "the end of the first agreement", json.dumps(counts is not None))
+    if rank == 0 and path:
+        os.unlink(path)
+    return counts if all(map(json.loads, opened)) else None
+
+
+def _host() -> str:
+    """What names this machine, and what of it this process sees."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{file.read().strip()} {os.stat('/dev/shm').st_dev} {os.getuid()}"
+    return f"{uuid.getnode()} {os.getpid()}"  # no other process
+
+
+def exchange(
+    group_name: str, what: str, message: str, timeout_s: float = PATIENCE_S, progress: Progress | None = None
+) -> list[str]:
     """What each rank of the group says, in rank order. All ranks call this in the same order.
 
-    what: what the exchange is for, the same on all ranks
-    Raises TokenWeaveError on all ranks where they come to different exchanges, and RuntimeError that names a rank which says
-    nothing within ``timeout_s``.
+    what:     what the exchange is for, the same on all ranks
+    progress: tells whether a rank that does not come has gone on
+    Raises TokenWeaveError on all ranks where they come to different exchanges; and RuntimeError that names a rank which says
+    nothing within ``timeout_s``, or calls the model without coming here.
     """
     group = _resolve_process_group(group_name)
     if is_alone(group):
@@ -42,13 +101,12 @@ def exchange(group_name: str, what: str, message: str, timeout_s: float = PATIEN
     store.set(str(group.rank()), json.dumps((what, message)))
     said = []
     for rank in range(group.size()):
-        try:
-            store.wait([str(rank)], timedelta(seconds=timeout_s))
-        except RuntimeError as error:
+        problem = _wait(store, rank, timeout_s, progress)
+        if problem:
             raise RuntimeError(
-                f"rank {rank} of group {group_name} did not come to {what} within {timeout_s:g} s, where rank {group.rank()} "
-                "waited for it: see its log. All ranks of a tensor-parallel group must run the same model on as many tokens"
-            ) from error
+                f"rank {rank} of group {group_name} {problem.format(what)}, where rank {group.rank()} waited for it: see its log. "
+                "All ranks of a tensor-parallel group must run the same model on as many tokens"
+            )
         said.append(json.loads(store.get(str(rank))))
     if len({theirs for theirs, _ in said}) > 1:
         places = "; ".join(f"rank {rank} is at {theirs}" for rank, (theirs, _) in enumerate(said))
@@ -57,6 +115,22 @@ def exchange(group_name: str, what: str, message: str, timeout_s: float = PATIEN
             "same model on as many tokens, with the same options"
         )
     return [theirs for _, theirs in said]
+
+
+def _wait(store, rank: int, timeout_s: float, progress: Progress | None) -> str | None:
+    """Wait for what a rank says. Returns what it has done instead; None where it has come."""
+    begin, ahead_since = time.monotonic(), None
+    while True:
+        left = timeout_s - (time.monotonic() - begin)
+        with contextlib.suppress(RuntimeError):  # torch's DistStoreError: it has not come yet
+            store.wait([str(rank)], timedelta(seconds=max(min(left, 1.0), 0.01)))
+            return None
+        if left <= 1.0:
+            return f"did not come to {{}} within {timeout_s:g} s"
+        ahead = progress is not None and progress.is_ahead(rank)
+        ahead_since = (ahead_since or time.monotonic()) if ahead else None
+        if ahead_since is not None and time.monotonic() - ahead_since > GONE_ON_S:
+            return "has called the model again and did not come to {}, so that only some ranks have a new graph"
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def register_all_reduce(op, read: Callable[[Node], AllReduce]) -> None:
     _ALL_REDUCES[op] = read
 
 
-def registered() -> list[str]:
+def registered_all_reduces() -> list[str]:
     """The ops that were registered as all-reduces."""
     return [str(op) for op in _ALL_REDUCES if op.namespace not in _COLLECTIVES]
 

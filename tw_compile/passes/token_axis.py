@@ -63,7 +63,7 @@ def register_token_rule(*targets) -> Callable[[Rule], Rule]:
     return register
 
 
-def registered() -> list[str]:
+def registered_rules() -> list[str]:
     """The ops whose rule was registered from outside of this package."""
     return [str(op) for op, rule in _RULES.items() if not (getattr(rule, "__module__", "") or "").startswith(__package__)]
 
