@@ -52,7 +52,7 @@ def rewrite(graph: Graph, options: Options, may_be_symmetric, plan_of=lambda sec
         cut = choose_cut(sites, options, plan)
     woven = []
     if isinstance(cut, Cut):
-        graph, woven, report.joins = split(graph, sites, cut)
+        graph, woven, report.joins, _ = split(graph, sites, cut)
         graph = weave(graph, cut.ctas or ctas)
         report.mode, report.split = "weave", tuple(n if isinstance(n, int) else str(n) for n in cut.halves)
     elif options.mode == "weave" and options.min_tokens == "auto":
