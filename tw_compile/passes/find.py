@@ -172,15 +172,13 @@ _NO_NORM = "no RMSNorm or LayerNorm follows"
 
 def find(graph: Graph) -> list[Match | Refusal]:
     """Every all-reduce of a post-grad graph, in the order of the graph, as a match or a refusal."""
-    found, owner, order = [], {}, collectives(graph)
+    found, order = [], collectives(graph)
     before = Ancestors(graph) if order else None
     for node in graph.nodes:
         if calls(node, *_ALL_REDUCES, *_REFUSED):
             match = _match(node)
             if isinstance(match, Match) and (late := overtaken(match, order, before)):
                 match = Refusal(str(node), source_of(node), late)
-            if isinstance(match, Match) and (first := owner.setdefault(match.total, node)) is not node:
-                match = Refusal(str(node), source_of(node), f"its residual add and norm are fused with {first} already")
             found.append(match)
     for name, inner in subgraphs(graph):
         for node in inner.nodes:

@@ -80,9 +80,9 @@ def unshard(graph: Graph) -> tuple[Graph, list[Refusal]]:
     kinds = (SCATTER, *_REFUSED)
     scatters = [node for node in graph.nodes if calls(node, *kinds)]
     before, order = (Ancestors(graph), collectives(graph)) if scatters else (None, [])
-    sites, refusals, owner = [], [], {}
+    sites, refusals = [], []
     for node in scatters:
-        site = _site(node, order, before, owner)
+        site = _site(node, order, before)
         if isinstance(site, _Site):
             sites.append(site)
         else:
@@ -96,8 +96,7 @@ def unshard(graph: Graph) -> tuple[Graph, list[Refusal]]:
 # --- recognising a site ----------------------------------------------------------------------------------------------
 
 
-def _site(node: Node, order: list[Node], before: Ancestors, owner: dict[Node, Node]) -> _Site | str:
-    """owner: the total of each site found so far -> its reduce-scatter; this one is added."""
+def _site(node: Node, order: list[Node], before: Ancestors) -> _Site | str:
     if node.target in _REFUSED:
         return _REFUSED[node.target]
     scattered, reduce_op, ranks, group = node.args
@@ -106,8 +105,6 @@ def _site(node: Node, order: list[Node], before: Ancestors, owner: dict[Node, No
         return match.reason
     if late := overtaken(match, order, before):
         return late
-    if match.total in owner:
-        return f"its residual add and norm are fused with {owner[match.total]} already"
     x, dim = _unscattered(scattered, ranks)
     if dim == value(x).dim() - 1:
         return f"it scatters dimension {dim}, over which the norm is"
@@ -131,7 +128,6 @@ def _site(node: Node, order: list[Node], before: Ancestors, owner: dict[Node, No
             gathers |= {gather, *(user for user in gather.users if calls(user, WAIT))}
     if not gathered:
         return "no all-gather of the norm follows"
-    owner[match.total] = node
     return _Site(node, x, steps, gathered, frozenset(gathers))
 
 
