@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from tw_compile import backend, ops, passes
 from tw_compile.ops import lowering
-from tw_compile.options import Options, TokenWeaveError
+from tw_compile.options import Options
 from tw_compile.ops.reference import add_norm
 from tw_compile.passes.find import c10d
 from tw_compile.passes.graph_utils import subgraphs
@@ -234,8 +234,9 @@ def rewrite(function, *inputs, dynamic=False, symmetric=False, plan_of=lambda *_
 
     with V.set_fake_mode(detect_fake_mode([n.meta["val"] for n in before.nodes if n.op == "placeholder"])):
         new = passes.rewrite(before, options, lambda group, device: symmetric, cut_of)
-    if options.forced and (not new.sites or options.forced == "weave" and new.not_woven):
-        raise TokenWeaveError(new.not_woven or passes.refusal(new, options))
+    passes.check_sites(new, options)
+    if new.not_woven:
+        passes.check_woven(new.not_woven, options)
     assert len(new.report.sites) + len(new.report.refusals) == len(all_reduces(before))
     return Rewritten(before, new.graph, arguments, new.report)
 

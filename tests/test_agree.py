@@ -17,7 +17,7 @@ def test_each_hears_all(ranks):
 
 def wait_for_rank_1():
     if dist.get_rank() == 1:
-        agree._exchanges[dist.group.WORLD.group_name] += 1  # for the tests after this one
+        agree._exchanges[dist.group.WORLD] += 1  # for the tests after this one
         return None
     try:
         agree.exchange(dist.group.WORLD.group_name, "the making of something", "here", timeout_s=0.5)

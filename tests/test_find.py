@@ -531,13 +531,14 @@ def test_refused_reduced_value_added_to_itself():
     refused("the reduced value is added to itself", lambda x, w: hf_norm((y := all_reduce(x)) + y, w), values(8, H), values(H))
 
 
-def test_refused_second_all_reduce_of_one_norm():
+def test_refused_first_all_reduce_of_one_norm():
+    """A site is made where its all-reduce was: that of the first would have to wait for the second."""
     def block(x, y, w):
         return hf_norm(all_reduce(x) + all_reduce(y), w)
 
     first, second = found_in(block, values(8, H), values(8, H), values(H))
-    assert isinstance(first, Match)
-    assert second.reason == f"its residual add and norm are fused with {first.all_reduce} already"
+    assert isinstance(second, Match)
+    assert first.reason == f"its residual add or norm waits for {second.all_reduce}, a later collective"
 
 
 def test_refused_coalesced():

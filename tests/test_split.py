@@ -45,7 +45,7 @@ class Snapshot(expecttest.TestCase):
     def split(self, *inputs, dynamic=False):
         graph = capture(mlp, *inputs, dynamic=dynamic)
         sites = passes.fuse(graph, passes.find(graph), "auto", 0)
-        graph, _, joins = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
+        graph, _, joins, _ = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
         assert not joins
         return text(graph, self.names)
 

@@ -6,7 +6,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from tw_compile.passes import token_axis
-from tw_compile.passes.token_axis import Split, TokenAxis, register_token_rule, split_rule
+from tw_compile.passes.token_axis import Split, TokenAxis, map_places, register_token_rule, split_rule
 
 aten, prims = torch.ops.aten, torch.ops.prims
 LENGTH, FIRST = 6, 2  # of the axis that is cut, and where: not in the middle
@@ -51,15 +51,17 @@ def halves_of(op, *args, **kwargs):
     rule = split_rule(node, axes)
     assert isinstance(rule, Split), rule
 
-    def tensor(a: Node, half):
-        axis = None if a in rule.whole else rule.slices.get(a, axes.get(a))
-        return tensors[a] if axis is None else part(tensors[a], axis, half)
+    def of_half(half):
+        def tensor(place, a):
+            if not isinstance(a, Node):
+                return a
+            axis = None if rule.takes_whole(place, a) else axes.get(a) or rule.slice_of(place, a)
+            return tensors[a] if axis is None else part(tensors[a], axis, half)
 
-    new_args = node.args if rule.args is None else rule.args
-    results = [
-        op(*map_arg(tuple(new_args), lambda a: tensor(a, half)), **map_arg(node.kwargs, lambda a: tensor(a, half)))
-        for half in (0, 1)
-    ]
+        args, kwargs = map_places(tensor, node.args if rule.args is None else rule.args, node.kwargs)
+        return (rule.target or op)(*args, **kwargs)
+
+    results = [of_half(0), of_half(1)]
     return results, rule.axis, node.meta["val"]
 
 

@@ -148,7 +148,7 @@ class Forms:
             at = planning.place_of_cut(batch, self.options, self.plan)
         at = self.not_woven.get(at, at)
         if isinstance(at, str):
-            self._require_woven(at)
+            passes.check_woven(at, self.options)
             return FUSE, at
         return at, ""
 
@@ -161,9 +161,8 @@ class Forms:
             return ""
 
         new, first = self._agreed(FUSE, made, look)
+        passes.check_sites(new, self.options)
         if not new.sites:
-            if self.options.forced:
-                raise TokenWeaveError(passes.refusal(new, self.options))
             self.left = new.report
             raise context.Left(new.report.reasons[-1])
         for group, device in _places(new.report):
@@ -176,10 +175,6 @@ class Forms:
             self.plan = plan or seen["by_rule"]
         self.learnt.append(_Learnt(made, new, seen["batch"]))
         return self.learnt[-1]
-
-    def _require_woven(self, reason: str) -> None:
-        if self.options.forced == "weave" and self.options.min_tokens == "auto":
-            raise TokenWeaveError(f"option 'tokenweave.mode' is 'weave', but this graph cannot be woven: {reason}")
 
     # --- compiling -----------------------------------------------------------------------------------------------------
 
@@ -204,7 +199,7 @@ class Forms:
             except context.Left as left:
                 reason = str(left)
             if reason:
-                self._require_woven(reason)
+                passes.check_woven(reason, self.options)
                 self.not_woven[form] = reason
                 return self._variant(FUSE, reason, values)
         if len(variants) < MOST_VARIANTS:

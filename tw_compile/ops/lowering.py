@@ -4,6 +4,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._inductor import ir, lowering
 from torch._inductor.codegen.wrapper import SubgraphPythonWrapperCodegen
+from torch._inductor.utils import is_collective
 from torch._inductor.virtualized import V
 
 from . import fused, linear, start, wait
@@ -24,6 +25,28 @@ class _Direct(ir.FallbackKernel):
         super().codegen(wrapper)
 
 
+class _Site(_Direct, ir._CollectiveKernel):
+    """The same of an op that communicates: one of those that Inductor leaves in the order of the graph, and never drops."""
+
+
+class _Fence(ir._CollectiveKernel):
+    """No code: it keeps the collectives that follow behind ``output``, which a layer returns."""
+
+    def __init__(self, output):
+        super().__init__(ir.NoneLayout(device=output.get_device()), torch.ops._c10d_functional.wait_tensor.default, [output], [], None)
+
+    def codegen(self, wrapper):
+        pass
+
+
+def _keep_place(call, output) -> None:
+    """Let a layer, which communicates but is no collective to Inductor, keep its place among those that are."""
+    earlier = [operation for operation in V.graph.operations if is_collective(operation)]
+    if earlier:
+        V.graph.additional_buffer_deps[call.get_operation_name()].add(earlier[-1].get_name())
+    _Fence(output)
+
+
 def layer(subgraph, written, *operands):
     """What ``passes/outline.py`` puts in the place of a layer: a call of what the first such call compiles.
 
@@ -38,6 +61,7 @@ def layer(subgraph, written, *operands):
     for i in written:
         assert call.inputs[i].get_name() == operands[i].get_name(), "a layer would write to a copy"
         call.mutation_outputs.append(ir.MutationOutput(ir.NoneLayout(device=call.get_device()), call.inputs[i], call))
+    _keep_place(call, outputs[0])
     return [ir.TensorBox.create(output) for output in outputs]
 
 
@@ -52,17 +76,17 @@ def register() -> None:
     """
     if linear in lowering.lowerings:
         return
-    _register(linear, lambda args: (True,))
-    _register(start, lambda args: (True,))  # a token for all calls
-    _register(wait, lambda args: (args[-1], args[-2]))  # borrow: the norm, shard: the residual
-    _register(fused, lambda args: (args[-1], args[-2]))
+    _register(linear, _Direct, lambda args: (True,))
+    _register(start, _Site, lambda args: (True,))  # a token for all calls
+    _register(wait, _Direct, lambda args: (args[-1], args[-2]))  # borrow: the norm, shard: the residual
+    _register(fused, _Site, lambda args: (args[-1], args[-2]))
 
 
-def _register(op, lent):
-    """lent: the arguments of a call -> which of its results are in a workspace"""
+def _register(op, kernel, lent):
+    """kernel: its class; lent: the arguments of a call -> which of its results are in a workspace"""
 
     def lower(*args):
-        outputs = pytree.tree_map_only(ir.IRNode, ir.TensorBox.create, _Direct.create(op, *args))
+        outputs = pytree.tree_map_only(ir.IRNode, ir.TensorBox.create, kernel.create(op, *args))
         for output, is_lent in zip(outputs if isinstance(outputs, (tuple, list)) else (outputs,), lent(args)):
             if is_lent:
                 V.graph.never_reuse_buffers.add(output.get_name())

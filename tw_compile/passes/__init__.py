@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
-from ..options import Options
+from ..options import Options, TokenWeaveError
 from ..report import Refusal, Report, Site
 from .cut import Cut, choose_cut, section_of
 from .find import Match, find
@@ -90,10 +90,21 @@ def rewrite(
     return new
 
 
-def refusal(new: Rewritten, options: Options) -> str:
-    """What an error says of a graph without sites, where ``mode`` asks for some."""
-    rows = "".join(f"\n  {r.all_reduce}: {r.reason} ({r.source})" for r in new.report.refusals)
-    return f"option 'tokenweave.mode' is {options.mode!r}, but this graph cannot be: {new.report.reasons[-1]}{rows}"
+def check_sites(new: Rewritten, options: Options) -> None:
+    """Raises TokenWeaveError for a graph without sites, where ``mode`` asks for some."""
+    if options.forced and not new.sites:
+        rows = "".join(f"\n  {r.all_reduce}: {r.reason} ({r.source})" for r in new.report.refusals)
+        raise TokenWeaveError(f"{_asked(options)}: {new.report.reasons[-1]}{rows}")
+
+
+def check_woven(reason: str, options: Options) -> None:
+    """Raises TokenWeaveError for a graph that is not woven for this reason, where ``mode`` asks for it."""
+    if options.forced == "weave" and options.min_tokens == "auto":
+        raise TokenWeaveError(f"{_asked(options)} woven: {reason}")
+
+
+def _asked(options: Options) -> str:
+    return f"option 'tokenweave.mode' is {options.mode!r}, but this graph cannot be"
 
 
 def copied(graph: Graph) -> Graph:

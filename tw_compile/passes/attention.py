@@ -75,9 +75,9 @@ def _attention(node, axes):
     of_mask = _axis_of_mask(mask, axis) if mask is not None else None
     if mask in axes and axes[mask] != of_mask:
         return None
-    slices = {mask: of_mask} if of_mask is not None and mask not in axes else {}
+    slices = {SIGNATURES[node.target].mask: of_mask} if of_mask is not None and mask not in axes else {}
     if axis.dim == 0:  # between sequences
-        slices |= {a: axis for a in (key, val) if a not in axes}
+        slices |= {i: axis for i, a in ((1, key), (2, val)) if a not in axes}
         return Split(outputs, slices=slices) if all(axes[a].dim == 0 for a in kv) else None
     if axis.dim != 2:
         return None
@@ -85,7 +85,7 @@ def _attention(node, axes):
         # Both halves of all three, by ``second_half`` below; a mask on top of is_causal is not an op's choice to have.
         same = len(kv) == 2 and all(axes[a] == axis for a in kv)
         return Split(outputs) if same and mask is None else None
-    return Split(outputs, whole=frozenset(kv), slices=slices)
+    return Split(outputs, whole=frozenset(i for i, a in ((1, key), (2, val)) if a in axes), slices=slices)
 
 
 def _axis_of_mask(mask: Node, axis: TokenAxis) -> TokenAxis | None:

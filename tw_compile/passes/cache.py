@@ -13,15 +13,13 @@ import torch
 from torch.fx import Node
 
 from .emit import size_of
-from .graph_utils import VIEWS, aten, calls, is_tensor, prims, value
+from .graph_utils import aten, calls, is_tensor, is_view, prims, value
 from .mask import INDEX, first_row
 from .token_axis import Split, TokenAxis, product, split_rule
 
-# What may stand between a cache and the attention that reads it. It is done for the first half too, and takes no arithmetic.
-_LAYOUT = (
-    *VIEWS, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.expand.default, aten.clone.default,
-    aten.alias.default, prims.convert_element_type.default,
-)  # fmt: skip
+# What may stand between a cache and the attention that reads it, beside views. It is done for the first half too, and takes no
+# arithmetic.
+_COPIES = (aten.clone.default, prims.convert_element_type.default)
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def write_of(node: Node, axes) -> Write | None:
         dim = (node.args[1] if len(node.args) > 1 else 0) % value(node).dim()
         last = bool(before) and set(axes) == {rows} and rows not in before and axes[rows].dim == dim
         return Write(node, tuple(before), rows, dim, axes[rows]) if last else None
-    if calls(node, aten.index_put.default) and len(node.args) == 3:
+    if calls(node, aten.index_put.default) and len(node.args) == 3 and not node.kwargs:
         cache, (*others, positions), rows = node.args
         is_index = is_tensor(positions) and value(positions).dim() == 1 and value(positions).dtype in INDEX
         if not is_index or any(others) or positions in axes or rows not in axes or value(rows).dim() != value(cache).dim():
@@ -60,8 +58,9 @@ def write_of(node: Node, axes) -> Write | None:
 
 def view_of(write: Write, node: Node) -> Write | None:
     """The same write as a call on its result shows it, if that is another view of it."""
-    rule = split_rule(node, {node.args[0]: write.axis}) if calls(node, *_LAYOUT) else None
-    return replace(write, axis=rule.axis) if isinstance(rule, Split) else None
+    is_layout = node.op == "call_function" and (is_view(node.target) or calls(node, *_COPIES)) and isinstance(node.args[0], Node)
+    rule = split_rule(node, {node.args[0]: write.axis}) if is_layout else None
+    return replace(write, axis=rule.axis) if isinstance(rule, Split) and isinstance(rule.axis, TokenAxis) else None
 
 
 def first_key(keys: Write, values: Write):

@@ -21,7 +21,7 @@ class Emitter:
     def __init__(self, graph: Graph, fake_mode):
         self.graph, self.fake_mode = graph, fake_mode
         self.like, self.half = None, None
-        self._sizes = {}
+        self.sizes = {}  # sympy expression -> what computes it
 
     def __call__(self, target, *args, **kwargs) -> Node:
         node = self.graph.call_function(target, args, kwargs)
@@ -35,11 +35,11 @@ class Emitter:
     def size(self, size):
         """An int or SymInt or sympy expression as what an op's argument can be: an int, or a node that computes it."""
         size = size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
-        if size not in self._sizes:
+        if size not in self.sizes:
             half, self.half = self.half, None
-            self._sizes[size] = self._compute(size)
+            self.sizes[size] = self._compute(size)
             self.half = half
-        return self._sizes[size]
+        return self.sizes[size]
 
     def _compute(self, size):
         if size.is_Integer:

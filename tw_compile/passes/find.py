@@ -23,12 +23,14 @@ from types import MappingProxyType
 
 import torch
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .. import ops
 from ..report import Refusal
 from .graph_utils import (
     VIEWS,
+    Ancestors,
     aten,
     calls,
     is_tensor,
@@ -80,22 +82,45 @@ def register_all_reduce(op, read: Callable[[Node], AllReduce]) -> None:
     _ALL_REDUCES[op] = read
 
 
+_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional")  # namespaces of torch's
+_LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # ops there that ask nothing of another rank
+
+
+def communicates(node: Node) -> bool:
+    """Whether a call needs the other ranks: torch's functional collectives, registered all-reduces, our sites, and the calls of
+    higher-order ops and of layers that have one of these inside. Not ``wait_tensor``, nor the ``wait`` of a site."""
+    if node.op != "call_function":
+        return False
+    op = node.target
+    if isinstance(op, torch._ops.OpOverload):
+        return op in (ops.fused, ops.start, *_ALL_REDUCES) or (op.namespace in _COLLECTIVES and op._opname not in _LOCAL)
+    return any(communicates(inner) for graph in _inside(node) for inner in graph.nodes)
+
+
+def _inside(call: Node) -> list[Graph]:
+    """The graphs that a call is given."""
+    names = [a.target for a in call.all_input_nodes if a.op == "get_attr"]
+    modules = [operator.attrgetter(name)(call.graph.owning_module) for name in names]
+    return [module.graph for module in modules if isinstance(module, GraphModule)]
+
+
+def collectives(graph: Graph) -> list[Node]:
+    """All calls of a graph that communicate, in program order: that in which every rank has to make them."""
+    return [node for node in graph.nodes if communicates(node)]
+
+
+def stays(node: Node) -> bool:
+    """Whether a call is kept although nobody reads its result: the other ranks make it, too, or it does more than return."""
+    return node.is_impure() or communicates(node)
+
+
 def registered_all_reduces() -> list[str]:
     """The ops that were registered as all-reduces."""
     return [str(op) for op in _ALL_REDUCES if op.namespace not in _COLLECTIVES]
 
 
-_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
-_LOCAL = ("wait_tensor", "_wrap_tensor_autograd")
-
-
-def collectives(graph):
-    from .. import ops
-    return [n for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and (n.target in (ops.fused, ops.start, *_ALL_REDUCES) or (n.target.namespace in _COLLECTIVES and n.target._opname not in _LOCAL))]
-
-
 def collective_group(node: Node) -> str:
-    """The name of the group that a collective is for; '' for what has collectives of several inside."""
+    """The name of the group that a collective is for; '' where its arguments do not name one."""
     if node.target in _ALL_REDUCES:
         return _ALL_REDUCES[node.target](node).group
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -167,18 +192,34 @@ def find(graph: Graph, refused: Mapping[str, str] = MappingProxyType({})) -> lis
 
     refused: names of all-reduces that are refused in any case -> the reason
     """
-    found, owner = [], {}
+    found, order = [], collectives(graph)
+    before = Ancestors(graph) if order else None
     for node in graph.nodes:
         if calls(node, *_ALL_REDUCES, *_REFUSED):
             match = Refusal(str(node), source_of(node), refused[node.name]) if node.name in refused else _match(node)
-            if isinstance(match, Match) and (first := owner.setdefault(match.total, node)) is not node:
-                match = Refusal(str(node), source_of(node), f"its residual add and norm are fused with {first} already")
+            if isinstance(match, Match) and (late := overtaken(match, order, before)):
+                match = Refusal(str(node), source_of(node), late)
             found.append(match)
     for name, inner in subgraphs(graph):
         for node in inner.nodes:
             if calls(node, *_ALL_REDUCES, *_REFUSED):
                 found.append(Refusal(str(node), source_of(node), f"inside {name}, the graph of a higher-order op"))
     return found
+
+
+def overtaken(match: Match, order: list[Node], before: Ancestors) -> str | None:
+    """Why a site cannot keep its place among ``order``, the collectives of its graph, if it is so.
+
+    It begins when it has all that it adds and multiplies. If that hangs on a later collective, it would come after that.
+    """
+    norm = match.norm
+    given = [match.residual, match.bias, norm.weight, norm.shift, *(a for step in match.linear for a in step.all_input_nodes)]
+    own = {match.all_reduce, *match.linear, *match.all_reduce.users}
+    given = [a for a in given if a is not None and a not in own]
+    for later in order[order.index(match.all_reduce) + 1 :]:
+        if any(a is later or before(later, a) for a in given):
+            return f"its residual add or norm waits for {later}, a later collective"
+    return None
 
 
 def _match(node: Node) -> Match | Refusal:

@@ -5,18 +5,21 @@ import operator
 from torch.fx import Graph, Node
 
 from .. import ops
-from .find import WAIT, Match
+from .find import WAIT, Match, stays
 from .graph_utils import VIEWS, aten, calls, in_order, same_shape, sort_and_clean, value
 
 
 def fuse(graph: Graph, matches: list[Match], transport: str, ctas: int) -> list[Node]:
     """Replace each match by a ``fused`` call; returns the calls, in the order of the matches.
 
+    A call takes the place of its all-reduce among the collectives. Those all-reduces vanish, and no other collective.
+
     ctas: CTAs of the kernel, 0 for its own choice.
     """
+    replaced = {node for match in matches for node in (match.all_reduce, _sum(match.all_reduce))}
     # From the last to the first, so that the residual of a site is still the node its match names.
     calls_of = {m: _replace(graph, m, i, transport, ctas) for i, m in reversed(list(enumerate(matches)))}
-    sort_and_clean(graph)
+    sort_and_clean(graph, lambda node: stays(node) and node not in replaced)
     return [calls_of[m] for m in matches]
 
 
@@ -27,7 +30,7 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
         return node
 
     norm, total = match.norm, match.total
-    with graph.inserting_before(total):
+    with graph.inserting_before(match.all_reduce):
         x, done = match.x, _sum(match.all_reduce)
         for step in match.linear:
             x, done = emit(step.target, *[x if a is done else a for a in step.args], meta=step), step

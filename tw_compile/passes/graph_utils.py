@@ -1,5 +1,6 @@
 """Small questions that every pass asks of a post-grad graph."""
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,14 @@ VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 def calls(node, *targets) -> bool:
     """Whether ``node`` is a call of one of ``targets``."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def is_view(op) -> bool:
+    """Whether a call of ``op`` returns its input's memory in another shape, or copies it if there is no other way to that shape.
+
+    By the op's schema, which names the alias; ``_unsafe_view`` returns one without a name.
+    """
+    return op in VIEWS or getattr(op, "is_view", False)
 
 
 def value(node: Node):
@@ -106,16 +115,29 @@ def subgraphs(graph: Graph) -> list[tuple[str, Graph]]:
     return [(name, module.graph) for name, module in modules]
 
 
-def sort_and_clean(graph: Graph) -> None:
-    """Put every node after its inputs, and drop what nobody uses, a dead ``wait_tensor`` included."""
-    from torch._inductor.pattern_matcher import stable_topological_sort
+def sort_and_clean(graph: Graph, stays: Callable[[Node], bool], first: Mapping[Node, Iterable[Node]] | None = None) -> None:
+    """Put every node after its inputs, and drop what nobody uses.
 
-    def impure(node):
-        # wait_tensor is registered as having a side effect: it would keep the all-reduce that a site replaces.
-        return node.op in ("placeholder", "output") or (
-            node.is_impure() and node.target is not torch.ops._c10d_functional.wait_tensor.default
-        )
+    A node moves only to the front, and only when one that stood before it needs it: calls which do not need a later one keep
+    their order.
 
-    stable_topological_sort(graph)
-    graph.eliminate_dead_code(is_impure_node=impure)
+    stays: whether a node is kept although nobody uses it; placeholders and the output always are
+    first: a node -> others that go before it, although they are not its inputs
+    """
+    order, placed = [], set()
+    for node in graph.nodes:
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            needs = [*top.all_input_nodes, *(first.get(top, ()) if first else ())]
+            if top not in placed and (missing := [a for a in needs if a not in placed]):
+                stack.extend(reversed(missing))
+                continue
+            if stack.pop() not in placed:
+                placed.add(top)
+                order.append(top)
+    for before, node in zip(order, order[1:]):
+        if before.next is not node:
+            before.append(node)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or stays(node))
     graph.lint()

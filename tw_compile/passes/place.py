@@ -19,9 +19,8 @@ from collections.abc import Collection
 from torch.fx import Graph, Node
 
 from .. import ops
-from .graph_utils import VIEWS, Ancestors, arguments, aten, calls, in_order, keeps_rows, same_shape, value
+from .graph_utils import VIEWS, Ancestors, arguments, aten, calls, in_order, is_view, keeps_rows, same_shape, value
 
-_VIEWS = (*VIEWS, aten.slice.Tensor, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
 _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear)
 
 
@@ -107,7 +106,7 @@ def _can_borrow(site: _Site, following: _Site | None, before: Ancestors) -> bool
     readers = list(norm.users) if norm is not None else []
     while readers:
         reader = readers.pop()
-        if calls(reader, *_VIEWS):
+        if reader.op == "call_function" and (is_view(reader.target) or reader.target is operator.getitem):
             readers.extend(reader.users)
         elif not calls(reader, *_GEMMS) or not (following is None or before(reader, following.writer)):
             return False

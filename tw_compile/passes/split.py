@@ -5,14 +5,13 @@ an op without a token-axis rule needs them whole, or after the last site.
 """
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch._dynamo.utils import detect_fake_mode
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
 
 from .. import ops
 from ..report import Join
@@ -20,28 +19,34 @@ from . import attention
 from .cache import Write, put_entries, view_of, write_of
 from .cut import Cut
 from .emit import Emitter
+from .find import WAIT, collectives, communicates
 from .gather import GATHER, gather_along, side_by_side
 from .graph_utils import Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
-from .token_axis import Split, TokenAxis, expr, expr_of, split_rule
+from .token_axis import Split, TokenAxis, equal, expr, expr_of, map_places, same_axis, split_rule
 
 
 @dataclass(frozen=True)
 class Halves:
-    """A value that exists as two nodes, to be joined along ``axis``."""
+    """A value that exists as two nodes, to be joined along ``axis``; of a tuple of values, a tuple of axes."""
 
     nodes: tuple[Node, Node]
-    axis: TokenAxis
+    axis: TokenAxis | tuple
 
 
 _NOT_HIDDEN = "no mask is known to hide what the second half writes from the first half"
 
 
-def split(graph: Graph, sites: list[Node], cut: Cut, unsplit=()) -> tuple[Graph, list[Node], list[Join]]:
+def split(
+    graph: Graph, sites: list[Node], cut: Cut, keep_whole: Mapping[Node, str] | None = None
+) -> tuple[Graph, list[Node], list[Join], dict[Node, str]]:
     """Cut the region between the first and the last of ``sites`` (``fused`` calls).
 
-    Returns (new graph, the sites that were cut, what had to be joined between the first and the last of them).
+    keep_whole: calls that are not made for each half, although a rule may allow it -> why
+    Returns (new graph, the sites that were cut, what had to be joined between the first and the last of them, what was done
+    with each collective that is no site: ``cut`` or ``whole``). All collectives are in the order of ``graph``, the first half
+    of each before its second.
     """
-    return (*_Splitter(graph, sites, cut).run(), {})
+    return _Splitter(graph, sites, cut, keep_whole or {}).run()
 
 
 def _chain(sites: list[Node], before: Ancestors) -> list[Node]:
@@ -54,9 +59,9 @@ def _chain(sites: list[Node], before: Ancestors) -> list[Node]:
 
 
 class _Splitter:
-    def __init__(self, graph: Graph, sites: list[Node], cut: Cut):
+    def __init__(self, graph: Graph, sites: list[Node], cut: Cut, keep_whole: Mapping[Node, str]):
         shape = value(sites[0].args[0]).shape
-        self.old, self.cut = graph, cut
+        self.old, self.cut, self.keep_whole = graph, cut, keep_whole
         self.before = Ancestors(graph)
         self.sites = _chain([s for s in sites if same_shape(value(s.args[0]).shape[:-1], shape[:-1])], self.before)
         self.emit = Emitter(Graph(graph.owning_module), detect_fake_mode([value(sites[0].args[0])]))
@@ -66,15 +71,17 @@ class _Splitter:
         self.written: dict[Node, Write] = {}  # a whole, to which each half's rows are written in turn
         self.firsts: dict[Node, Node] = {}  # such a whole -> what it is before the second half's are
         self.joins: list[Join] = []
+        self.done: dict[Node, str] = {node: "whole" for node in collectives(graph) if not calls(node, ops.fused)}
 
     def run(self):
+        region = self._region()
         for node in self.old.nodes:
             self.emit.like = node
             if node in self.env:
                 continue  # a result that was made together with its call
             if node in self.sites:
                 self._site(node)
-            elif not self.before(node, self.sites[-1]):
+            elif node not in region:
                 self._whole(node)
             elif self._cut_inputs(node):
                 self._inside(node)
@@ -82,7 +89,17 @@ class _Splitter:
                 self._whole(node)
                 self._follow(node)
         self.emit.graph.lint()
-        return self.emit.graph, self.sites, self.joins
+        return self.emit.graph, self.sites, self.joins, self.done
+
+    def _region(self) -> set[Node]:
+        """The nodes that the last site needs, or a collective in front of it that nobody reads and that is made all the same."""
+        nodes = list(self.old.nodes)
+        ends = [node for node in nodes[: nodes.index(self.sites[-1])] if communicates(node)]
+        ends += [user for node in ends for user in node.users if calls(user, WAIT)] + [self.sites[-1]]
+        needed = 0
+        for end in ends:
+            needed |= self.before.of[end] | self.before.bit[end]
+        return {node for node in nodes if needed & self.before.bit[node]}
 
     # --- one node ----------------------------------------------------------------------------------------------------
 
@@ -97,52 +114,115 @@ class _Splitter:
             self.env[node] = self.emit.graph.node_copy(node, self._join)
 
     def _inside(self, node: Node) -> None:
-        axes = self._cut_inputs(node)
         if calls(node, operator.getitem):
             parent = self.env[node.args[0]]
             parts = [self._in_half(h, operator.getitem, n, node.args[1]) for h, n in enumerate(parent.nodes)]
             self.env[node] = Halves(tuple(parts), parent.axis[node.args[1]])
-            return
-        if calls(node, aten.sym_size.int):
+        elif calls(node, aten.sym_size.int):
             self._whole(node)
-            return
+        elif reason := self.keep_whole.get(node) or self._attempt(node):
+            self.joins.append(Join(str(node.target), source_of(node), reason))
+            self._whole(node)
+        elif node in self.done:
+            self.done[node] = "cut"
+
+    def _attempt(self, node: Node) -> str | None:
+        """Make a call once for each half; or leave everything as it was, and return why that cannot be."""
+        last, known = next(reversed(self.emit.graph.nodes)), (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes)
+        lengths, written, joins = [len(k) for k in known], dict(self.written), len(self.joins)
+        try:
+            reason = self._in_halves(node)
+        except Exception as error:  # a graph must not break for a call that is only made right as a whole
+            reason = f"it cannot be made for a half: {type(error).__name__}: {error}".splitlines()[0]
+        if reason is None:
+            return None
+        for entries, length in zip(known, lengths):
+            while len(entries) > length:
+                entries.popitem()  # the newest: entries are only added
+        self.written, self.emit.half = written, None
+        del self.joins[joins:]
+        while (made := next(reversed(self.emit.graph.nodes))) is not last:
+            self.emit.graph.erase_node(made)
+        return reason
+
+    def _in_halves(self, node: Node) -> str | None:
+        """Make a call once for each half, or return why that cannot be."""
+        axes = self._cut_inputs(node)
         if calls(node, GATHER) and axes[node.args[0]].dim == 0 and (found := side_by_side(node)):
             self._gather(node, *found)
-            return
+            return self._fault(found[0], self.env[found[0]])
         if write := write_of(node, axes):
-            self._write(node, write)
-            return
+            return self._write(node, write)
         rule = split_rule(node, axes)
-        if not isinstance(rule, str):
-            rule = self._checked(rule)
         if isinstance(rule, str):
-            self.joins.append(Join(str(node.target), source_of(node), rule))
-            self._whole(node)
-            return
+            return rule
+        for axis, a in self._sliced(node, rule):
+            needed = expr(self.cut.length) * expr_of(axis.unit)
+            if not equal(expr(value(a).shape[axis.dim]), needed):
+                return f"an input has {value(a).shape[axis.dim]} entries along the token axis, not {needed}"
         if attention.is_cut_causally(node, axes, self._rows):
-            self._causal_attention(node, rule)
-            return
+            return self._causal_attention(node, rule)
         self._follow(node)
-        of_input = lambda half: lambda a: self._join(a) if a in rule.whole else self._half(a, half, rule.slices.get(a))
-        self.env[node] = Halves(tuple(self._again(node, rule, half, of_input(half)) for half in (0, 1)), rule.axis)
+
+        def of_input(half):
+            def convert(place, a):
+                return self._join(a) if rule.takes_whole(place, a) else self._half(a, half, rule.slice_of(place, a))
+
+            return convert
+
+        made = Halves(tuple(self._again(node, rule, half, of_input(half)) for half in (0, 1)), rule.axis)
+        self.env[node] = made
+        return self._fault(node, made)
 
     def _again(self, node: Node, rule: Split, half: int, of_input) -> Node:
-        """The call that ``rule`` makes of ``node`` for a half. of_input: a node of the old graph -> its argument"""
+        """The call that ``rule`` makes of ``node`` for a half. of_input: (place, node of the old graph) -> its argument"""
 
-        def convert(a):
+        def convert(place, a):
             if isinstance(a, torch.SymInt):
                 return self.emit.size(a)
-            return of_input(a) if isinstance(a, Node) else a
+            return of_input(place, a) if isinstance(a, Node) else a
 
-        args, kwargs = tree_map(convert, (node.args if rule.args is None else tuple(rule.args), dict(node.kwargs)))
-        return self._in_half(half, node.target, *args, **kwargs)
+        args, kwargs = map_places(convert, node.args if rule.args is None else rule.args, node.kwargs)
+        return self._in_half(half, rule.target or node.target, *args, **kwargs)
 
-    def _checked(self, rule):
-        for a, axis in rule.slices.items():
-            length = value(a).shape[axis.dim]
-            if expr(length) != expr(self.cut.length) * expr_of(axis.unit):
-                return f"an input has {length} entries along the token axis, not {expr(self.cut.length) * expr_of(axis.unit)}"
-        return rule
+    def _sliced(self, node: Node, rule: Split) -> list[tuple[TokenAxis, Node]]:
+        """What a rule slices of the inputs of a call that are not cut."""
+        found = []
+
+        def look(place, a):
+            axis = rule.slice_of(place, a) if isinstance(a, Node) else None
+            if axis is not None and not isinstance(self.env[a], Halves):
+                found.append((axis, a))
+
+        map_places(look, node.args if rule.args is None else rule.args, node.kwargs)
+        return found
+
+    def _fault(self, node: Node, made: Halves) -> str | None:
+        """What is wrong with the halves that a rule made of a call, if they do not make up its result."""
+        whole, parts = value(node), [value(part) for part in made.nodes]
+        if isinstance(whole, torch.Tensor):
+            return self._misfit(whole, parts, made.axis)
+        if not isinstance(whole, (tuple, list)) or not isinstance(made.axis, tuple) or not all(calls(u, operator.getitem) for u in node.users):
+            return "its token-axis rule does not say where the tokens of each result are"
+        if any(len(results) != len(whole) for results in (made.axis, *parts)):
+            return f"its token-axis rule gives another number of results than {len(whole)}"
+        used = {user.args[1] for user in node.users}
+        faults = (self._misfit(whole[i], [part[i] for part in parts], made.axis[i]) for i in sorted(used))
+        return next(filter(None, faults), None)
+
+    def _misfit(self, whole, parts, axis) -> str | None:
+        """The same of a single result."""
+        if not isinstance(axis, TokenAxis) or not 0 <= axis.dim < whole.dim():
+            return f"its token-axis rule answers {axis!r}, which is no axis of the result"
+        unit, shape = expr_of(axis.unit), [expr(size) for size in whole.shape]
+        lengths = [expr(n) * unit for n in (self.cut.length, *self.cut.halves)]
+        for tensor, length in zip((whole, *parts), lengths):
+            wanted = [*shape[: axis.dim], length, *shape[axis.dim + 1 :]]
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype != whole.dtype or tensor.dim() != len(wanted):
+                return "its token-axis rule gives halves of another kind than the result"
+            if not all(equal(expr(size), w) for size, w in zip(tensor.shape, wanted)):
+                return f"its token-axis rule gives a part of shape {list(tensor.shape)}, not {wanted}"
+        return None
 
     def _site(self, node: Node) -> None:
         """A fused call for each half, and its results."""
@@ -166,7 +246,7 @@ class _Splitter:
         self.env |= dict.fromkeys([node, *between])  # nobody else reads these
         self.env[cat] = Halves(tuple(parts), self.env[x].axis)
 
-    def _causal_attention(self, node: Node, rule: Split) -> None:
+    def _causal_attention(self, node: Node, rule: Split) -> str | None:
         queries, mask = self.env[node.args[0]].nodes, attention.attention_mask(node)
         emit = lambda half: partial(self._in_half, half)
         if mask is None:
@@ -174,18 +254,20 @@ class _Splitter:
             results = attention.causal_halves(emit, node, queries, keys, values)
         else:
             keys, values = map(self._seen, node.args[1:3])
-            rows = [self._half(mask, half, rule.slices.get(mask)) for half in (0, 1)]
+            of_mask = rule.slice_of(attention.SIGNATURES[node.target].mask, mask)
+            rows = [self._half(mask, half, of_mask) for half in (0, 1)]
             results = attention.masked_halves(emit, node, queries, keys, values, rows)
-        for user in node.users:  # only the result itself, by the rule
-            self.env[user] = Halves(results, self.env[node.args[0]].axis)
+        made = Halves(results, self.env[node.args[0]].axis)
+        self.env |= dict.fromkeys(node.users, made)  # only the result itself, by the rule
+        return self._misfit(value(node)[0], [value(result) for result in results], made.axis)
 
     # --- what is written to a cache ----------------------------------------------------------------------------------
 
-    def _write(self, node: Node, write: Write) -> None:
+    def _write(self, node: Node, write: Write) -> str | None:
         before, rows = [self._join(a) for a in write.before], self.env[write.rows].nodes
         if write.axis.dim != write.dim:
             self._write_entries(node, write, *before)
-            return
+            return self._fault(node, self.env[node])
         if write.positions is None:
             self.env[node] = self.emit(aten.cat.default, [*before, *rows], write.dim)
         else:
@@ -196,6 +278,7 @@ class _Splitter:
                 self.firsts.setdefault(node, cache)
             self.env[node] = cache
         self.written[node] = write
+        return None
 
     def _write_entries(self, node: Node, write: Write, cache: Node) -> None:
         """A write between sequences: the halves are slices of the cache, and the cache is not made of them."""
@@ -228,7 +311,7 @@ class _Splitter:
             else:
                 source = old.args[0]
                 rule = split_rule(old, {source: self.written[source].axis})
-                self.firsts[old] = self._again(old, rule, 0, lambda a: self._first(a) if a is source else self._join(a))
+                self.firsts[old] = self._again(old, rule, 0, lambda _, a: self._first(a) if a is source else self._join(a))
         return self.firsts[old]
 
     def _rows(self, old: Node) -> Write | None:
@@ -252,12 +335,13 @@ class _Splitter:
         return node
 
     def _half(self, old: Node, half: int, axis: TokenAxis | None) -> Node:
-        """One half of a value; of a value that is not cut, its slice along ``axis``, or all of it without one."""
+        """One half of a value, along ``axis`` if that is given; of a value that is not cut and without an axis, all of it."""
         known = self.env[old]
-        if isinstance(known, Halves):
+        if isinstance(known, Halves) and (axis is None or same_axis(known.axis, axis)):
             return known.nodes[half]
         if axis is None:
             return known
+        known = self._join(old)
         if (known, axis) not in self.cuts:
             at = self.emit.size(expr(self.cut.first) * expr_of(axis.unit))
             end = self.emit.size(expr(self.cut.length) * expr_of(axis.unit))

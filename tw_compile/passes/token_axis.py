@@ -3,9 +3,11 @@
 A rule answers, for a call whose marked inputs are cut along their token axes: may the call be made once for each half,
 and where are the tokens of its result? It says None where a half of the result needs more than that half of the inputs.
 The call is then made on the whole, and the report names it.
+
+An answer is not taken on trust: ``split`` compares the sizes of what the halves give with those of the whole.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -36,12 +38,24 @@ class Split:
     whole:   cut inputs that both halves need whole, as attention's keys and values
     slices:  inputs that are not cut and have a token axis too: each half takes its part
     args:    the arguments, where they are not the same as before (a reshape's sizes)
+    target:  the op to call, where it is not the same as before
+
+    ``whole`` and ``slices`` name an input by its place in the call: its position; (position, index) in a list; a keyword, or
+    (keyword, index). A node names all places in which it is given. Use that only where they mean the same: one tensor may
+    well be given as query and key.
     """
 
     axis: TokenAxis | tuple
     whole: frozenset = frozenset()
-    slices: Mapping[Node, TokenAxis] = field(default_factory=dict)
+    slices: Mapping[object, TokenAxis] = field(default_factory=dict)
     args: tuple | None = None
+    target: object = None
+
+    def takes_whole(self, place, node: Node) -> bool:
+        return place in self.whole or node in self.whole
+
+    def slice_of(self, place, node: Node) -> TokenAxis | None:
+        return self.slices.get(place, self.slices.get(node))
 
 
 Rule = Callable[[Node, Mapping[Node, TokenAxis]], Split | None]
@@ -53,7 +67,7 @@ def register_token_rule(*targets) -> Callable[[Rule], Rule]:
 
     node: the call; ``node.meta["val"]`` and those of its inputs hold the shapes of the whole, unsplit values
     axes: the TokenAxis of each input that is cut
-    A rule given here replaces the one that was there.
+    A rule given here replaces the one that was there. One that raises, or whose answer does not hold, is as one that says None.
     """
 
     def register(rule: Rule) -> Rule:
@@ -70,12 +84,42 @@ def registered_rules() -> list[str]:
 
 def split_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
     """How ``node`` is split, or why it cannot be. axes: the TokenAxis of each of its inputs that is cut."""
-    rule = _RULES.get(node.target)
-    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        rule = _pointwise
+    rule = _RULES.get(node.target) or (_pointwise if _is_pointwise(node.target) else None)
     if rule is None:
         return "no token-axis rule for this op"
-    return rule(node, axes) or "its token-axis rule does not cover this use"
+    try:
+        answer = rule(node, axes)
+    except Exception as error:  # anybody's rule: a graph must not break for it
+        return f"its token-axis rule raises {type(error).__name__}: {error}"
+    if answer is None or isinstance(answer, Split):
+        return answer or "its token-axis rule does not cover this use"
+    return f"its token-axis rule answers {answer!r}, which is no Split"
+
+
+def _is_pointwise(op) -> bool:
+    """By its tags, if it does nothing else: neither writes to its inputs nor draws random numbers, which two calls draw anew."""
+    tags = getattr(op, "tags", ())
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags and not op._schema.is_mutable
+
+
+def places(node: Node) -> Iterator[tuple[object, Node]]:
+    """The inputs of a call, each with its place, as ``Split`` has it."""
+    found = []
+    map_places(lambda place, a: found.append((place, a)), node.args, node.kwargs)
+    return ((place, a) for place, a in found if isinstance(a, Node))
+
+
+def map_places(change, args, kwargs) -> tuple[tuple, dict]:
+    """The arguments of a call, with change(place, argument) for each that is no list."""
+
+    def walk(place, a):
+        if not isinstance(a, (list, tuple)):
+            return change(place, a)
+        at = place if isinstance(place, tuple) else (place,)
+        inner = [walk((*at, i), item) for i, item in enumerate(a)]
+        return inner if isinstance(a, list) else tuple(inner)
+
+    return tuple(walk(i, a) for i, a in enumerate(args)), {name: walk(name, a) for name, a in kwargs.items()}
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -86,12 +130,27 @@ def expr(size):
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
+def equal(a, b) -> bool:
+    """Whether two sympy expressions are known to be the same number, whatever their symbols are."""
+    difference = sympy.expand(a - b)
+    if difference == 0:
+        return True
+    symbols = sorted(difference.free_symbols, key=str)
+    if not symbols:
+        return False
+    # What sympy does not simplify, as of quotients that are rounded, is tried out.
+    return all(difference.subs({s: start + step * i for i, s in enumerate(symbols)}) == 0 for start, step in _TRIALS)
+
+
+_TRIALS = ((2, 1), (7, 4), (64, 31), (331, 18), (1024, 105))
+
+
 def product(sizes):
     return sympy.prod([expr(s) for s in sizes])
 
 
-def _same_axis(a: TokenAxis, b: TokenAxis) -> bool:
-    return a.dim == b.dim and sympy.simplify(expr_of(a.unit) - expr_of(b.unit)) == 0
+def same_axis(a: TokenAxis, b: TokenAxis) -> bool:
+    return a.dim == b.dim and equal(expr_of(a.unit), expr_of(b.unit))
 
 
 def expr_of(unit):
@@ -111,18 +170,19 @@ def _dim(node: Node, position: int, default: int, rank: int) -> int:
 )  # fmt: skip
 def _pointwise(node, axes):
     """Every input broadcast against the result from the right. An all-reduce of each half is that of the whole."""
-    rank = value(node).dim()
+    results = value(node)
+    rank = (results if isinstance(results, torch.Tensor) else results[0]).dim()
     found = [TokenAxis(rank - value(a).dim() + axis.dim, axis.unit) for a, axis in axes.items()]
-    if not all(_same_axis(found[0], other) for other in found):
+    if not all(same_axis(found[0], other) for other in found):
         return None
     axis, slices = found[0], {}
-    for a in node.all_input_nodes:
+    for place, a in places(node):
         if a in axes or not is_tensor(a):
             continue
         dim = axis.dim - (rank - value(a).dim())
         if dim >= 0 and not is_one(value(a).shape[dim]):
-            slices[a] = TokenAxis(dim, axis.unit)
-    return Split(axis, slices=slices)
+            slices[place] = TokenAxis(dim, axis.unit)
+    return Split(axis if isinstance(results, torch.Tensor) else (axis,) * len(results), slices=slices)
 
 
 @register_token_rule(aten.mm.default)
@@ -141,7 +201,7 @@ def _addmm(node, axes):
     if b in axes or bias in axes or a not in axes or axes[a].dim != 0:
         return None
     if value(bias).dim() == 2 and not is_one(value(bias).shape[0]):
-        return Split(axes[a], slices={bias: axes[a]})
+        return Split(axes[a], slices={0: axes[a]})
     return Split(axes[a])
 
 
@@ -156,12 +216,12 @@ def _bmm(node, axes):
     if a in axes and b in axes:
         if axes[a].dim == axes[b].dim == 0:
             return Split(axes[a])
-        return Split(axes[a], whole=frozenset([b])) if axes[a].dim == 1 and axes[b].dim != 0 else None
+        return Split(axes[a], whole=frozenset([1])) if axes[a].dim == 1 and axes[b].dim != 0 else None
     if a in axes:
         batch = axes[a].dim == 0
-        return Split(axes[a], slices={b: axes[a]} if batch else {}) if axes[a].dim in (0, 1) else None
+        return Split(axes[a], slices={1: axes[a]} if batch else {}) if axes[a].dim in (0, 1) else None
     batch = axes[b].dim == 0
-    return Split(axes[b], slices={a: axes[b]} if batch else {}) if axes[b].dim in (0, 2) else None
+    return Split(axes[b], slices={0: axes[b]} if batch else {}) if axes[b].dim in (0, 2) else None
 
 
 @register_token_rule(*VIEWS)
@@ -206,12 +266,19 @@ def _unsqueeze(node, axes):
     return Split(TokenAxis(axis.dim + (at % value(node).dim() <= axis.dim), axis.unit))
 
 
-@register_token_rule(aten.squeeze.dim, aten.squeeze.dims)
+@register_token_rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 def _squeeze(node, axes):
-    source, dims = node.args
+    """The dimensions that the whole loses, by name: a half may have a single token, which must not go, too."""
+    source, *dims = node.args
     axis, shape = axes[source], value(source).shape
-    dims = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims) if is_one(shape[d])}
-    return Split(TokenAxis(axis.dim - sum(d < axis.dim for d in dims), axis.unit))
+    dims = range(len(shape)) if not dims else [dims[0]] if isinstance(dims[0], int) else dims[0]
+    gone = sorted({d % len(shape) for d in dims if is_one(shape[d])})
+    if axis.dim in gone:
+        return None
+    axis = TokenAxis(axis.dim - sum(d < axis.dim for d in gone), axis.unit)
+    if not gone:
+        return Split(axis, args=(source,), target=aten.alias.default)
+    return Split(axis, args=(source, gone), target=aten.squeeze.dims)
 
 
 @register_token_rule(aten.expand.default)
@@ -252,9 +319,9 @@ def _select(node, axes):
 def _cat(node, axes):
     inputs, dim = node.args[0], _dim(node, 1, 0, value(node).dim())
     axis = next(iter(axes.values()))
-    if dim == axis.dim or not all(_same_axis(axis, other) for other in axes.values()):
+    if dim == axis.dim or not all(same_axis(axis, other) for other in axes.values()):
         return None
-    return Split(axis, slices={a: axis for a in inputs if a not in axes})
+    return Split(axis, slices={(0, i): axis for i, a in enumerate(inputs) if a not in axes})
 
 
 @register_token_rule(
@@ -286,9 +353,9 @@ def _embedding(node, axes):
 def _gather(node, axes):
     source, dim, index = node.args[:3]
     found = list(axes.values())
-    if dim % value(node).dim() == found[0].dim or not all(_same_axis(found[0], other) for other in found):
+    if dim % value(node).dim() == found[0].dim or not all(same_axis(found[0], other) for other in found):
         return None
-    return Split(found[0], slices={a: found[0] for a in (source, index) if a not in axes})
+    return Split(found[0], slices={i: found[0] for i, a in ((0, source), (2, index)) if a not in axes})
 
 
 @register_token_rule(aten.constant_pad_nd.default)

@@ -23,11 +23,10 @@ from torch._dynamo.utils import detect_fake_mode
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
 
 from ..report import Refusal
 from .emit import Emitter
-from .find import WAIT, AllReduce, c10d, match_site
+from .find import WAIT, AllReduce, c10d, collectives, match_site, overtaken, stays
 from .gather import GATHER, gather_along
 from .graph_utils import (
     VIEWS,
@@ -42,7 +41,7 @@ from .graph_utils import (
     subgraphs,
     value,
 )
-from .token_axis import Split, TokenAxis, expr, split_rule
+from .token_axis import Split, TokenAxis, expr, map_places, split_rule
 
 SCATTER = c10d.reduce_scatter_tensor.default
 _REFUSED = {c10d.reduce_scatter_tensor_coalesced.default: "reduce_scatter_tensor_coalesced reduces several tensors at once"}
@@ -56,12 +55,14 @@ class _Site:
     x:        what it scatters, in the order of the rows
     steps:    the reduce-scatter, and what is done to its result up to the norm -> where the rows lie
     gathered: the values that hold all rows of the norm -> the step whose rows they gather
+    gathers:  the calls, and their waits, which the site replaces beside the reduce-scatter
     """
 
     scatter: Node
     x: Node
     steps: dict[Node, Split]
     gathered: dict[Node, Node]
+    gathers: frozenset[Node]
 
     @property
     def ranks(self) -> int:
@@ -81,10 +82,10 @@ def unshard(graph: Graph, refused: Mapping[str, str] = MappingProxyType({})) -> 
     """
     kinds = (SCATTER, *_REFUSED)
     scatters = [node for node in graph.nodes if calls(node, *kinds)]
-    before = Ancestors(graph) if scatters else None
-    sites, refusals, owner = [], [], {}
+    before, order = (Ancestors(graph), collectives(graph)) if scatters else (None, [])
+    sites, refusals = [], []
     for node in scatters:
-        site = refused.get(node.name) or _site(node, before, owner)
+        site = refused.get(node.name) or _site(node, order, before)
         if isinstance(site, _Site):
             sites.append(site)
         else:
@@ -98,16 +99,15 @@ def unshard(graph: Graph, refused: Mapping[str, str] = MappingProxyType({})) -> 
 # --- recognising a site ----------------------------------------------------------------------------------------------
 
 
-def _site(node: Node, before: Ancestors, owner: dict[Node, Node]) -> _Site | str:
-    """owner: the total of each site found so far -> its reduce-scatter; this one is added."""
+def _site(node: Node, order: list[Node], before: Ancestors) -> _Site | str:
     if node.target in _REFUSED:
         return _REFUSED[node.target]
     scattered, reduce_op, ranks, group = node.args
     match = match_site(node, AllReduce(scattered, reduce_op, group))
     if isinstance(match, Refusal):
         return match.reason
-    if match.total in owner:
-        return f"its residual add and norm are fused with {owner[match.total]} already"
+    if late := overtaken(match, order, before):
+        return late
     x, dim = _unscattered(scattered, ranks)
     if dim == value(x).dim() - 1:
         return f"it scatters dimension {dim}, over which the norm is"
@@ -119,7 +119,7 @@ def _site(node: Node, before: Ancestors, owner: dict[Node, Node]) -> _Site | str
     steps = _steps(node, TokenAxis(dim), outputs, before)
     if isinstance(steps, str):
         return steps
-    gathered = {}
+    gathered, gathers = {}, set()
     for output in (o for o in outputs if o in steps):
         for gather in (user for user in output.users if calls(user, GATHER)):
             if gather.args[2] != group:
@@ -128,10 +128,10 @@ def _site(node: Node, before: Ancestors, owner: dict[Node, Node]) -> _Site | str
             if None in wholes:
                 return f"the norm is not gathered along the dimension that is scattered, {steps[output].axis.dim}"
             gathered |= dict.fromkeys(wholes, output)
+            gathers |= {gather, *(user for user in gather.users if calls(user, WAIT))}
     if not gathered:
         return "no all-gather of the norm follows"
-    owner[match.total] = node
-    return _Site(node, x, steps, gathered)
+    return _Site(node, x, steps, gathered, frozenset(gathers))
 
 
 def _unscattered(x: Node, ranks: int) -> tuple[Node, int]:
@@ -194,10 +194,10 @@ def _steps(scatter: Node, axis: TokenAxis, outputs: list[Node], before: Ancestor
         if not before(scatter, node) or not (node in outputs or before(node, outputs[0])):
             continue
         rule = split_rule(node, {a: steps[a].axis for a in node.all_input_nodes if a in steps})
-        if isinstance(rule, Split):
+        if isinstance(rule, Split) and isinstance(rule.axis, TokenAxis):
             steps[node] = rule
         elif node not in outputs[1:]:
-            return f"{node.target} stands between reduce-scatter and all-gather: {rule}"
+            return f"{node.target} stands between reduce-scatter and all-gather: {rule if isinstance(rule, str) else 'it has several results'}"
     return steps
 
 
@@ -242,6 +242,8 @@ class _Unsharder:
         self.env: dict[Node, Node] = {}
         self.wholes: dict[tuple[Node, TokenAxis], Node] = {}  # a shard of the old graph, and where its rows lie -> all rows
         self.lengths: dict[sympy.Expr, sympy.Expr] = {}  # of a shard -> as a fraction of the whole's
+        self.replaced = {node for site in sites for node in site.gathers}  # and their copies, which nobody reads
+        self.first: dict[Node, list[Node]] = {}  # an all-reduce -> the residuals that were gathered for its site
 
     def run(self) -> Graph:
         for node in self.old.nodes:
@@ -252,7 +254,8 @@ class _Unsharder:
                 self.env[node] = self._shaped(self.wholes[self.gathered[node]], value(node).shape)
             else:
                 self.env[node] = self._copy(node)
-        sort_and_clean(self.emit.graph)
+        replaced = {self.env[node] for node in self.replaced}
+        sort_and_clean(self.emit.graph, lambda node: stays(node) and node not in replaced, self.first)
         return self.emit.graph
 
     # --- nodes -------------------------------------------------------------------------------------------------------
@@ -267,15 +270,17 @@ class _Unsharder:
             axes = {a: site.steps[a].axis for a in node.all_input_nodes if a in site.steps}
             wholes = {a: self.wholes[a, axis] for a, axis in axes.items()}
             length = next(value(wholes[a]).shape[axis.dim] for a, axis in axes.items())
-            wholes |= {a: self._gather(a, axis, length, site) for a, axis in rule.slices.items()}
 
-            def convert(a):
+            def convert(place, a):
                 if isinstance(a, torch.SymInt):
                     return self._size(a)
-                return wholes.get(a) or self._argument(a) if isinstance(a, Node) else a
+                if not isinstance(a, Node) or a in wholes:
+                    return wholes.get(a, a) if isinstance(a, Node) else a
+                sliced = rule.slice_of(place, a)
+                return self._argument(a) if sliced is None else self._gather(a, sliced, length, site)
 
-            args, kwargs = tree_map(convert, (node.args if rule.args is None else rule.args, node.kwargs))
-            whole = self.emit(node.target, *args, **kwargs)
+            args, kwargs = map_places(convert, node.args if rule.args is None else rule.args, node.kwargs)
+            whole = self.emit(rule.target or node.target, *args, **kwargs)
         self.wholes[node, rule.axis] = whole
         self._learn(value(node).shape[rule.axis.dim], value(whole).shape[rule.axis.dim], site)
 
@@ -287,6 +292,8 @@ class _Unsharder:
             whole = gather_along(self.emit, self._argument(shard), site.ranks, site.group, axis.dim)
             shape[axis.dim] = length
             self.wholes[shard, axis] = self._shaped(whole, shape)
+        # The site begins with it, so it is gathered before.
+        self.first.setdefault(self.wholes[site.scatter, site.steps[site.scatter].axis], []).append(self.wholes[shard, axis])
         return self.wholes[shard, axis]
 
     def _shard(self, node: Node) -> Node:

@@ -4,8 +4,8 @@ The order, for sites i = 0, 1, …, where S and W are start and wait of one half
 
     C₀ S₀  C₁ S₁  |  W₀ C₀ S₀  W₁ C₁ S₁  |  …  |  W₀ W₁
 
-Nothing is scheduled by hand: the starts are called in the order S₀ S₁ S₀ S₁ …, each with just what it still needs. Each
-wait also takes the newest tensor of the other half, which in this order is that half's start: the order of the graph is its
+Nothing is scheduled by hand: the starts are called in the order S₀ S₁ S₀ S₁ …, each with just what it still needs. What else
+communicates has its place among them as in the split graph, which is the order of the program. Each wait also takes the newest tensor of the other half, which in this order is that half's start: the order of the graph is its
 data flow, and stays so whatever Inductor does. It also keeps Inductor from fusing the two halves' kernels.
 """
 
@@ -14,6 +14,7 @@ import operator
 from torch.fx import Graph, Node
 
 from .. import ops
+from .find import communicates
 from .graph_utils import arguments, calls, in_order, is_tensor, value
 
 
@@ -36,9 +37,9 @@ class _Weaver:
         for node in self.old.nodes:
             if node.op == "placeholder":
                 self._put(node, self.new.node_copy(node))
-        sites = [n for n in self.old.nodes if calls(n, ops.fused) and n.meta.get("half") is not None]
-        for site in sites:
-            self._demand(site, start_only=True)
+        for node in self.old.nodes:
+            if communicates(node):
+                self._demand(node, start_only=_is_cut_site(node))
         for node in self.old.nodes:
             self._demand(node)
         self.new.lint()
@@ -60,7 +61,7 @@ class _Weaver:
                 self._emit(top, start_only and top is node)
 
     def _emit(self, node: Node, start_only: bool) -> None:
-        if not (calls(node, ops.fused) and node.meta.get("half") is not None):
+        if not _is_cut_site(node):
             self._put(node, self.new.node_copy(node, self.env.__getitem__))
             return
         if node not in self.starts:
@@ -90,3 +91,7 @@ class _Weaver:
         half = node.meta.get("half")
         if half is not None and is_tensor(node):
             self.newest[half] = node
+
+
+def _is_cut_site(node: Node) -> bool:
+    return calls(node, ops.fused) and node.meta.get("half") is not None
