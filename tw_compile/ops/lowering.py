@@ -2,6 +2,7 @@
 
 import torch
 import torch.utils._pytree as pytree
+from torch._dynamo.utils import detect_fake_mode
 from torch._inductor import ir, lowering
 from torch._inductor.codegen.wrapper import SubgraphPythonWrapperCodegen
 from torch._inductor.virtualized import V
@@ -30,8 +31,8 @@ def layer(subgraph, written, *operands):
     written: numbers of the operands that it writes to, which are inputs of the graph. (InvokeSubgraph looks for the operands behind two
     other arguments.) Some of the results are in a workspace: see register.
     """
-    if isinstance(subgraph, torch.fx.GraphModule):  # the graph itself is run, as by tools that look for errors in it
-        return subgraph(*operands)
+    if isinstance(subgraph, torch.fx.GraphModule):  # the graph itself is run: by fake tensors, or tools that look for errors in it
+        return _fake_results(subgraph, written) if detect_fake_mode(operands) else subgraph(*operands)
     outputs = ir.InvokeSubgraph.create(subgraph, *operands)
     V.graph.never_reuse_buffers.update(output.get_name() for output in outputs)
     call = outputs[0].inputs[0]
@@ -41,7 +42,17 @@ def layer(subgraph, written, *operands):
     return [ir.TensorBox.create(output) for output in outputs]
 
 
+def _fake_results(subgraph, written, *operands):
+    """What a call returns, as fake tensors. Sizes are expressions of the graph's own symbols, so all calls return equal ones."""
+    (results,) = subgraph.graph.output_node().args
+    return tuple(val.new_empty_strided(val.shape, val.stride()) for val in (result.meta["val"] for result in results))
+
+
 layer._inductor_lowering_function = True  # which makes Inductor call it as it is
+# From 2.14 on, Inductor asks these what a call returns once a pass has changed what it takes. It may not take another form, only live
+# elsewhere, so that a change of storages alone does not concern it.
+layer._inductor_lowering_output_metadata_fn = _fake_results
+layer._inductor_lowering_output_metadata_ignores_input_storage = True
 
 
 def register() -> None:
