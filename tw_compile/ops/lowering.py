@@ -1,12 +1,8 @@
 """How Inductor lowers the ops: what its code calls in their place, and that their results are not its own."""
 
 import torch
-import torch.utils._pytree as pytree
-from torch._dynamo.utils import detect_fake_mode
-from torch._inductor import ir, lowering
-from torch._inductor.codegen.wrapper import SubgraphPythonWrapperCodegen
-from torch._inductor.virtualized import V
 
+from ..compat import SubgraphPythonWrapperCodegen, V, detect_fake_mode, ir, is_lowering, lowering, pytree
 from . import fused, linear, start, wait
 
 
@@ -48,11 +44,7 @@ def _fake_results(subgraph, written, *operands):
     return tuple(val.new_empty_strided(val.shape, val.stride()) for val in (result.meta["val"] for result in results))
 
 
-layer._inductor_lowering_function = True  # which makes Inductor call it as it is
-# From 2.14 on, Inductor asks these what a call returns once a pass has changed what it takes. It may not take another form, only live
-# elsewhere, so that a change of storages alone does not concern it.
-layer._inductor_lowering_output_metadata_fn = _fake_results
-layer._inductor_lowering_output_metadata_ignores_input_storage = True
+is_lowering(layer, _fake_results)
 
 
 def register() -> None:
