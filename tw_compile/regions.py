@@ -10,9 +10,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-_CALL = torch.ops.higher_order.invoke_subgraph
+from .compat import auto_functionalized, invoke_subgraph
+
+_CALL = invoke_subgraph
 # How AOTAutograd calls a region that writes to its inputs. Behind the region's own results it returns what is written.
-_WRITING_CALL = torch.ops.higher_order.auto_functionalized_v2
+_WRITING_CALL = auto_functionalized
 
 
 def inline(gm: GraphModule) -> None:

@@ -1,12 +1,9 @@
 """How Inductor lowers the ops: what its code calls in their place, and that their results are not its own."""
 
 import torch
-import torch.utils._pytree as pytree
-from torch._inductor import ir, lowering
-from torch._inductor.codegen.wrapper import SubgraphPythonWrapperCodegen
 from torch._inductor.utils import is_collective
-from torch._inductor.virtualized import V
 
+from ..compat import SubgraphPythonWrapperCodegen, V, detect_fake_mode, ir, is_lowering, lowering, pytree
 from . import fused, linear, start, wait
 
 
@@ -53,8 +50,8 @@ def layer(subgraph, written, *operands):
     written: numbers of the operands that it writes to, which are inputs of the graph. (InvokeSubgraph looks for the operands behind two
     other arguments.) Some of the results are in a workspace: see register.
     """
-    if isinstance(subgraph, torch.fx.GraphModule):  # the graph itself is run, as by tools that look for errors in it
-        return subgraph(*operands)
+    if isinstance(subgraph, torch.fx.GraphModule):  # the graph itself is run: by fake tensors, or tools that look for errors in it
+        return _fake_results(subgraph, written) if detect_fake_mode(operands) else subgraph(*operands)
     outputs = ir.InvokeSubgraph.create(subgraph, *operands)
     V.graph.never_reuse_buffers.update(output.get_name() for output in outputs)
     call = outputs[0].inputs[0]
@@ -65,7 +62,13 @@ def layer(subgraph, written, *operands):
     return [ir.TensorBox.create(output) for output in outputs]
 
 
-layer._inductor_lowering_function = True  # which makes Inductor call it as it is
+def _fake_results(subgraph, written, *operands):
+    """What a call returns, as fake tensors. Sizes are expressions of the graph's own symbols, so all calls return equal ones."""
+    (results,) = subgraph.graph.output_node().args
+    return tuple(val.new_empty_strided(val.shape, val.stride()) for val in (result.meta["val"] for result in results))
+
+
+is_lowering(layer, _fake_results)
 
 
 def register() -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -122,12 +123,16 @@ def registered_all_reduces() -> list[str]:
 def collective_group(node: Node) -> str:
     """The name of the group that a collective is for; '' where its arguments do not name one."""
     if node.target in _ALL_REDUCES:
-        return _ALL_REDUCES[node.target](node).group
-    if not isinstance(node.target, torch._ops.OpOverload):
+        group = _ALL_REDUCES[node.target](node).group
+    elif isinstance(node.target, torch._ops.OpOverload):
+        named = {a.name: given for a, given in zip(node.target._schema.arguments, node.args)} | dict(node.kwargs)
+        group = named.get("group", named.get("group_name"))
+    else:
+        group = None
+    try:
+        return _name_of(group) if isinstance(group, (str, Node)) else ""
+    except _Refused:
         return ""
-    named = {a.name: given for a, given in zip(node.target._schema.arguments, node.args)} | dict(node.kwargs)
-    group = named.get("group", named.get("group_name", ""))
-    return group if isinstance(group, str) else ""
 
 
 @dataclass(frozen=True)
@@ -239,8 +244,9 @@ def match_site(node: Node, call: AllReduce) -> Match | Refusal:
 def _site(node: Node, call: AllReduce) -> Match:
     if call.reduce_op != "sum":
         raise _Refused(f"reduce op {call.reduce_op!r}, not 'sum'")
-    if _resolve_process_group(call.group).size() == 1:
-        raise _Refused(f"group {call.group} has one rank: there is nothing to reduce")
+    group = _name_of(call.group)
+    if _resolve_process_group(group).size() == 1:
+        raise _Refused(f"group {group} has one rank: there is nothing to reduce")
     if value(node).dtype not in DTYPES:
         raise _Refused(f"{value(node).dtype} is reduced; bfloat16, float16 and float32 can be fused")
     hidden = value(node).shape[-1] if value(node).dim() > 1 else None
@@ -252,7 +258,7 @@ def _site(node: Node, call: AllReduce) -> Match:
     while True:
         norm = match_norm(total)
         if isinstance(norm, Norm):
-            return Match(node, call.x, call.group, tuple(linear), bias, scale, residual, total, norm)
+            return Match(node, call.x, group, tuple(linear), bias, scale, residual, total, norm)
         if residual is not None or norm is not _NO_NORM:
             raise _Refused(norm)
         user = _sole_user(total, "reduced value")
@@ -277,6 +283,22 @@ def _site(node: Node, call: AllReduce) -> Match:
         else:
             raise _Refused(f"{norm}; the reduced value goes to {user.target}")
         total = user
+
+
+def _name_of(group) -> str:
+    """The name of a group; of one that the graph takes from a mesh (``compile_on_one_rank``), if it is that of all ranks.
+
+    What one rank compiles then may run on the others, for which a smaller group has another name.
+    """
+    if isinstance(group, str):
+        return group
+    known = getattr(group.graph.owning_module, group.target, None) if group.op == "get_attr" else value(group)
+    known = getattr(known, "real_obj", known)
+    if not isinstance(known, dist.ProcessGroup):
+        raise _Refused(f"its group is {group.format_node()}, which is not known before the graph runs")
+    if known.size() != dist.get_world_size():
+        raise _Refused("compile_on_one_rank: its group is a part of the ranks, and the others run it with theirs")
+    return known.group_name
 
 
 def _sole_user(node: Node, what: str) -> Node:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from torch._dynamo.utils import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .. import ops
+from ..compat import OpOverload, detect_fake_mode
 from ..ops.lowering import layer
 from .emit import Emitter
 from .graph_utils import VIEWS, arguments, aten, calls, in_order, prims, value
@@ -234,7 +234,7 @@ def _not_callable(alike: list[_Repetition]) -> str | None:
             return f"its layers call {node.target}, whose result has a size that depends on data"
         if node.target is operator.getitem or isinstance(value(node), (torch.SymInt, torch.SymFloat, torch.SymBool)):
             continue
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, OpOverload):
             return f"its layers call {node.target}, which has a graph of its own"
         tags = node.target.tags
         if torch.Tag.cudagraph_unsafe in tags or node.target._schema.is_mutable:

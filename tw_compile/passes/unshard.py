@@ -103,6 +103,8 @@ def _site(node: Node, order: list[Node], before: Ancestors) -> _Site | str:
     if node.target in _REFUSED:
         return _REFUSED[node.target]
     scattered, reduce_op, ranks, group = node.args
+    if not isinstance(group, str):
+        return "compile_on_one_rank: each rank would have to be told its own rows"
     match = match_site(node, AllReduce(scattered, reduce_op, group))
     if isinstance(match, Refusal):
         return match.reason

@@ -1,0 +1,109 @@
+"""PyTorch as it may become: names that are missing cost the backend, not a crash."""
+
+import ast
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.distributed_c10d
+
+from tw_compile import compat
+
+ROOT = Path(compat.__file__).parent.parent
+
+
+def read_anew():
+    """The module, as it is where it is imported now."""
+    spec = importlib.util.spec_from_file_location("compat_anew", compat.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_nothing_is_missing():
+    assert compat.missing() == []
+
+
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (torch._inductor.ir, "InvokeSubgraph"),
+        (torch._inductor.config, "reorder_for_locality"),
+        (torch.distributed.distributed_c10d, "_get_process_group_store"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_missing_name(owner, name, monkeypatch):
+    path = f"{owner.__name__}.{name}"
+    if owner is torch._inductor.config:
+        original = type(owner).__getattr__
+        monkeypatch.setattr(type(owner), "__getattr__", lambda config, asked: original(config, None if asked == name else asked))
+    else:
+        monkeypatch.delattr(owner, name)
+    assert read_anew().missing() == [path]
+
+
+def test_what_stands_for_a_missing_name(monkeypatch):
+    """Modules that import it can be imported; who calls it is told what is missing."""
+    monkeypatch.delattr(torch._inductor.custom_graph_pass, "CustomGraphPass")
+    absent = read_anew().CustomGraphPass
+
+    class Pass(absent):
+        pass
+
+    with pytest.raises(RuntimeError, match=r"PyTorch .* has no torch\._inductor\.custom_graph_pass\.CustomGraphPass; .* tested with 2"):
+        Pass()
+    with pytest.raises(RuntimeError, match=r"CustomGraphPass\.uuid"):
+        absent.uuid()
+
+
+@pytest.mark.parametrize("version, warns", [("2.10.1", True), ("2.11.0+cu130", False), ("2.14.1", False), ("2.15.0a0+git1234", True), ("3.0", True)])
+def test_versions_that_were_not_tested(version, warns, monkeypatch, caplog):
+    anew = read_anew()
+    monkeypatch.setattr(torch, "__version__", version)
+    with caplog.at_level(logging.WARNING, logger="tw_compile"):
+        anew.warn_if_untested()
+        anew.warn_if_untested()
+    assert len(caplog.records) == warns
+    assert all(f"PyTorch {compat.TESTED[0]} to {compat.TESTED[1]}, and this is {version}" in r.getMessage() for r in caplog.records)
+
+
+# Switched by its owner.
+NOT_YET = {"backend.py"}
+
+
+def test_the_package_without_some_names():
+    """All of it can be imported."""
+    code = """
+import torch._dynamo, torch._inductor.ir, torch._inductor.pattern_matcher, torch.distributed.distributed_c10d as c10d
+del torch._inductor.ir.FallbackKernel, torch._inductor.pattern_matcher.stable_topological_sort, c10d._get_process_group_store
+import tw_compile.rehearsal, tw_compile.regions
+print(*tw_compile.compat.missing())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {
+        "torch.distributed.distributed_c10d._get_process_group_store",
+        "torch._inductor.ir.FallbackKernel",
+        "torch._inductor.pattern_matcher.stable_topological_sort",
+    }
+
+
+def test_no_private_name_is_used_elsewhere():
+    private = re.compile(r"\btorch(\.\w+)*\._[a-zA-Z]|\bdistributed_c10d\b|\btorch\.fx\.experimental\b")
+    found = [
+        f"{path.name}:{node.lineno}: {said}"
+        for path in sorted((ROOT / "tw_compile").rglob("*.py"))
+        if path.name not in {"compat.py", *NOT_YET}
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.Attribute))
+        if private.search(said := ast.unparse(node).replace(" import ", ".").removeprefix("from ")) and not said.startswith("torch._dynamo.reset")
+    ]
+    assert not found, "\n".join(found)
