@@ -2,8 +2,10 @@
 
 The pipeline, in the order in which a graph meets it::
 
-    backend.py     torch.compile's entry: options, training check, Inductor with our pass in it
-    passes/        unshard -> find -> fuse -> split -> weave -> place, on post-grad ATen
+    backend.py     torch.compile's entry: options, training check, Inductor behind the passes
+    forms.py       the fused and the woven form of a graph, and the choice in each call
+    context.py     what all ranks have agreed on
+    passes/        unshard -> find -> fuse -> split -> weave -> place, on ATen as Inductor gets it
     ops/           the ops that the rewritten graph calls, and how they communicate
     report.py      what was found, what was done, why not
 """
@@ -12,6 +14,7 @@ from .options import TokenWeaveError
 from .passes.find import AllReduce, register_all_reduce
 from .passes.token_axis import Split, TokenAxis, register_token_rule
 from .report import Refusal, Report, Site, explain, reports
+from .verify import Verification, verify
 
 __all__ = [
     "AllReduce",
@@ -21,8 +24,10 @@ __all__ = [
     "Split",
     "TokenAxis",
     "TokenWeaveError",
+    "Verification",
     "explain",
     "register_all_reduce",
     "register_token_rule",
     "reports",
+    "verify",
 ]

@@ -1,7 +1,5 @@
 """The backend: options, and Inductor with the passes in front of it."""
 
-import functools
-
 import torch
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
@@ -11,9 +9,9 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import regions
-from .forms import compile_forms
+from .forms import Forms, compile_forms
 from .ops import lowering
-from .options import Options, parse
+from .options import parse
 from .report import say_once
 
 
@@ -23,20 +21,41 @@ def tokenweave(gm, inputs, *, mode=None, options=None):
     mode, options: torch.compile's; options in the namespace ``tokenweave.*`` are ours (``options.Options``), all others
     Inductor's. Raises TokenWeaveError for a request that cannot be met, on every rank alike.
     """
+    return compile_graph(gm, inputs, mode=mode, options=options)
+
+
+def compile_graph(gm, inputs, *, mode=None, options=None, forms=Forms, inner_compile=None):
+    """The backend. forms: what is made of a graph with sites; inner_compile: what compiles them, Inductor where it is None"""
     ours, inductor = parse(options)
     # What backend="inductor" does with them: the same presets, the same errors.
     patches = torch._TorchCompileInductorWrapper(mode, inductor, None).config
     if _trains(gm, inputs):
-        say_once("a graph needs gradients: tokenweave leaves it to Inductor. For inference, run under torch.no_grad()")
+        say_once(_NEEDS_GRADIENTS)
         return compile_fx(gm, inputs, config_patches=patches)
     lowering.register()
     _fix_module_floats(gm)
     if any(map(is_traceable_wrapper_subclass, inputs)):
         regions.inline(gm)  # AOTAutograd does not pass a DTensor to a region
+
+    def inner(gm, inputs, **kwargs):
+        """What Inductor does with a graph that AOTAutograd has traced, with the passes in front."""
+        if not kwargs.get("is_inference"):
+            say_once(_NEEDS_GRADIENTS)
+            return compile_fx_inner(gm, inputs, **kwargs)
+        regions.inline(gm)
+        return compile_forms(gm, inputs, ours, inner_compile or _inductor, patches, kwargs, forms)
+
     # What Inductor caches is the graph that the passes have made, by its content. AOTAutograd would cache what comes of the graph
     # before them, which does not say what the ranks have agreed on.
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, inputs, inner_compile=functools.partial(_inner_compile, ours, patches), config_patches=patches)
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
+
+
+_NEEDS_GRADIENTS = "a graph needs gradients: tokenweave leaves it to Inductor. For inference, run under torch.no_grad()"
+
+
+def _inductor(gm, inputs, **kwargs):
+    return compile_fx_inner(gm, inputs, **kwargs)
 
 
 def _reset() -> None:
@@ -47,19 +66,6 @@ def _reset() -> None:
 
 
 tokenweave.reset = _reset
-
-
-def _inner_compile(options: Options, patches: dict, gm, inputs, **kwargs):
-    """What Inductor does with a graph that AOTAutograd has traced, with the passes in front."""
-    if not kwargs.get("is_inference"):
-        say_once("a graph needs gradients: tokenweave leaves it to Inductor. For inference, run under torch.no_grad()")
-        return compile_fx_inner(gm, inputs, **kwargs)
-    regions.inline(gm)
-    return compile_forms(gm, inputs, options, _compile_fx_inner, patches, kwargs)
-
-
-def _compile_fx_inner(gm, inputs, **kwargs):
-    return compile_fx_inner(gm, inputs, **kwargs)
 
 
 def _trains(gm, inputs) -> bool:

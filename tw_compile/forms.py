@@ -37,22 +37,22 @@ MOST_CALLS = 4096
 FUSE, PLAIN = "fuse", "plain"
 
 
-def compile_forms(gm, inputs: list, options: Options, inner_compile: Callable, patches: dict, kwargs: dict) -> Callable:
+def compile_forms(gm, inputs: list, options: Options, inner_compile: Callable, patches: dict, kwargs: dict, forms) -> Callable:
     """What runs a graph of inference that AOTAutograd has traced: its forms; or where it has no sites, what Inductor makes of it.
 
-    inner_compile: Inductor's; patches: of its configuration; kwargs: further arguments of its
+    inner_compile: Inductor's; patches: of its configuration; kwargs: further arguments of its; forms: Forms, or what stands for it
     Raises TokenWeaveError for a request that cannot be met, on every rank alike.
     """
     view_to_reshape(gm)
     if config.reorder_for_locality:
         reorder_for_locality(gm.graph)  # Inductor would do it to the graph that is woven
-    forms = Forms(gm, inputs, options, inner_compile, patches, kwargs)
-    run = forms.begin()
+    made = forms(gm, inputs, options, inner_compile, patches, kwargs)
+    run = made.begin()
     if run is not None:
         return run
-    record(forms.left)
+    record(made.left)
     if not options.off:
-        say_once(f"nothing to fuse or weave in a graph: {forms.left.reasons[-1]}")
+        say_once(f"nothing to fuse or weave in a graph: {made.left.reasons[-1]}")
     return inner_compile(gm, inputs, **kwargs)
 
 
@@ -185,7 +185,9 @@ class Forms:
         if found := next((variant for variant in variants if variant.made.holds(known)), None):
             return found.run
         learnt = next((learnt for learnt in self.learnt if learnt.made.values == known), None)
-        made, first = learnt.made if learnt else self._for_sizes(known), False
+        # A half of one entry has another size than any other: torch takes a size of 1 for a constant.
+        fixed = isinstance(form, planning.Place) and bool(known) and self._least_half(form, known) < 2
+        made, first = learnt.made if learnt and not fixed else self._for_sizes(known, fixed), False
         if form == PLAIN:
             new = passes.Rewritten(made.gm.graph, self.left)
         elif form == FUSE:
@@ -259,10 +261,16 @@ class Forms:
     def _report(self, reason: str) -> Report:
         return Report(requested=self.options.requested, reasons=[reason])
 
-    def _for_sizes(self, known: dict) -> ForSizes:
+    def _least_half(self, at: planning.Place, known: dict) -> int:
+        learnt = next(learnt for learnt in self.learnt if learnt.made.is_alike(known))
+        length = learnt.made.number(learnt.batch[at.dim], known)
+        first = planning.first_half(length, at.rule, self.plan.eighths)
+        return min(first, length - first)
+
+    def _for_sizes(self, known: dict, fixed: bool = False) -> ForSizes:
         if known:
             with self._configured():
-                return for_sizes(self.gm, known)
+                return for_sizes(self.gm, known, fixed)
         return ForSizes(self.gm, self.inputs, detect_fake_mode(self.inputs), {}, {})
 
     @contextlib.contextmanager

@@ -102,9 +102,9 @@ class Report:
             lines += [f"  rehearsed: {_plan(**self.rehearsal['plan'])}"]
         lines += [f"  because {reason}" for reason in self.reasons]
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
-        rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", _short(s.source), _form(s)) for s in self.sites]
-        rows += [("refused", r.all_reduce, _short(r.source), r.reason) for r in self.refusals]
-        rows += [("joined", j.op, _short(j.source), j.reason) for j in self.joins]
+        rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), _form(s)) for s in self.sites]
+        rows += [("refused", r.all_reduce, short(r.source), r.reason) for r in self.refusals]
+        rows += [("joined", j.op, short(j.source), j.reason) for j in self.joins]
         # The layers of a model are alike: a row each would say the same many times.
         rows = [(what, f"{count} × {value}" if count > 1 else value, *rest) for (what, value, *rest), count in Counter(rows).items()]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
@@ -113,7 +113,7 @@ class Report:
         return "\n".join(lines)
 
 
-def _short(source: str) -> str:
+def short(source: str) -> str:
     """A place in the source without the part of its path that says nothing: the working directory, or where packages are."""
     return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
 

@@ -115,11 +115,11 @@ class ForSizes:
         return self.mode.shape_env.guards if self.symbols else []
 
 
-def for_sizes(gm: GraphModule, values: dict[sympy.Symbol, int]) -> ForSizes:
-    """A copy of a graph, for these values of the symbols in its inputs."""
+def for_sizes(gm: GraphModule, values: dict[sympy.Symbol, int], fixed: bool = False) -> ForSizes:
+    """A copy of a graph, for these values of the symbols in its inputs. fixed: and for no others"""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    symbols = {old: _symbol(env, old, number) for old, number in values.items()}
+    symbols = {old: sympy.Integer(number) if fixed else _symbol(env, old, number) for old, number in values.items()}
     new = copied(gm)
 
     def size(old):

@@ -11,7 +11,6 @@ import tempfile
 import time
 import uuid
 import weakref
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -119,18 +118,17 @@ def exchange(
 
 def _wait(store, rank: int, timeout_s: float, progress: Progress | None) -> str | None:
     """Wait for what a rank says. Returns what it has done instead; None where it has come."""
-    begin, ahead_since = time.monotonic(), None
-    while True:
-        left = timeout_s - (time.monotonic() - begin)
-        with contextlib.suppress(RuntimeError):  # torch's DistStoreError: it has not come yet
-            store.wait([str(rank)], timedelta(seconds=max(min(left, 1.0), 0.01)))
-            return None
-        if left <= 1.0:
+    begin, ahead_since, pause = time.monotonic(), None, 1e-4
+    while not store.check([str(rank)]):
+        if time.monotonic() - begin > timeout_s:
             return f"did not come to {{}} within {timeout_s:g} s"
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
         ahead = progress is not None and progress.is_ahead(rank)
         ahead_since = (ahead_since or time.monotonic()) if ahead else None
         if ahead_since is not None and time.monotonic() - ahead_since > GONE_ON_S:
             return "has called the model again and did not come to {}, so that only some ranks have a new graph"
+    return None
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from ..report import Refusal, Report, Site
 from .cut import Cut, choose_cut, section_of
 from .find import Match, find
 from .fuse import fuse
-from .graph_utils import value
+from .graph_utils import source_of, value
 from .outline import outline
 from .place import place
 from .split import split
@@ -18,7 +18,7 @@ from .unshard import unshard
 from .weave import weave
 from .wire import Decision, numbered
 
-__all__ = ["Cut", "Decision", "Rewritten", "rewrite", "unshard", "find", "fuse", "choose_cut", "section_of", "split", "weave", "place", "outline"]
+__all__ = ["Cut", "Decision", "Rewritten", "rewrite", "unshard", "find", "fuse", "choose_cut", "section_of", "split", "weave", "place", "outline", "source_of"]
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Rewritten:
     report:    what was done, and why not more
     sites:     number of a site -> (group, number of its collective in the graph as it was)
     refused:   the collectives that could have been sites -> why they are none
+    values:    number of a site -> the names of its norm and its residual, in the graph as it was
     not_woven: why it is not woven; ''
     """
 
@@ -36,6 +37,7 @@ class Rewritten:
     report: Report
     sites: dict[int, tuple[str, int]] = field(default_factory=dict)
     refused: dict[tuple[str, int], str] = field(default_factory=dict)
+    values: dict[int, tuple[str, str]] = field(default_factory=dict)
     not_woven: str = ""
 
 
@@ -63,6 +65,7 @@ def rewrite(
     report.refusals = [f for f in found if isinstance(f, Refusal)]
     new = Rewritten(graph, report)
     new.sites = {i: numbers[match.all_reduce.name] for i, match in enumerate(matches)}
+    new.values = {i: (match.norm.output.name, match.total.name) for i, match in enumerate(matches)}
     new.refused = {numbers[f.all_reduce]: f.reason for f in report.refusals if f.all_reduce in numbers}
     if options.off or not matches:
         report.sites = [_site(match) for match in matches]

@@ -27,6 +27,8 @@ class Emitter:
         node = self.graph.call_function(target, args, kwargs)
         fake_args, fake_kwargs = map_arg((args, kwargs), value)
         node.meta = {k: v for k, v in (self.like.meta if self.like else {}).items() if k in ("stack_trace", "nn_module_stack")}
+        if self.like is not None:
+            node.meta["of"] = self.like.name  # by which values are compared (verify.py)
         with self.fake_mode:
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         node.meta["half"] = self.half

@@ -1,0 +1,222 @@
+"""Whether a rewritten graph computes what the graph computes: both are run, without code generation, and compared site by site."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from . import backend, context, ops, passes
+from .forms import Forms
+from .passes.graph_utils import arguments, aten, calls, value
+from .report import Report, short
+from .sizes import ForSizes, copied
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of the values at one site.
+
+    site:     as the report of the graph has it
+    relative: the norm of the difference by that of the value as it should be, the larger one of norm and residual; None where the
+              graph as it is has no such value, as at a sequence-parallel site
+    """
+
+    site: object
+    relative: float | None
+
+
+@dataclass
+class Verification:
+    """What ``verify`` found. str() is a table.
+
+    reports:     of the graphs that were compared
+    differences: of their sites, in order
+    outputs:     largest relative difference of what the graphs return and write
+    first:       the first op where the two part beyond rounding; '' where they do not
+    """
+
+    reports: list[Report] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    outputs: float = 0.0
+    first: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the rewritten graphs compute the same but for rounding."""
+        return not self.first
+
+    def __str__(self) -> str:
+        lines = [f"tokenweave: {'the same but for rounding' if self.ok else 'NOT THE SAME: ' + self.first}"]
+        for difference in self.differences:
+            site, relative = difference.site, difference.relative
+            done = "woven" if site.woven else "fused"
+            told = "not compared" if relative is None else f"{relative:.1e}"
+            lines.append(f"  {told:<12}  {done}  {'×'.join(map(str, site.shape))} {site.dtype}  {short(site.source)}")
+        return "\n".join([*lines, f"  {self.outputs:<12.1e}  of what the graphs return and write"])
+
+
+def verify(model, *args, options: dict | None = None, **kwargs) -> Verification:
+    """Run ``model`` as it is and as it is rewritten, and compare them at each site. What a bug report needs.
+
+    options: of the backend, as for torch.compile
+    No code is generated, so this takes seconds, and shows what the passes and the kernels do, not what Inductor does. All ranks of
+    the model's process groups must call it, with the same arguments. No gradients.
+    """
+    torch._dynamo.reset()
+    found = Verification()
+    compiler = partial(backend.compile_graph, forms=partial(_Verified, found), inner_compile=_as_it_is)
+    with torch.no_grad():
+        torch.compile(model, backend=compiler, options=options)(*args, **kwargs)
+    return found
+
+
+def _as_it_is(gm: GraphModule, inputs: list, **kwargs):
+    gm.recompile()
+    return _boxed(lambda args: gm(*args))
+
+
+def _boxed(run):
+    run._boxed_call = True
+    return run
+
+
+class _Verified(Forms):
+    """The forms of a graph that are run beside the graph as it is."""
+
+    def __init__(self, found: Verification, *args):
+        super().__init__(*args)
+        self.found = found
+
+    def _compile(self, made: ForSizes, new: passes.Rewritten, first: bool):
+        before, after = copied(made.gm), copied(made.gm, new.graph)
+        if new.sites:
+            self._complete(new.report)
+        self.found.reports.append(new.report)
+        return _boxed(lambda args: self._compare(before, after, new, args))
+
+    def _compare(self, before: GraphModule, after: GraphModule, new: passes.Rewritten, args: list):
+        """Run both, the rewritten graph last: it alone writes to what it was given."""
+        saved = _saved(before.graph, args)
+        names = {name for pair in new.values.values() for name in pair}
+        right = _Run(before, names)
+        outputs = right.run(*saved(args))
+        run = _Run(after, set(_results(after.graph)))
+        results = run.run(*args)
+        differences = {number: _at_site(right, run, after.graph, number, pair) for number, pair in new.values.items()}
+        self.found.differences += [Difference(site, differences.get(i)) for i, site in enumerate(new.report.sites)]
+        off = [number for number, relative in differences.items() if relative is not None and relative > _tolerance(new.report.sites[number].dtype)]
+        worst = max([_relative(a, b) for a, b in zip(results, outputs) if isinstance(b, torch.Tensor)], default=0.0)
+        self.found.outputs = max(self.found.outputs, worst)
+        dtypes = [b.dtype for b in outputs if isinstance(b, torch.Tensor) and b.dtype.is_floating_point]
+        parted = bool(off) or any(worst > _tolerance(dtype) for dtype in dtypes)
+        said = context.all_well(self.gm.graph, "a verification", "here" if parted else "")
+        if said and not self.found.first:
+            self.found.first = self._first(before, after, saved, args) or f"no op by itself: at {said}"
+        return results
+
+    def _first(self, before, after, saved, args) -> str:
+        """The first op where the two part; all values are kept, so this is done where they do."""
+        kept = saved(args)
+        right, run = _Run(before, None), _Run(after, None)
+        right.run(*saved(kept)), run.run(*saved(kept))
+        parts = {}
+        for node in after.graph.nodes:
+            parts.setdefault(node.meta.get("of", node.name), {})[node.meta.get("half")] = run.kept.get(node.name)
+        for node in before.graph.nodes:
+            wanted = right.kept.get(node.name)
+            got = _joined(parts.get(node.name, {}), wanted)
+            if got is not None and _relative(got, wanted) > _tolerance(wanted.dtype):
+                return f"{node.target}, relative difference {_relative(got, wanted):.1e} ({short(passes.source_of(node))})"
+        return ""
+
+
+class _Run(Interpreter):
+    """Runs a graph and keeps values. names: of the nodes whose values are kept; None for all"""
+
+    def __init__(self, gm: GraphModule, names: set[str] | None):
+        super().__init__(gm)
+        self.names, self.kept = names, {}
+
+    def run_node(self, node: Node):
+        result = super().run_node(node)
+        if isinstance(result, torch.Tensor) and (self.names is None or node.name in self.names):
+            self.kept[node.name] = result.clone()  # memory of the workspace is used again
+        return result
+
+
+def _saved(graph: Graph, args: list):
+    """A function that copies what of the arguments the graph writes to, as it was here."""
+    written = {node.args[0] for node in graph.nodes if calls(node, aten.copy_.default)}
+    at = [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in written]
+    before = {i: args[i].clone() for i in at}
+    return lambda given: [before[i].clone() if i in before else a for i, a in enumerate(given)]
+
+
+def _results(graph: Graph) -> dict[str, tuple[int, int, int | None]]:
+    """The nodes that are a site's norm (0) or residual (1): name -> (number of the site, 0 or 1, half)."""
+    found = {}
+    for node in graph.nodes:
+        if calls(node, ops.fused, ops.wait):
+            site = node if calls(node, ops.fused) else node.args[0]
+            for user in node.users:
+                found[user.name] = arguments(site)["site"], user.args[1], node.meta.get("half")
+    return found
+
+
+def _at_site(right: _Run, run: _Run, graph: Graph, number: int, names: tuple[str, str]) -> float | None:
+    differences = []
+    for index, name in enumerate(names):
+        wanted = right.kept.get(name)
+        parts = {half: run.kept.get(n) for n, (site, i, half) in _results(graph).items() if (site, i) == (number, index)}
+        sharded = index == 1 and any(_is_sharded(node, number) for node in graph.nodes)
+        got = None if sharded else _joined(parts, wanted)
+        differences += [] if got is None else [_relative(got, wanted)]
+    return max(differences, default=None)
+
+
+def _is_sharded(node: Node, number: int) -> bool:
+    """Whether a call is a site whose residual stays in symmetric memory, where each rank has its own rows."""
+    if not calls(node, ops.fused, ops.start) or arguments(node)["site"] != number or not arguments(node)["shard"]:
+        return False
+    return not ops.transport.is_process_group(arguments(node)["group"])
+
+
+def _joined(parts: dict, wanted: torch.Tensor | None) -> torch.Tensor | None:
+    """The whole of halves, or a whole, in the shape of what is wanted; None where it has another one."""
+    if wanted is None:
+        return None
+    if parts.get(None) is not None:
+        got = parts[None]
+    elif parts.get(0) is not None and parts.get(1) is not None and parts[0].dim() == parts[1].dim():
+        if parts[0].dim() != wanted.dim():
+            return None
+        shapes = zip(parts[0].shape, parts[1].shape, wanted.shape)
+        dims = [d for d, (a, b, w) in enumerate(shapes) if a + b == w and _others(parts, wanted, d)]
+        if not dims:
+            return None
+        got = torch.cat([parts[0], parts[1]], dims[0])
+    else:
+        return None
+    return got.reshape(wanted.shape) if got.numel() == wanted.numel() else None
+
+
+def _others(parts: dict, wanted: torch.Tensor, dim: int) -> bool:
+    return all(a == b == w for d, (a, b, w) in enumerate(zip(parts[0].shape, parts[1].shape, wanted.shape)) if d != dim)
+
+
+def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    if not wanted.dtype.is_floating_point or wanted.numel() == 0:
+        return float((got != wanted).any()) if wanted.numel() else 0.0
+    got, wanted = got.double(), wanted.double()
+    finite = torch.isfinite(wanted)
+    if not torch.equal(finite, torch.isfinite(got)):
+        return float("inf")
+    got, wanted = got[finite], wanted[finite]
+    return ((got - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
+
+
+def _tolerance(dtype) -> float:
+    """What rounding can come to over the layers of a model."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return max(16 * torch.finfo(dtype).eps, 1e-4) if dtype.is_floating_point else 0.0
