@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch._dynamo.utils import detect_fake_mode
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .. import ops
 from ..report import Join
@@ -56,6 +57,11 @@ def _chain(sites: list[Node], before: Ancestors) -> list[Node]:
         if before(chain[-1], site):
             chain.append(site)
     return chain
+
+
+def _may_be_zero(length) -> bool:
+    """Of a cut's half. One that is made of the sizes of a graph's inputs never is; one that data decides may be."""
+    return length == 0 if isinstance(length, int) else bool(free_unbacked_symbols(length))
 
 
 class _Splitter:
@@ -128,7 +134,7 @@ class _Splitter:
 
     def _attempt(self, node: Node) -> str | None:
         """Make a call once for each half; or leave everything as it was, and return why that cannot be."""
-        last, known = next(reversed(self.emit.graph.nodes)), (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes)
+        last, known = next(iter(reversed(self.emit.graph.nodes))), (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes)
         lengths, written, joins = [len(k) for k in known], dict(self.written), len(self.joins)
         try:
             reason = self._in_halves(node)
@@ -141,7 +147,7 @@ class _Splitter:
                 entries.popitem()  # the newest: entries are only added
         self.written, self.emit.half = written, None
         del self.joins[joins:]
-        while (made := next(reversed(self.emit.graph.nodes))) is not last:
+        while (made := next(iter(reversed(self.emit.graph.nodes)))) is not last:
             self.emit.graph.erase_node(made)
         return reason
 
@@ -153,6 +159,8 @@ class _Splitter:
             return self._fault(found[0], self.env[found[0]])
         if write := write_of(node, axes):
             return self._write(node, write)
+        if node.target in attention.SIGNATURES and any(map(_may_be_zero, self.cut.halves)):
+            return "a half may be without tokens, of which there is no attention"
         rule = split_rule(node, axes)
         if isinstance(rule, str):
             return rule
