@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch._dynamo.utils import detect_fake_mode
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from .. import ops
 from ..report import Join
@@ -166,7 +166,7 @@ class _Splitter:
             return rule
         for axis, a in self._sliced(node, rule):
             needed = expr(self.cut.length) * expr_of(axis.unit)
-            if not equal(expr(value(a).shape[axis.dim]), needed):
+            if not self._is(value(a).shape[axis.dim], needed):
                 return f"an input has {value(a).shape[axis.dim]} entries along the token axis, not {needed}"
         if attention.is_cut_causally(node, axes, self._rows):
             return self._causal_attention(node, rule)
@@ -181,6 +181,15 @@ class _Splitter:
         made = Halves(tuple(self._again(node, rule, half, of_input(half)) for half in (0, 1)), rule.axis)
         self.env[node] = made
         return self._fault(node, made)
+
+    def _is(self, size, wanted) -> bool:
+        """Whether a size is known to be what an expression says, by the guards that there are, too."""
+        if equal(expr(size), wanted):
+            return True
+        env = self.emit.fake_mode.shape_env
+        if env is None or (wanted.is_number and isinstance(size, int)) or not wanted.is_integer:
+            return False
+        return statically_known_true(size == (int(wanted) if wanted.is_number else env.create_symintnode(wanted, hint=None)))
 
     def _again(self, node: Node, rule: Split, half: int, of_input) -> Node:
         """The call that ``rule`` makes of ``node`` for a half. of_input: (place, node of the old graph) -> its argument"""
@@ -228,7 +237,7 @@ class _Splitter:
             wanted = [*shape[: axis.dim], length, *shape[axis.dim + 1 :]]
             if not isinstance(tensor, torch.Tensor) or tensor.dtype != whole.dtype or tensor.dim() != len(wanted):
                 return "its token-axis rule gives halves of another kind than the result"
-            if not all(equal(expr(size), w) for size, w in zip(tensor.shape, wanted)):
+            if not all(map(self._is, tensor.shape, wanted)):
                 return f"its token-axis rule gives a part of shape {list(tensor.shape)}, not {wanted}"
         return None
 
