@@ -125,6 +125,20 @@ def _mix(mix, h, wide):
     if mix == "mlp":
         gate, up, down = (h @ wide.t()).split(H, -1)
         return F.silu(gate) * up + down
+    if mix == "squeezed":
+        y = torch.squeeze(h @ wide[:H].t()).unsqueeze(0)
+        return torch.where(y > 0, y, y * 0.1).squeeze(0).reshape(h.shape)
+    if mix == "views":  # rows of heads, and a value beside itself
+        y = (h @ wide[:H].t()).view(-1, HEADS, H // HEADS)
+        y = torch.cat((y, y.sin(), y), -1)[..., 2 : 2 + H // HEADS]
+        return y.permute(1, 0, 2).expand(HEADS, -1, -1).transpose(0, 1).flatten(1).unflatten(0, (batch, tokens))
+    if mix == "squares":
+        return torch.bmm(h @ h.transpose(1, 2), h) / H
+    if mix == "multiplied by itself":
+        return torch.bmm(h, h) / H if tokens == H else h * h
+    if mix == "one tensor":
+        q = h.view(batch, tokens, HEADS, -1).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(h.shape)
     if mix == "cumulative":  # over the tokens: cannot be cut
         return (h @ wide[:H].t()).cumsum(1)
     q, k, v = (z.view(batch, tokens, HEADS, -1).transpose(1, 2) for z in (h @ wide.t()).chunk(3, -1))
@@ -143,9 +157,9 @@ def _mix(mix, h, wide):
         mask = torch.arange(tokens + 3)[None, :] <= position[:, None] + 3
         out = F.scaled_dot_product_attention(q, torch.cat((past, k), 2), torch.cat((past * 2, v), 2), attn_mask=mask)
     elif mix in ("static cache", "static cache, ahead"):
-        caches = (torch.full((batch, HEADS, 16, H // HEADS), fill, dtype=q.dtype) for fill in (4.0, 9.0))
+        caches = (torch.full((batch, HEADS, 24, H // HEADS), fill, dtype=q.dtype) for fill in (4.0, 9.0))
         k, v = (cache.index_copy(2, position + 2, new) for cache, new in zip(caches, (k, v)))
-        mask = torch.arange(16)[None, :] <= position[:, None] + (2 if mix == "static cache" else 4)
+        mask = torch.arange(24)[None, :] <= position[:, None] + (2 if mix == "static cache" else 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     elif mix == "gathered":
         parts = c10d.wait_tensor(c10d.all_gather_into_tensor(h @ wide[: H // 2].t(), 2, dist.group.WORLD.group_name))
@@ -203,7 +217,8 @@ def test_what_is_traced_is_what_is_compiled(dynamic):
 LAYERS = st.builds(
     Layer,
     mix=st.sampled_from(("mlp", "causal", "grouped", "masked", "window", "full", "written", "cumulative",
-                         "behind a cache", "static cache", "static cache, ahead", "gathered")),
+                         "behind a cache", "static cache", "static cache, ahead", "gathered",
+                         "squeezed", "views", "squares", "multiplied by itself", "one tensor")),
     norm=st.sampled_from(("hf", "torch", "gemma", "bare", "layer", "layer, bare", "layer, by hand")),
     residual_first=st.booleans(),
     halved=st.booleans(),
@@ -217,7 +232,7 @@ BLOCKS = st.builds(
     layers=st.lists(LAYERS, min_size=1, max_size=3).map(tuple),
     times=st.sampled_from((1, 1, 1, 4)),
     batch=st.sampled_from((1, 1, 2, 3)),
-    tokens=st.integers(3, 9),
+    tokens=st.sampled_from((2, 3, 4, 5, 6, 7, 8, 9, H)),
     dynamic=st.booleans(),
     mode=st.sampled_from(("auto", "auto", "fuse")),
     split=st.sampled_from(("auto", "auto", 1, 2)),

@@ -104,6 +104,8 @@ def test_of_what_is_fused_and_woven(function, tokens):
     for mode, expected in zip(("fuse", "weave"), CASES[function]):
         new = rewrite(function, *inputs(*tokens), mode=mode)
         assert order_of(new.after) == expected
+        for node in collectives(new.after):
+            assert node.target in (ops.fused, ops.start) or any(user.target is c10d.wait_tensor.default for user in node.users)
         new.check()
 
 

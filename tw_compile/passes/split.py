@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch._dynamo.utils import detect_fake_mode
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from .. import ops
 from ..report import Join
@@ -56,6 +57,11 @@ def _chain(sites: list[Node], before: Ancestors) -> list[Node]:
         if before(chain[-1], site):
             chain.append(site)
     return chain
+
+
+def _may_be_zero(length) -> bool:
+    """Of a cut's half. One that is made of the sizes of a graph's inputs never is; one that data decides may be."""
+    return length == 0 if isinstance(length, int) else bool(free_unbacked_symbols(length))
 
 
 class _Splitter:
@@ -128,7 +134,7 @@ class _Splitter:
 
     def _attempt(self, node: Node) -> str | None:
         """Make a call once for each half; or leave everything as it was, and return why that cannot be."""
-        last, known = next(reversed(self.emit.graph.nodes)), (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes)
+        last, known = next(iter(reversed(self.emit.graph.nodes))), (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes)
         lengths, written, joins = [len(k) for k in known], dict(self.written), len(self.joins)
         try:
             reason = self._in_halves(node)
@@ -141,7 +147,7 @@ class _Splitter:
                 entries.popitem()  # the newest: entries are only added
         self.written, self.emit.half = written, None
         del self.joins[joins:]
-        while (made := next(reversed(self.emit.graph.nodes))) is not last:
+        while (made := next(iter(reversed(self.emit.graph.nodes)))) is not last:
             self.emit.graph.erase_node(made)
         return reason
 
@@ -153,12 +159,14 @@ class _Splitter:
             return self._fault(found[0], self.env[found[0]])
         if write := write_of(node, axes):
             return self._write(node, write)
+        if node.target in attention.SIGNATURES and any(map(_may_be_zero, self.cut.halves)):
+            return "a half may be without tokens, of which there is no attention"
         rule = split_rule(node, axes)
         if isinstance(rule, str):
             return rule
         for axis, a in self._sliced(node, rule):
             needed = expr(self.cut.length) * expr_of(axis.unit)
-            if not equal(expr(value(a).shape[axis.dim]), needed):
+            if not self._is(value(a).shape[axis.dim], needed):
                 return f"an input has {value(a).shape[axis.dim]} entries along the token axis, not {needed}"
         if attention.is_cut_causally(node, axes, self._rows):
             return self._causal_attention(node, rule)
@@ -173,6 +181,15 @@ class _Splitter:
         made = Halves(tuple(self._again(node, rule, half, of_input(half)) for half in (0, 1)), rule.axis)
         self.env[node] = made
         return self._fault(node, made)
+
+    def _is(self, size, wanted) -> bool:
+        """Whether a size is known to be what an expression says, by the guards that there are, too."""
+        if equal(expr(size), wanted):
+            return True
+        env = self.emit.fake_mode.shape_env
+        if env is None or (wanted.is_number and isinstance(size, int)) or not wanted.is_integer:
+            return False
+        return statically_known_true(size == (int(wanted) if wanted.is_number else env.create_symintnode(wanted, hint=None)))
 
     def _again(self, node: Node, rule: Split, half: int, of_input) -> Node:
         """The call that ``rule`` makes of ``node`` for a half. of_input: (place, node of the old graph) -> its argument"""
@@ -220,7 +237,7 @@ class _Splitter:
             wanted = [*shape[: axis.dim], length, *shape[axis.dim + 1 :]]
             if not isinstance(tensor, torch.Tensor) or tensor.dtype != whole.dtype or tensor.dim() != len(wanted):
                 return "its token-axis rule gives halves of another kind than the result"
-            if not all(equal(expr(size), w) for size, w in zip(tensor.shape, wanted)):
+            if not all(map(self._is, tensor.shape, wanted)):
                 return f"its token-axis rule gives a part of shape {list(tensor.shape)}, not {wanted}"
         return None
 
