@@ -447,57 +447,50 @@ def check_streams(device, calls=100):
     assert tw_compile.reports()[-1].transport == "peer"
 
 
-def in_threads(device, *does):
-    """Each in a thread of its own, on a stream of its own. The results, in order."""
+def in_turn(device, *does):
+    """``calls`` of each, in threads and on streams of their own; in the order of the threads, which is that of all ranks."""
+    turns, turn = threading.Condition(), [0]
 
-    def work(do):
+    def work(n):
         torch.cuda.set_device(device)
         with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(device)):
-            return do()
-
-    with concurrent.futures.ThreadPoolExecutor(len(does)) as pool:
-        return [future.result() for future in [pool.submit(work, do) for do in does]]
-
-
-def check_threads(device, calls=40):
-    """Two threads: with a model and a group each, as they like; and with one model, in the order that they keep themselves."""
-    groups = [dist.group.WORLD, dist.new_group(range(dist.get_world_size()))]
-    models = [build(device, size="8B", group=group) for group in groups]
-    for mode in ("fuse", "weave"):
-        torch._dynamo.reset()
-        ids = [inputs(config, device, 2048, seed=seed) for seed, (_, config) in enumerate(models)]
-        runs = [compiled(model, dynamic=False, **{"tokenweave.mode": mode, "tokenweave.timeout": 20}) for model, _ in models]
-        right = [[run(i)[0].clone() for run, i in zip(runs, ids)] for _ in range(2)][-1]
-
-        def several(n):
-            return [(runs[n](ids[n])[0].clone(), right[n]) for _ in range(calls)]
-
-        torch.cuda.synchronize()
-        # GEMMs of one may be told of SMs that the other's kernels take, and be others then: not the same bits.
-        worst = max(error(a, b.double()) for done in in_threads(device, *(lambda n=n: several(n) for n in range(2))) for a, b in done)
-        torch.cuda.synchronize()
-
-        turns, swapped = threading.Condition(), [0]
-        both = [runs[0](i)[0].clone() for i in ids]
-        torch.cuda.synchronize()
-
-        def in_turn(n):
             done = []
-            for turn in range(n, 2 * calls, 2):
+            for mine in range(n, len(does) * THREADED_CALLS, len(does)):
                 with turns:
-                    turns.wait_for(lambda: swapped[0] == turn)
-                    done.append((runs[0](ids[n])[0].clone(), both[n]))
-                    swapped[0] += 1
-                    turns.notify_all()
+                    assert turns.wait_for(lambda: turn[0] == mine, timeout=60)
+                try:
+                    done.append(does[n]())
+                finally:
+                    with turns:
+                        turn[0] += 1
+                        turns.notify_all()
             return done
 
-        wrong = wrong_of([pair for done in in_threads(device, *(lambda n=n: in_turn(n) for n in range(2))) for pair in done])
-        llama.say(f"threads: {mode}: two groups at once off by {worst:.1e}; one model in turn, {wrong} wrong of {2 * calls}")
-        assert worst < 2e-2 and wrong == 0
-    assert told() == check_threads.told
+    torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(len(does)) as pool:
+        return [pair for future in [pool.submit(work, n) for n in range(len(does))] for pair in future.result()]
 
 
-check_threads.told = told()
+THREADED_CALLS = 50
+
+
+def check_threads(device):
+    """Two threads with one model, with two, and with two that have a group of their own, each on a stream of its own."""
+    before, groups = told(), [dist.group.WORLD, dist.group.WORLD, dist.new_group(range(dist.get_world_size()))]
+    models = [build(device, size="8B", layers=2, group=group) for group in groups]
+    for mode in ("fuse", "weave"):
+        torch._dynamo.reset()
+        ids = [inputs(models[0][1], device, 2048, seed=seed) for seed in range(2)]
+        options = {"tokenweave.mode": mode, "tokenweave.timeout": 20}
+        runs = [compiled(model, dynamic=False, **options) for model, _ in models]
+        for which in ((0, 0), (0, 1), (0, 2)):
+            right = [[runs[n](i)[0].clone() for n, i in zip(which, ids)] for _ in range(2)][-1]
+            does = [lambda n=n, i=i, r=r: (runs[n](i)[0].clone(), r) for n, i, r in zip(which, ids, right)]
+            done = in_turn(device, *does)
+            wrong, kind = wrong_of(done), {0: "one model", 1: "two models", 2: "two groups"}[which[1]]
+            llama.say(f"threads: {mode}, {kind}: {wrong} wrong of {len(done)}")
+            assert wrong == 0
+    assert told() == before
 
 
 def check_state(device):

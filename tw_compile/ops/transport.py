@@ -16,7 +16,7 @@ from . import agree, tuning
 from .process_group import ProcessGroup
 from .reference import add_norm
 from .symmetric import Symmetric
-from .together import WorkspaceError
+from .together import WorkspaceError, together
 from .tuning import LEAST_ROWS, MARGIN, Tuning, by_rule
 
 log = logging.getLogger("tw_compile")
@@ -63,7 +63,7 @@ def choose(
                 raise TokenWeaveError(f"option 'tokenweave.transport' is {requested!r}, which is not possible here: {why_not}")
             if device.type == "cuda" and why_not:
                 log.warning("transport of group %s is %s; %s", group_name, name, why_not)
-            chosen[key] = _make(name, group_name, device), why_not
+            chosen[key] = _made(name, group_name, device), why_not
             chosen[key][0].lock = _locks[group_name]
         if timeout_s is not None and chosen[key][0].name in _SYMMETRIC:
             chosen[key][0].set_timeout(timeout_s)
@@ -87,6 +87,14 @@ def _make(name: str, group_name: str, device: torch.device, tuning: Tuning | Non
     if name in _SYMMETRIC:
         return Symmetric(group_name, device, multicast=_SYMMETRIC[name], tuning=tuning)
     return ProcessGroup(group_name, device)
+
+
+def _made(name: str, group_name: str, device: torch.device, tuning: Tuning | None = None) -> "ProcessGroup | Symmetric":
+    """The same, on all ranks or on none: a collective on CUDA groups."""
+    if name not in _SYMMETRIC:
+        return _make(name, group_name, device)
+    what = f"the set-up of transport {name}"
+    return together(group_name, what, lambda: _make(name, group_name, device, tuning), agree.PATIENCE_S)
 
 
 def _best(usable: list[str], reasons: dict[str, str], group_name: str, device: torch.device) -> str | None:
@@ -133,20 +141,22 @@ def _self_tested(name: str, group_name: str, device: torch.device) -> tuple["Sym
     before they are known to be right.
     """
     group = _resolve_process_group(group_name)
-    implementation = reason = None
-    try:
-        implementation = _make(name, group_name, device, by_rule(group.size()))
-        with torch.inference_mode(False), torch.no_grad():
-            reason = _difference(implementation, group, device)
-    except Exception as error:  # the others must hear of it, whatever it is
-        reason = f"{type(error).__name__}: {error}"
-    said = reason and f"its self-test failed: {reason} on rank {group.rank()}"
-    answers = agree.exchange(group_name, f"the self-test of transport {name}", said or "")
-    reason = next((answer for answer in answers if answer), None)
-    if reason is not None:
-        implementation = None
-        gc.collect()
-    return implementation, reason
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            implementation = _made(name, group_name, device, by_rule(group.size()))
+            chains = together(group_name, "the self-test's inputs", lambda: _chains(group, device), agree.PATIENCE_S)
+            implementation.prepare([(slot, c.dtype, (c.rows, _TEST_HIDDEN), c.center) for c in chains for slot in range(3)])
+        except WorkspaceError as error:  # which all ranks have
+            gc.collect()
+            return None, f"its self-test failed: {error}"
+        reason = ""
+        try:
+            reason = _difference(implementation, chains, group)
+        except Exception as error:  # the others must hear of it, whatever it is
+            reason = f"{type(error).__name__}: {error}"
+    said = f"its self-test failed: {reason} on rank {group.rank()}" if reason else ""
+    answers = agree.exchange(group_name, f"the self-test of transport {name}", said)
+    return implementation, next((answer for answer in answers if answer), None)
 
 
 _TOLERANCES = {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 1e-4}
@@ -154,27 +164,32 @@ _TEST_HIDDEN = 512
 _TEST_REPEATS = 10
 
 
-def _difference(implementation, group, device: torch.device) -> str | None:
-    """How what the passes call differs from the process group's answer on this rank.
-
-    Sites that carry their residual to the next and one that makes it whole, behind GEMMs and alone, woven and fused, of both norms, with
-    all that a norm can have; around each size where another kernel or another workspace begins; and many in a row. First all that
-    can fail on one rank alone is done, then the calls, and at the end they are compared: no rank is left waiting in a kernel.
-    """
+def _chains(group, device: torch.device) -> list["_Chain"]:
+    """Of both norms, and around each size where another kernel or another workspace begins."""
     switch = by_rule(group.size()).one_shot_rows
     sizes = sorted({1, 5, switch, switch + 1, LEAST_ROWS - 1, LEAST_ROWS, LEAST_ROWS + 1, 2 * LEAST_ROWS + 1})
-    chains = [_Chain(group, device, dtype, center, rows) for dtype, center, some in (
+    return [_Chain(group, device, dtype, center, rows) for dtype, center, some in (
         (torch.bfloat16, False, sizes), (torch.bfloat16, True, (5, LEAST_ROWS + 1)),
         (torch.float16, False, (5, LEAST_ROWS + 1)), (torch.float32, False, (5, LEAST_ROWS + 1)),
     ) for rows in some]  # fmt: skip
-    implementation.prepare([(slot, c.dtype, (c.rows, _TEST_HIDDEN), c.center) for c in chains for slot in range(3)])
+
+
+def _difference(implementation, chains: list["_Chain"], group) -> str:
+    """How what the passes call differs from the process group's answer on this rank; empty if it does not.
+
+    Sites that carry their residual to the next and one that makes it whole, behind GEMMs and alone, woven and fused, with all that a
+    norm can have; and many in a row. First come the calls, and then they are compared: no rank is left waiting in a kernel for one
+    that has found a difference.
+    """
+    for chain in chains:
+        chain.reduce(group)
     with implementation.call():
         for chain in chains:
             chain.run(implementation)
         for _ in range(_TEST_REPEATS):
-            for chain in chains[:: len(sizes) // 2]:
+            for chain in chains[::4]:
                 chain.fuse(implementation, 2)
-    return next((difference for chain in chains if (difference := chain.difference())), None)
+    return next((difference for chain in chains if (difference := chain.difference())), "")
 
 
 class _Chain:
@@ -193,14 +208,17 @@ class _Chain:
         self.numerics = (
             (vector().float(), None, *none), (vector(), vector(), shift, 1e-6, 0.5, 1.0, center), (vector(), None, *none)
         )  # fmt: skip
-        self.right, residual = [], self.residual
+        self.got, self.right = [], []
+
+    def reduce(self, group):
+        """What is right, by the process group."""
+        residual = self.residual
         for x, numerics in zip(self.xs, self.numerics):
             total = x.to(torch.float32, copy=True)
             dist.all_reduce(total, group=group)
             norm, residual = add_norm(total, residual, *numerics)
             self.right.append(norm)
         self.right.append(residual)
-        self.got = []
 
     def run(self, implementation):
         self.fuse(implementation, 2)
