@@ -1,5 +1,6 @@
 # make demo    install into .venv and run the example: on this machine's GPUs, else on two CPU ranks
 # make test    install into .venv and run the tests
+# make test-gpu  the same for the tests that need GPUs, all of them and one after the other
 # make clean   remove what these made
 #
 # Variables:  PYTHON=python3.12   which Python; a torch >= 2.11 that it has is used as it is
@@ -19,7 +20,7 @@ TORCH := torch>=2.11
 CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test clean
+.PHONY: demo test test-gpu clean
 
 # As many ranks as GPUs, rounded down to a power of two, which Llama's heads divide by.
 demo: $(VENV)/package
@@ -30,6 +31,9 @@ demo: $(VENV)/package
 
 test: $(VENV)/package $(VENV)/test-extras
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+
+test-gpu: $(VENV)/package $(VENV)/test-extras
+	$(PY) -m pytest -m gpu $(TESTS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -6,12 +6,15 @@ With more ranks than GPUs, ranks share GPUs: slow, as their kernels take turns, 
 The process group is gloo then, since NCCL does not take two ranks of one GPU.
 """
 
+import concurrent.futures
+import contextlib
 import gc
 import itertools
 import os
 import random
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -20,10 +23,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 
 import tw_compile
+from tw_compile.ops import transport as transports
 from tw_compile.ops import tuning
 from tw_compile.ops.symmetric import Symmetric
+from tw_compile.ops.together import WorkspaceError
 from tw_compile.ops.tuning import LEAST_ROWS, Tuning
 
 sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("examples", "benchmarks")]
@@ -85,18 +91,18 @@ def log_events():
         setattr(Symmetric, name, logged)
 
 
-def build(device, dtype=torch.bfloat16):
-    config = replace(llama.SIZES["70B"], layers=LAYERS)
+def build(device, dtype=torch.bfloat16, size="70B", layers=LAYERS, group=None):
+    config = replace(llama.SIZES[size], layers=layers)
     with torch.device("meta"):
-        model = llama.Llama(config, dist.group.WORLD).to(dtype).eval()
+        model = llama.Llama(config, group or dist.group.WORLD).to(dtype).eval()
     llama.fill(model, config, device, None)  # the angles of the rotary embedding stay in float32
     return model, config
 
 
-def compiled(model, backend="tokenweave", **options):
+def compiled(model, backend="tokenweave", dynamic=True, **options):
     if backend == "tokenweave":
         options = {"tokenweave.min_tokens": 1024, **options}  # whatever is faster here, it is to be woven
-    return torch.compile(model, backend=backend, options=options, dynamic=True)
+    return torch.compile(model, backend=backend, options=options, dynamic=dynamic)
 
 
 def inputs(config, device, tokens, batch=1, seed=0):
@@ -340,13 +346,13 @@ def check_graphs(device):
     llama.say("graphs: reduce-overhead and a capture of one's own replay with new inputs")
 
 
-def decode_steps(device, **options):
+def decode_steps(device, layers=LAYERS, **options):
     """What ten steps give, and the KV caches that they write to."""
     import decode
 
     torch.manual_seed(0)
-    model, config = decode.build("70B", LAYERS, device, 4, 64)
-    run = compiled(model, options.pop("backend", "tokenweave"), **options)
+    model, config = decode.build("70B", layers, device, 4, 64)
+    run = compiled(model, options.pop("backend", "tokenweave"), options.pop("dynamic", True), **options)
     hidden = []
     for position in range(40, 50):
         ids = inputs(config, device, 1, batch=4, seed=position)
@@ -368,25 +374,28 @@ def check_caches(device):
 
 
 def check_regions(device):
-    """Layers marked to be compiled once give the bits of those that are not, in CUDA graphs too, and write the same to caches."""
+    """Layers marked to be compiled once give the bits of those that are not, in CUDA graphs too, and write the same to caches.
+
+    Three layers, the least of which some are alike, and one number of tokens: PyTorch 2.11 traces regions slowly.
+    """
     import decode
 
     mark = lambda kind: mock.patch.object(kind, "forward", torch.compiler.nested_compile_region(kind.forward))  # noqa: E731
-    model, config = build(device)
-    ids = [inputs(config, device, tokens, seed=seed) for tokens in (64, 2048) for seed in range(3)]
-    run = compiled(model)
-    plain, (hidden, caches) = [run(i)[0] for i in ids], decode_steps(device)
+    layers = 3
+    model, config = build(device, layers=layers)
+    ids = [inputs(config, device, 2048, seed=seed) for seed in range(3)]
+    run = compiled(model, dynamic=False)
+    plain, (hidden, caches) = [run(i)[0] for i in ids], decode_steps(device, layers, dynamic=False)
     torch._dynamo.reset()
-    for options in {}, {"triton.cudagraphs": True}:
-        with mark(llama.Layer), mark(decode.CachedAttention):
-            run = compiled(model, **options)
+    with mark(llama.Layer), mark(decode.CachedAttention):
+        run = compiled(model, dynamic=False, **{"triton.cudagraphs": True})
+        for _ in range(2):  # captured, and replayed
             assert all(torch.equal(run(i)[0], expected) for i, expected in zip(ids, plain))
-            report = tw_compile.reports()[-1]
-            assert report.mode == "weave" and len(report.sites) == 2 * LAYERS + 1 and report.alike, report
-            marked, others = decode_steps(device, **options)
-            assert torch.equal(marked, hidden) and all(map(torch.equal, others, caches))
-        torch._dynamo.reset()
-    llama.say("regions: the same bits as without, woven and fused, in CUDA graphs too, and in the caches")
+        report = tw_compile.reports()[-1]
+        assert report.mode == "weave" and len(report.sites) == 2 * layers + 1 and report.alike, report
+        marked, others = decode_steps(device, layers, dynamic=False, **{"triton.cudagraphs": True})
+        assert torch.equal(marked, hidden) and all(map(torch.equal, others, caches))
+    llama.say("regions: the same bits as without, woven and fused, in CUDA graphs, and in the caches")
 
 
 def check_transports(device):
@@ -405,6 +414,170 @@ def check_transports(device):
             llama.say("transports: multimem refused:", str(refused).splitlines()[0][:300])
         else:
             raise AssertionError("multimem was not refused")
+
+
+def told():
+    """What GEMMs are told, for the whole process."""
+    return torch._C._get_blas_preferred_backend(), torch._C._get_sm_carveout_experimental()
+
+
+def wrong_of(calls):
+    """How many of (result, right) differ."""
+    torch.cuda.synchronize()
+    return sum(not torch.equal(result, right) for result, right in calls)
+
+
+def check_streams(device, calls=100):
+    """One compiled model, called from two streams in turn, without a stop: the bits of calls from one; in CUDA graphs, too."""
+    model, config = build(device, size="8B")
+    ids = [inputs(config, device, 2048, seed=seed) for seed in range(2)]
+    for mode, graphs in itertools.product(("fuse", "weave"), (False, True)):
+        torch._dynamo.reset()
+        run = compiled(model, dynamic=False, **{"tokenweave.mode": mode, "tokenweave.timeout": 20, "triton.cudagraphs": graphs})
+        right = [[run(i)[0].clone() for _ in range(3)][-1] for i in ids]
+        torch.cuda.synchronize()
+        streams, done = [torch.cuda.Stream(device) for _ in ids], []
+        for _ in range(calls):
+            for stream, i, wanted in zip(streams, ids, right):
+                with torch.cuda.stream(stream):
+                    done.append((run(i)[0].clone(), wanted))
+        wrong = wrong_of(done)
+        llama.say(f"streams: {mode}{', CUDA graphs' * graphs}: {wrong} wrong of {len(done)}")
+        assert wrong == 0
+    assert tw_compile.reports()[-1].transport == "peer"
+
+
+def in_turn(device, *does):
+    """``calls`` of each, in threads and on streams of their own; in the order of the threads, which is that of all ranks."""
+    turns, turn = threading.Condition(), [0]
+
+    def work(n):
+        torch.cuda.set_device(device)
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(device)):
+            done = []
+            for mine in range(n, len(does) * THREADED_CALLS, len(does)):
+                with turns:
+                    assert turns.wait_for(lambda: turn[0] == mine, timeout=60)
+                try:
+                    done.append(does[n]())
+                finally:
+                    with turns:
+                        turn[0] += 1
+                        turns.notify_all()
+            return done
+
+    torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(len(does)) as pool:
+        return [pair for future in [pool.submit(work, n) for n in range(len(does))] for pair in future.result()]
+
+
+THREADED_CALLS = 50
+
+
+def check_threads(device):
+    """Two threads with one model, with two, and with two that have a group of their own, each on a stream of its own."""
+    before, groups = told(), [dist.group.WORLD, dist.group.WORLD, dist.new_group(range(dist.get_world_size()))]
+    models = [build(device, size="8B", layers=2, group=group) for group in groups]
+    for mode in ("fuse", "weave"):
+        torch._dynamo.reset()
+        ids = [inputs(models[0][1], device, 2048, seed=seed) for seed in range(2)]
+        options = {"tokenweave.mode": mode, "tokenweave.timeout": 20}
+        runs = [compiled(model, dynamic=False, **options) for model, _ in models]
+        for which in ((0, 0), (0, 1), (0, 2)):
+            right = [[runs[n](i)[0].clone() for n, i in zip(which, ids)] for _ in range(2)][-1]
+            does = [lambda n=n, i=i, r=r: (runs[n](i)[0].clone(), r) for n, i, r in zip(which, ids, right)]
+            done = in_turn(device, *does)
+            wrong, kind = wrong_of(done), {0: "one model", 1: "two models", 2: "two groups"}[which[1]]
+            llama.say(f"threads: {mode}, {kind}: {wrong} wrong of {len(done)}")
+            assert wrong == 0
+    assert told() == before
+
+
+def check_state(device):
+    """What a failed run leaves behind: nothing. And two groups woven into each other."""
+    site, before = Site(device), told()
+    groups = [dist.group.WORLD.group_name, dist.new_group(range(dist.get_world_size())).group_name]
+    one, other = (Symmetric(group, device, False, 60.0, tuning.by_rule(dist.get_world_size())) for group in groups)
+    for symmetric in (one, other):
+        symmetric.prepare([(slot, torch.bfloat16, (512, 8192), False) for slot in range(2)])
+    try:
+        with one.call(), other.call():
+            one.start(*site.arguments(0, 512), 4, 0, 0, False, False)
+            other.start(*site.arguments(100, 512), 8, 1, 0, False, False)
+            assert told()[1] == 4
+            raise KeyError
+    except KeyError:
+        assert told() == before
+    for begin in (0, 200):
+        one.start(*site.arguments(begin, 512), 4, 0, 1, False, False)
+        other.start(*site.arguments(begin + 300, 512), 8, 0, 1, False, False)
+        assert site.is_right(one.wait(0, True), begin) and told() != before
+        assert site.is_right(other.wait(0, True), begin + 300)
+        assert told() == before
+    dist.barrier()
+    llama.say("state: nothing is left behind by an exception, nor by two groups")
+
+
+def check_empty(device):
+    """No tokens, on every transport; compiled, and by hand."""
+    model, config = build(device, size="8B", layers=2)
+    for transport in ("peer", "process_group"):
+        torch._dynamo.reset()
+        run = compiled(model, **{"tokenweave.transport": transport})
+        hidden = run(inputs(config, device, 64))[0]
+        assert run(inputs(config, device, 0))[0].shape == (1, 0, hidden.shape[-1])
+        assert torch.equal(run(inputs(config, device, 64))[0], hidden)
+        implementation, _ = transports.choose(transport, dist.group.WORLD.group_name, device)
+        x, site = hidden[0, :0], (None, None, None, None, 1e-5, 1.0, 0.0, False)
+        for wide in (False, True):
+            implementation.start(x, *site, 8, 0, 0, wide, wide)
+            pairs = implementation.wait(0, True), implementation.fused(x, *site, 0, 2, 0, wide, wide, False)
+            assert all(t.shape == x.shape for pair in pairs for t in pair)
+    torch.cuda.synchronize()
+    llama.say("empty: no tokens are none, on all transports")
+
+
+def check_together(device):
+    """What a rank cannot make no rank makes: a transport, or a workspace later on; and how much memory there is then."""
+    group, rank, calls = dist.group.WORLD.group_name, dist.get_rank(), [(n, torch.bfloat16, (512 << n, 8192), n == 2) for n in range(3)]
+    fails = RuntimeError("made to fail")
+
+    def raises(*args, **kwargs):
+        raise fails
+
+    def on_rank_1(owner, name, do):
+        with mock.patch.object(owner, name, raises) if rank == 1 else contextlib.nullcontext():
+            return do()
+
+    def choose(requested):
+        transports.chosen.clear()
+        return transports.choose(requested, group, device)
+
+    for owner, name in ((Symmetric, "_kernel"), (symm_mem, "empty"), (Symmetric, "__init__")):
+        implementation, why_not = on_rank_1(owner, name, lambda: choose("auto"))
+        assert implementation.name == "process_group" and "made to fail" in why_not and "on rank 1" in why_not, why_not
+    begin = time.perf_counter()
+    implementation, why_not = choose("auto")
+    llama.say(f"together: {implementation.name} after a self-test and a comparison of {time.perf_counter() - begin:.1f} s; {why_not}")
+    assert implementation.name == "peer"
+    torch.cuda.synchronize()
+    free, held = torch.cuda.mem_get_info()[0], implementation.workspace_bytes()
+    for owner, name in ((symm_mem, "empty"), (Symmetric, "_kernel")):
+        try:
+            on_rank_1(owner, name, lambda: implementation.prepare(calls))
+        except WorkspaceError as error:
+            assert "failed on rank 1" in str(error) and "made to fail" in str(error), error
+        else:
+            raise AssertionError("it was made")
+        assert implementation.workspace_bytes() == held
+    assert torch.cuda.mem_get_info()[0] >= free - (64 << 20), "memory is not given back"
+    implementation.prepare(calls)
+    assert tw_compile.ops.transport.workspace_bytes() == {device: implementation.workspace_bytes()} and implementation.workspace_bytes() > held
+    site = Site(device)
+    assert site.is_right(implementation.fused(*site.arguments(0, 512), 0, 0, 0, False, False, False), 0)
+    transports.chosen.clear()
+    dist.barrier()
+    llama.say("together: all ranks, or none")
 
 
 def check_models(device):

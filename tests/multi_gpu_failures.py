@@ -30,12 +30,17 @@ CALLS, FAILS_AT = 8, 5
 class Case:
     """What happens to the last rank at its call FAILS_AT."""
 
-    what: str  # "killed", "late" or "other rows"
+    what: str  # "killed", "late", "other rows" or "other site"
     rows: int
     other_rows: int = 0
 
     def __str__(self):
         return f"{self.what}, {self.rows} rows" + f" and {self.other_rows}" * (self.what == "other rows")
+
+    @property
+    def said(self):
+        """What at least one rank is to say of it, where one runs something else."""
+        return rf"site {FAILS_AT} .* at that of site {FAILS_AT + 1}" if self.what == "other site" else "another number of tokens"
 
 
 # By the rule, which on two ranks is one_shot for less than 32 rows, and two_shot for the rest.
@@ -44,6 +49,7 @@ CASES = [
     *(Case("killed", rows) for rows in (2, 31, 40, 512)),
     *(Case("other rows", *rows) for rows in ((2, 4), (29, 31), (40, 37), (512, 500))),  # of one kernel
     *(Case("other rows", *rows) for rows in ((2, 3), (31, 32), (24, 40))),  # of two kernels; in two workspaces
+    *(Case("other site", rows) for rows in (2, 40)),
 ]
 
 
@@ -70,7 +76,7 @@ def play(case, rank, world, store, pipe):
                     time.sleep(LATE_S)
                 begin, rows = 50 * number, case.other_rows if fails and case.other_rows else case.rows
                 start = time.monotonic()
-                check_call(symmetric, site, begin, rows, number)
+                check_call(symmetric, site, begin, rows, number + (fails and case.what == "other site"))
                 seconds = max(seconds, time.monotonic() - start)
                 right_calls = number
         except Exception as reason:
@@ -149,8 +155,10 @@ def check(case, answers, killed):
         pattern = rf"waited .* for rank {lost} |CUDA error|CUDA call failed"
         if not all(error and re.search(pattern, error) for error in errors):
             return "a rank does not name the dead one"
-    elif not any(error and "another number of tokens" in error for error in errors):
-        return "no rank says that there are different numbers of tokens"
+    elif not any(error and re.search(case.said, error) for error in errors) and not any(
+        error and re.search(rf"site {FAILS_AT + 1} .* at that of site {FAILS_AT} ", error) for error in errors
+    ):
+        return "no rank says what differs"
     return None if all(seconds < TIMEOUT_S + SLACK_S for *_, seconds in answers) else "a rank waited for too long"
 
 

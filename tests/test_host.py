@@ -1,16 +1,21 @@
 """The host's part of a site: which driver calls it makes, in which order and with what, over a driver that only notes them."""
 
+import contextlib
 import ctypes
+import itertools
 import shutil
 import subprocess
+import threading
+import time
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tw_compile.ops import host, symmetric
+from tw_compile.ops import gemms, host, symmetric
 from tw_compile.ops.symmetric import Arguments, Symmetric
+from tw_compile.ops.together import WorkspaceError
 from tw_compile.ops.tuning import by_rule
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -42,6 +47,16 @@ int cuLaunchKernel(Handle function, unsigned x, unsigned y, unsigned z, unsigned
   if (y != 1 || z != 1 || bz != 1 || extra) return 1;
   return note("launch", function, x, (unsigned long)threads << 40 | (unsigned long)groups << 32 | shared, stream);
 }
+int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, 0; }
+int cuDevicePrimaryCtxRetain(Handle *context, int device) { return *context = 100 + device, 0; }
+int cuCtxPushCurrent_v2(Handle context) { return context < 100; }
+int cuCtxPopCurrent_v2(Handle *context) { return *context = 0, 0; }
+
+// The CUDA graphs that are being captured, by the stream.
+unsigned long captures[64];
+int cuStreamGetCaptureInfo_v2(Handle stream, int *status, unsigned long *id, void *graph, void *dependencies, void *count) {
+  return *status = captures[stream] != 0, *id = captures[stream], graph || dependencies || count;
+}
 int cuGetErrorName(int status, const char **name) { return *name = status == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : NULL, 0; }
 """
 
@@ -56,7 +71,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def driver(library):
-    """calls: the module over this driver; noted(): what was called since the last time; fail(name): from now on"""
+    """calls: the module over this driver; noted(): what was called since the last time; fail(name): from now on; captures: by stream"""
     loaded = ctypes.CDLL(library)
     notes, failing = (ctypes.c_char * (1 << 16)).in_dll(loaded, "notes"), (ctypes.c_char * 64).in_dll(loaded, "failing")
 
@@ -67,9 +82,11 @@ def driver(library):
     def fail(name):
         failing.value = name.encode()
 
+    captures = (ctypes.c_ulong * 64).in_dll(loaded, "captures")
+    ctypes.memset(captures, 0, ctypes.sizeof(captures))
     fail("")
     noted()
-    return SimpleNamespace(calls=host.calls(library), noted=noted, fail=fail)
+    return SimpleNamespace(calls=host.calls(library), noted=noted, fail=fail, captures=captures)
 
 
 def launched(stream, ctas):
@@ -111,12 +128,24 @@ def test_what_is_missing_is_said(library, monkeypatch, tmp_path):
 def test_a_cache_that_cannot_be_written_does_no_harm(library, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TW_COMPILE_CACHE_DIR", str(tmp_path / "file"))
-    assert host.calls.__wrapped__(library).event()
+    assert host.calls.__wrapped__(library).event(100)
 
 
 def test_it_is_compiled_once(driver, library, monkeypatch):
     monkeypatch.setattr(host, "_compile", lambda: pytest.fail("compiled again"))
-    assert host.calls.__wrapped__(library).event()
+    assert host.calls.__wrapped__(library).event(100)
+
+
+def test_a_compiler_that_hangs_is_given_up(monkeypatch, tmp_path):
+    (tmp_path / "cc").write_text("#!/bin/sh\nexec sleep 100\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    monkeypatch.setattr(host, "_COMPILER_S", 0.2)
+    with pytest.raises(RuntimeError, match="has not compiled it within 0.2 s"):
+        host._compile()
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    with pytest.raises(RuntimeError, match="none cannot be run: "):
+        host._compile()
 
 
 # --- Symmetric -------------------------------------------------------------------------------------------------------
@@ -128,7 +157,7 @@ class Workspace:
     def __init__(self, owner, dtype, hidden, rows):
         self.activations, self.whole_residual = (torch.zeros(rows, hidden, dtype=dtype) for _ in range(2))
         self.carried = torch.zeros(rows, hidden)
-        self.tuning = by_rule(owner.world)
+        self.tuning, self.bytes = by_rule(owner.world), rows * hidden * 8
         self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0), 64
         loaded = FUNCTION, THREADS, GROUPS, SHARED
         calls = owner._host
@@ -143,8 +172,12 @@ def symmetric_sites(driver, world, monkeypatch):
     monkeypatch.setattr(symmetric, "_ErrorRecord", lambda: SimpleNamespace(words=[0], raise_if_set=lambda *_: None))
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: SimpleNamespace(cuda_stream=SIDE))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: CURRENT, raising=False)
-    return Symmetric(world.group_name, torch.device("cuda", 0), multicast=False)
+    driver.stream, driver.stream_id = CURRENT, 3
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: driver.stream, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(stream_id=driver.stream_id))
+    sites = Symmetric(world.group_name, torch.device("cuda", 0), multicast=False)
+    driver.noted()
+    return sites
 
 
 def packed(sites, x):
@@ -176,8 +209,8 @@ def test_a_start_and_a_wait(symmetric_sites, driver):
 
 def test_gemms_are_told_while_kernels_may_run_beside_them(symmetric_sites, monkeypatch):
     log, x = [], torch.randn(64, H)
-    monkeypatch.setattr(symmetric.gemms, "leave_out", lambda ctas: log.append(ctas) or "before")
-    monkeypatch.setattr(symmetric.gemms, "as_before", log.append)
+    monkeypatch.setattr(symmetric.gemms, "leave_out", lambda ctas: log.append(ctas) or True)
+    monkeypatch.setattr(symmetric.gemms, "as_before", lambda: log.append("before"))
 
     def start(slot):
         symmetric_sites.start(x, None, *site(), 4, slot, 0, False, False)
@@ -237,3 +270,217 @@ def test_a_start_that_was_never_waited_for_is_forgotten(symmetric_sites, driver)
     with pytest.raises(RuntimeError, match="CUDA_ERROR_LAUNCH_FAILED"):
         symmetric_sites.start(x, None, *site(), 0, SLOT, 0, False, False)
     assert [name for name, *_ in driver.noted()] == ["wait", "record", "wait"] and not symmetric_sites._pending
+
+
+# --- Streams and threads ---------------------------------------------------------------------------------------------
+
+
+OTHER, THIRD = 12, 13
+
+
+def begin_and_end(sites, x=torch.zeros(64, H), slot=SLOT):
+    sites.start(x, None, *site(), 4, slot, 0, False, False)
+    return sites.wait(slot, True)
+
+
+def followed(driver):
+    """(before, stream) of every event that was recorded on one stream and waited for on the other, but for those of starts and waits."""
+    recorded_on, found = {}, []
+    for name, first, second, *_ in driver.noted():
+        if name == "record":
+            recorded_on[first] = second
+        elif name == "wait" and SIDE not in (first, recorded_on.get(second)):
+            found.append((recorded_on[second], first))
+    return found
+
+
+def test_calls_on_one_stream_follow_each_other_for_nothing(symmetric_sites, driver):
+    for _ in range(3):
+        with symmetric_sites.call():
+            begin_and_end(symmetric_sites)
+    assert followed(driver) == []
+
+
+@pytest.mark.parametrize("within", (True, False), ids=("in call()", "by hand"))
+def test_a_call_on_another_stream_waits_for_the_one_before(symmetric_sites, driver, within):
+    for stream in (CURRENT, CURRENT, OTHER, OTHER, CURRENT):
+        driver.stream = stream
+        with symmetric_sites.call() if within else contextlib.nullcontext():
+            begin_and_end(symmetric_sites)
+    assert followed(driver) == [(CURRENT, OTHER), (OTHER, CURRENT)]
+
+
+@pytest.mark.parametrize("do", [
+    lambda sites, x: sites.linear(x, torch.zeros(H, H), None, SLOT), lambda sites, x: sites.fused(x, None, *site(), 4, SLOT, 0, True, True, True),
+    lambda sites, x: sites.start(x, None, *site(), 4, SLOT, 0, True, True), lambda sites, x: sites.wait(1, True),
+], ids=("linear", "fused", "start", "wait"))  # fmt: skip
+def test_every_op_waits_for_the_one_before(symmetric_sites, driver, do):
+    x = torch.zeros(64, H)
+    symmetric_sites.start(x, None, *site(), 4, 1, 0, True, True)
+    driver.stream = OTHER
+    do(symmetric_sites, x)
+    assert followed(driver) == [(CURRENT, OTHER)]
+
+
+def test_what_is_captured_and_what_is_not_do_not_wait_for_each_other(symmetric_sites, driver):
+    begin_and_end(symmetric_sites)
+    driver.captures[OTHER] = driver.captures[THIRD] = 5
+    for stream in (OTHER, OTHER, THIRD, OTHER):  # a capture that forks
+        driver.stream = stream
+        begin_and_end(symmetric_sites)
+    assert followed(driver) == [(OTHER, THIRD), (THIRD, OTHER)]
+    driver.captures[OTHER] = driver.captures[THIRD] = 0
+    driver.captures[OTHER] = 6  # another graph
+    begin_and_end(symmetric_sites)
+    assert followed(driver) == []
+    driver.captures[OTHER] = 0
+    begin_and_end(symmetric_sites)
+    assert followed(driver) == [(CURRENT, OTHER)], "on the stream of the capture, and behind the last call that was not captured"
+
+
+def test_a_capture_on_the_stream_of_the_calls_before(symmetric_sites, driver):
+    begin_and_end(symmetric_sites)
+    driver.captures[CURRENT] = driver.captures[OTHER] = 5
+    for stream in (CURRENT, OTHER, CURRENT):
+        driver.stream = stream
+        begin_and_end(symmetric_sites)
+    assert followed(driver) == [(CURRENT, OTHER), (OTHER, CURRENT)]
+    driver.captures[OTHER], driver.stream = 0, THIRD
+    with pytest.raises(RuntimeError, match="while another thread captures"):
+        begin_and_end(symmetric_sites)
+
+
+def test_a_stream_that_is_not_torchs_may_be_gone_after_the_call(symmetric_sites, driver):
+    driver.stream, driver.stream_id = OTHER, OTHER * 16
+    with symmetric_sites.call():
+        begin_and_end(symmetric_sites)
+    (*_, (_, event, recorded_on, *_), (_, waits, awaited, *_)) = driver.noted()
+    assert (recorded_on, waits, awaited) == (OTHER, SIDE, event)
+    for _ in range(2):  # also one that has its address
+        begin_and_end(symmetric_sites)
+    (_, event, recorded_on, *_), (_, waits, awaited, *_), *rest = driver.noted()
+    assert (recorded_on, waits, awaited) == (SIDE, OTHER, event) and len(rest) == 10
+
+
+def test_threads_take_turns_by_whole_calls(symmetric_sites):
+    x, log = torch.zeros(64, H), []
+
+    def run(name, held):
+        for _ in range(20):
+            with symmetric_sites.call(), symmetric_sites.call():
+                log.append(name)
+                symmetric_sites.start(x, None, *site(), 4, SLOT, 0, False, False)
+                time.sleep(1e-4)
+                symmetric_sites.wait(SLOT, True)
+                log.append(name)
+
+    threads = [threading.Thread(target=run, args=(name, x)) for name in "ab"]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert len(log) == 80 and log[::2] == log[1::2]
+
+
+# --- What is left behind ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What GEMMs are told, in place of PyTorch."""
+    state = {"backend": "cublas", "carveout": None}
+    monkeypatch.setattr(gemms, "_CAN_BE_TOLD", True)
+    for name, key in (("blas_preferred_backend", "backend"), ("sm_carveout_experimental", "carveout")):
+        monkeypatch.setattr(torch._C, f"_get_{name}", lambda key=key: state[key], raising=False)
+        monkeypatch.setattr(torch._C, f"_set_{name}", lambda value, key=key: state.update({key: value}), raising=False)
+    monkeypatch.setattr(torch._C, "_BlasBackend", SimpleNamespace(Cublaslt="cublaslt"), raising=False)
+    yield state
+    assert state == {"backend": "cublas", "carveout": None} and gemms._askers == 0
+
+
+def test_an_exception_between_start_and_wait_leaves_nothing_behind(symmetric_sites, driver, told):
+    x = torch.zeros(64, H)
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), symmetric_sites.call():
+            symmetric_sites.start(x, None, *site(), 4, 0, 0, False, False)
+            symmetric_sites.start(x, None, *site(), 4, 1, 0, False, False)
+            assert told == {"backend": "cublaslt", "carveout": 4}
+            driver.noted()
+            raise error
+        dones = [symmetric_sites._events[slot][1] for slot in range(2)]
+        assert driver.noted() == [("wait", CURRENT, done, 0, 0) for done in dones], "the kernels may still read their inputs"
+        assert told["carveout"] is None and not symmetric_sites._pending
+    with pytest.raises(RuntimeError, match="nothing was started"):
+        symmetric_sites.wait(0, True)
+    begin_and_end(symmetric_sites)
+
+
+def test_two_groups_woven_in_one_graph(symmetric_sites, world, told):
+    other, x = Symmetric(world.group_name, torch.device("cuda", 0), multicast=False), torch.zeros(64, H)
+    for first, last in itertools.product((symmetric_sites, other), repeat=2):
+        for sites, ctas in ((symmetric_sites, 4), (other, 8)):
+            sites.start(x, None, *site(), ctas, SLOT, 0, False, False)
+            assert told == {"backend": "cublaslt", "carveout": 4}
+        for sites in (first, other if first is symmetric_sites else symmetric_sites):
+            assert told["carveout"] == 4
+            sites.wait(SLOT, True)
+        assert told["carveout"] is None
+
+
+def test_a_kernel_that_leaves_no_sms_to_others_tells_nothing(symmetric_sites, told):
+    symmetric_sites.start(torch.zeros(64, H), None, *site(), 16, 0, 0, False, False)
+    assert told["carveout"] is None
+    symmetric_sites.start(torch.zeros(64, H), None, *site(), 4, 1, 0, False, False)
+    assert told["carveout"] == 4
+    symmetric_sites.wait(1, True), symmetric_sites.wait(0, True)
+
+
+@pytest.mark.parametrize("name", ("record", "wait", "launch"))
+def test_a_start_that_fails_leaves_nothing_behind(symmetric_sites, driver, told, name):
+    begin_and_end(symmetric_sites)
+    driver.fail(name)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_LAUNCH_FAILED"):
+        symmetric_sites.start(torch.zeros(64, H), None, *site(), 4, SLOT, 0, False, False)
+    assert not symmetric_sites._pending and told["carveout"] is None
+
+
+def test_shapes_are_forgotten_and_workspaces_are_not(symmetric_sites, monkeypatch):
+    monkeypatch.setattr(symmetric, "MAX_CALLS", 8)
+    often = torch.zeros(7, H)
+    first = begin_and_end(symmetric_sites, often)[0].data_ptr()
+    remembered = symmetric_sites._call(SLOT, often.dtype, often.shape)
+    for rows in range(1, 60):
+        begin_and_end(symmetric_sites, torch.zeros(rows, H))
+        begin_and_end(symmetric_sites, often)
+        assert len(symmetric_sites._calls) + len(symmetric_sites._older_calls) <= 8
+        assert rows == 7 or symmetric_sites._call(SLOT, often.dtype, often.shape) is remembered
+    assert begin_and_end(symmetric_sites, often)[0].data_ptr() == first
+    assert len(symmetric_sites._workspaces) == 2 and symmetric_sites.workspace_bytes() == (32 + 64) * H * 8
+
+
+# --- What all ranks make, or none ------------------------------------------------------------------------------------
+
+
+CALLS = [(0, torch.float32, (40, H), False), (1, torch.float32, (2, 100, H), False), (2, torch.float32, (0, H), True)]
+
+
+def test_workspaces_can_be_made_ahead(symmetric_sites, driver):
+    symmetric_sites.prepare(CALLS)
+    assert {key[0::3] for key in symmetric_sites._workspaces} == {(0, 64), (1, 256)} and driver.noted() == []
+
+
+def test_workspaces_are_made_ahead_all_or_none(symmetric_sites, monkeypatch):
+    begin_and_end(symmetric_sites)
+    before = dict(symmetric_sites._workspaces)
+
+    def fail(owner, dtype, hidden, rows):
+        if rows == 256:
+            raise WorkspaceError("no memory on rank 1")
+        return Workspace(owner, dtype, hidden, rows)
+
+    monkeypatch.setattr(symmetric, "_Workspace", fail)
+    calls = [(1, torch.float32, (40, H), False), *CALLS]
+    for _ in range(2):
+        with pytest.raises(WorkspaceError, match="no memory on rank 1"):
+            symmetric_sites.prepare(calls)
+        assert symmetric_sites._workspaces == before and {key[0] for key in symmetric_sites._calls} == {0}
+    monkeypatch.setattr(symmetric, "_Workspace", Workspace)
+    symmetric_sites.prepare(calls)
+    assert len(symmetric_sites._workspaces) == 3

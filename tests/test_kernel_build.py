@@ -536,10 +536,8 @@ class Machine:
         self.whole_at = self.carried_at + self.ROWS * hidden * 4
         self.staging_at = self.whole_at + self.ROWS * row
         self.workspaces = [torch.zeros(self.staging_at + 2 * self.CTAS * row, dtype=torch.uint8) for _ in range(world)]
-        self.pads = [torch.zeros(self.CTAS * world, dtype=torch.int32) for _ in range(world)]
+        self.pads = [torch.full((self.CTAS * world,), -3 << 28, dtype=torch.int32) for _ in range(world)]
         self.epochs = [torch.full((self.CTAS,), -3, dtype=torch.int32) for _ in range(world)]  # soon wraps through 0
-        for pad in self.pads:
-            pad.fill_(-3 << 20)
         self.error = torch.zeros(7, dtype=torch.int32)
 
     def arguments(self, rank, timeout_s=1e3) -> Arguments:
@@ -559,7 +557,7 @@ class Machine:
         dtype = dtype or self.dtype
         return self.workspaces[rank][begin : begin + rows * self.hidden * dtype.itemsize].view(dtype).view(rows, self.hidden)
 
-    def run(self, calls, seed=0, kernel=None, ctas=3, whole=True, carried=False, timeout_s=1e3, lost=(), fewer=()):
+    def run(self, calls, seed=0, kernel=None, ctas=3, whole=True, carried=False, timeout_s=1e3, lost=(), fewer=(), elsewhere=()):
         """Run calls back to back on all ranks, without any meeting between them other than the kernels' own.
 
         calls: dicts of partials [W][T, H], residual, weight, bias, shift, eps, scale, offset, center, which is that of the kernels
@@ -568,6 +566,7 @@ class Machine:
         carried: whether all calls but the last carry their residual to the next, whatever that has as ``residual``
         lost:    ranks that never come
         fewer:   ranks that run one row less than the others
+        elsewhere: ranks that are at site 9, where the others are at site 7
         Returns [calls][ranks] of (norm, residual); of a carried residual, in float32, rows of others are NaN.
         """
         steps = (Step * (self.world * len(calls)))()
@@ -596,7 +595,7 @@ class Machine:
                 weight_is_float, shift_is_float = (t is not None and t.dtype == torch.float32 for t in mine[2:])
                 assert call["center"] == self.center
                 arguments.set(
-                    rows, x.data_ptr(), *pointers, x.data_ptr(), residual.data_ptr(), 7,
+                    rows, x.data_ptr(), *pointers, x.data_ptr(), residual.data_ptr(), 9 if rank in elsewhere else 7,
                     weight_is_float, takes_carried, is_whole, call["eps"], call["scale"], call["offset"], shift_is_float, shift,
                 )  # fmt: skip
                 step = steps[rank * len(calls) + number]
@@ -854,6 +853,20 @@ def test_another_number_of_tokens_is_noticed(machine, kernel, rows):
         kernels = machine(torch.bfloat16, 64, world, "peer")
         kernels.run([example(torch.bfloat16, 64, world, rows)], odd, kernel, ctas=2, fewer=(odd,))
         assert kernels.status == 1
-        magic, rank, site, peer, phase, *both = kernels.error.tolist()
+        magic, rank, site, peer, phase, mine, call = kernels.error.tolist()
         assert magic & 0xFFFFFFFF == 0x7457F417 and phase == 2 and odd in (rank, peer)
-        assert both == ([rows - 1, rows] if rank == odd else [rows, rows - 1])
+        assert [mine, call] == ([rows - 1, 7 << 18 | rows] if rank == odd else [rows, 7 << 18 | rows - 1])
+
+
+@needs_gxx
+@pytest.mark.parametrize("kernel, rows", [("two_shot", 63), ("one_shot", 31)])
+def test_another_site_is_noticed(machine, kernel, rows):
+    """With as many tokens: nothing else is the matter."""
+    world = 3
+    for odd in range(world):
+        kernels = machine(torch.bfloat16, 64, world, "peer")
+        kernels.run([example(torch.bfloat16, 64, world, rows)], odd, kernel, ctas=2, elsewhere=(odd,))
+        assert kernels.status == 1
+        magic, rank, site, peer, phase, mine, call = kernels.error.tolist()
+        assert magic & 0xFFFFFFFF == 0x7457F417 and phase == 2 and odd in (rank, peer) and mine == rows
+        assert [site, call] == ([9, 7 << 18 | rows] if rank == odd else [7, 9 << 18 | rows])

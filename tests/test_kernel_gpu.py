@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed._symmetric_memory as symm_mem
 
+from tw_compile import files
 from tw_compile.ops import nvrtc, symmetric
 from tw_compile.ops.symmetric import Symmetric, own_rows
 from tw_compile.ops.tuning import by_rule
@@ -120,7 +121,7 @@ class Ranks:
 
     def workspaces(self, dtype, hidden, rows, slot=2, center=False):
         """Make sure of workspaces and kernels, so that nothing is allocated or loaded while a kernel waits for another."""
-        self.each(lambda s, rank: s._call(slot, dtype, torch.Size((rows, hidden))).workspace.kernels(center))
+        self.each(lambda s, rank: s.prepare([(slot, dtype, (rows, hidden), center)]))
 
     def poison(self):
         """NaN over everything but the epochs."""
@@ -429,11 +430,127 @@ def test_any_strides_and_alignment():
             assert batched[rank][0].shape == batched[rank][1].shape == (1, rows, hidden)
 
 
-def test_no_tokens():
+@pytest.mark.parametrize("shard", (False, True), ids=("whole", "shard"))
+def test_no_tokens(shard):
     group = ranks(2)
     x = torch.empty(2, 0, 8192, dtype=BF16, device="cuda")
-    for norm, residual in (*group.fused(x, None, None, None), *group.overlapped(x, None, None, None)):
-        assert norm.shape == residual.shape == (0, 8192)
+    for norm, residual in (*group.fused(x, None, None, None, shard), *group.overlapped(x, None, None, None, shard)):
+        assert norm.shape == residual.shape == (0, 8192) and residual.dtype == (FP32 if shard else BF16)
+    a, b = torch.empty(0, 64, dtype=BF16, device="cuda"), torch.empty(64, 8192, dtype=BF16, device="cuda")
+    assert all(x.shape == (0, 8192) for x in group.each(lambda s, rank: s.linear(a, b, None, 0)))
+
+
+def test_an_empty_half():
+    """Beside one that is not."""
+    group, d, rows = ranks(2), data(BF16, 8192, 2, 40), 40
+    group.workspaces(BF16, 8192, rows, 0)
+    for x, slot in ((d["x"], 0), (d["x"][:, :0], 1)):
+        residual = d["residual"][: x.shape[1]]
+        group.each(lambda s, rank: s.start(x[rank], residual, d["weight"], None, *site(), CTAS, slot, 0, False, False))
+    empty, full = (group.each(lambda s, rank: s.wait(slot, False)) for slot in (1, 0))
+    assert all(t.shape == (0, 8192) for result in empty for t in result)
+    assert_close(full[0][0], expected(d["x"], d["residual"], d["weight"], None)[0])
+
+
+@pytest.mark.parametrize("rows", (5, 100))
+def test_calls_from_two_streams(rows):
+    """100 from each, which share a workspace: a GEMM writes it, and others read it behind the site. None has another's values."""
+    world, hidden = 2, 8192
+    group, d = ranks(world), [data(BF16, hidden, world, rows, seed) for seed in range(2)]
+    a = torch.randn(2, world, rows, 64, device="cuda").to(BF16)
+    b, c = (torch.randn(64, hidden, device="cuda") / 8).to(BF16), (torch.randn(hidden, 64, device="cuda") / 64).to(BF16)
+    for slot in range(2):
+        group.workspaces(BF16, hidden, rows, slot)
+
+    def graph(s, rank, which):
+        with s.call():
+            outputs = []
+            for slot in range(2):
+                x = s.linear(a[which, rank], b, None, slot)
+                s.start(x, d[which]["residual"], d[which]["weight"], None, *site(), CTAS, slot, 0, True, True)
+            for slot in range(2):
+                norm, residual = s.wait(slot, True)
+                s.start(s.linear(norm @ c, b, None, slot), residual, d[which]["weight"], None, *site(), CTAS, slot, 1, False, False)
+            for slot in range(2):
+                outputs += s.wait(slot, True)
+            return [outputs[0] @ c, outputs[1], outputs[2] @ c, outputs[3]]
+
+    wanted = []
+    for which in range(2):
+        wanted.append(group.each(lambda s, rank: graph(s, rank, which)))
+        torch.cuda.synchronize()
+    results = []
+    for i in range(200):
+        pair = streams()[i % 2 * world :][:world]
+        with group.stand_ins():
+            for rank, s in enumerate(group.ranks):
+                with torch.cuda.stream(pair[rank]):
+                    results.append((graph(s, rank, i % 2), wanted[i % 2][rank]))
+    torch.cuda.synchronize()
+    wrong = sum(any(not torch.equal(x, y) for x, y in zip(got, right)) for got, right in results)
+    assert wrong == 0, f"{wrong} of {len(results)}"
+
+
+def test_a_capture_between_calls_on_two_streams():
+    """What is captured does not wait for what is not, and the other way round."""
+    world, rows = 2, 40
+    group, d = ranks(world), data(BF16, 8192, world, rows)
+    wanted = group.overlapped(d["x"], d["residual"], d["weight"], None, slot=1)
+    torch.cuda.synchronize()
+    graphs, outputs = [], []
+    with group.stand_ins():
+        for rank, s in enumerate(group.ranks):
+            with torch.cuda.stream(streams()[4 + rank]):  # in front of the capture, on another stream
+                s.fused(d["x"][rank, :0], None, None, None, *site(), CTAS, 1, 0, False, False, False)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=group.streams[rank]), s.call():
+                s.start(d["x"][rank], d["residual"], d["weight"], None, *site(), CTAS, 1, 0, False, False)
+                outputs.append(s.wait(1, False))
+            graphs.append(graph)
+    reserve_memory()
+    for _ in range(3):
+        group.each(lambda s, rank: graphs[rank].replay())
+        torch.cuda.synchronize()
+        with group.stand_ins():
+            results = []
+            for rank, s in enumerate(group.ranks):
+                with torch.cuda.stream(streams()[4 + rank]), s.call():
+                    s.start(d["x"][rank], d["residual"], d["weight"], None, *site(), CTAS, 1, 0, False, False)
+                    results.append(s.wait(1, False))
+        torch.cuda.synchronize()
+        for got in (*outputs, *results):
+            assert_same(got[0], wanted[0][0]), assert_same(got[1], wanted[0][1])
+
+
+def test_an_exception_between_start_and_wait_leaves_nothing_behind():
+    world, rows = 2, 40
+    group, d = ranks(world), data(BF16, 8192, 2, rows)
+    group.workspaces(BF16, 8192, rows, 0)
+    told = lambda: (torch._C._get_blas_preferred_backend(), torch._C._get_sm_carveout_experimental())  # noqa: E731
+    before, during = told(), []
+
+    def fail(s, rank):
+        with contextlib.suppress(ZeroDivisionError), s.call():
+            s.start(d["x"][rank], None, None, None, *site(), CTAS, 0, 0, False, False)
+            during.append(told())
+            1 / 0
+
+    group.each(fail)
+    assert told() == before and all(now[1] == CTAS for now in during)
+    results = group.overlapped(d["x"], d["residual"], d["weight"], None)
+    assert_close(results[0][0], expected(d["x"], d["residual"], d["weight"], None)[0])
+
+
+def test_a_cubin_that_does_not_load_is_made_anew():
+    s = ranks(2).ranks[0]
+    wanted = symmetric.macros(BF16, 8192, 2, 0, "peer", False, layout(BF16, 8192, 2, False))
+    command = nvrtc.options(nvrtc.architecture(torch.cuda.get_device_capability()), wanted)
+    path = files.path("two_shot", nvrtc._ingredients("two_shot", command), "cubin")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], files._sealed(b"no cubin")):
+        path.write_bytes(damaged)
+        assert s._kernel("two_shot", BF16, 8192, False).launch
+        assert path.read_bytes() == whole
 
 
 def test_a_start_without_wait_is_forgotten():
@@ -475,12 +592,12 @@ LOST = """
 import sys, torch
 from tests.test_kernel_gpu import Ranks, BF16, site
 group = Ranks(2, timeout_s=0.3)
-rows = [int(word) for word in sys.argv[1:]]  # of each rank that comes
+rows, sites = zip(*(map(int, word.split("@")) for word in sys.argv[1:]))  # of each rank that comes
 group.workspaces(BF16, 8192, rows[0])
 x = torch.zeros(64, 8192, dtype=BF16, device="cuda")
 def call(rank):
     with torch.cuda.stream(group.streams[rank]):
-        group.ranks[rank].fused(x[:rows[rank]], None, None, None, *site(), 0, 2, 11, True, True, True)
+        group.ranks[rank].fused(x[:rows[rank]], None, None, None, *site(), 0, 2, sites[rank], True, True, True)
 with group.stand_ins():
     for rank in range(len(rows)):
         call(rank)
@@ -492,9 +609,10 @@ with group.stand_ins():
 """
 
 
-def lost(*rows):
+def lost(*rows, sites=(11, 11)):
     """What a process says at its end whose CUDA context is lost."""
-    done = subprocess.run([sys.executable, "-c", LOST, *map(str, rows)], capture_output=True, text=True, timeout=120)
+    words = [f"{n}@{at}" for n, at in zip(rows, sites)]
+    done = subprocess.run([sys.executable, "-c", LOST, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0, done.stdout
     return done.stderr
 
@@ -510,3 +628,10 @@ def test_another_number_of_tokens_is_noticed(rows):
     """One process plays both ranks: the first kernel that notices ends both."""
     message = lost(*rows)
     assert "another number of tokens" in message and "site 11" in message, message[-2000:]
+
+
+@pytest.mark.parametrize("rows", (3, 40))
+def test_another_site_is_noticed(rows):
+    message = lost(rows, rows, sites=(3, 5))
+    here = f"is at the all-reduce of site {{}} with {rows} tokens, but rank {{}} at that of site {{}} with {rows} tokens"
+    assert f"rank 0 {here.format(3, 1, 5)}" in message or f"rank 1 {here.format(5, 0, 3)}" in message, message[-2000:]

@@ -27,7 +27,13 @@ def run(script, *arguments, launcher=()):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("check", ("agreement", "repeats", "stress", "tuning", "graphs", "caches", "regions", "transports", "models"))
+@pytest.mark.parametrize(
+    "check",
+    (
+        "agreement", "repeats", "stress", "tuning", "graphs", "caches", "regions", "transports", "streams", "threads", "state", "empty",
+        "together", "models",
+    ),
+)  # fmt: skip
 def test_on_all_gpus(check):
     run("multi_gpu.py", check, launcher=("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"))
 

@@ -1,20 +1,30 @@
 """How the ranks of a group settle on one transport, with stand-ins for those that need GPUs."""
 
+import json
+import os
+import tempfile
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from tw_compile import TokenWeaveError
-from tw_compile.ops import transport
+from tw_compile.ops import transport, tuning
 from tw_compile.ops.process_group import ProcessGroup
+from tw_compile.ops.together import WorkspaceError, together
 
 CPU = torch.device("cpu")
 
 
 class Stand(ProcessGroup):
-    """In place of Symmetric. ``missing``: (transport, rank) pairs that say they cannot; ``wrong``: ranks whose sums are off."""
+    """In place of Symmetric, on all transports that have one.
 
-    missing, wrong = (), ()
+    missing: (transport, rank) pairs that say they cannot
+    wrong:   ranks on which multimem does ``how`` wrong
+    """
+
+    missing, wrong, how = (), (), "fused"
 
     def __init__(self, group_name, device, multicast, tuning):
         super().__init__(group_name, device)
@@ -24,15 +34,45 @@ class Stand(ProcessGroup):
     def unavailable(cls, group_name, device, multicast):
         return "not here" if ("multimem" if multicast else "peer", dist.get_rank()) in cls.missing else None
 
+    def _is(self, how):
+        return self.how == how and self.name == "multimem" and dist.get_rank() in self.wrong
+
+    def prepare(self, calls):
+        def step():
+            if self._is("no memory"):
+                raise MemoryError("none is left")
+
+        together(dist.group.WORLD.group_name, "the allocation of a workspace", step, 60)
+
+    def linear(self, a, b, bias, slot):
+        return super().linear(a, b, bias, slot) * (1.5 if self._is("linear") else 1.0)
+
+    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard):
+        if self._is("no shift"):
+            shift = None
+        if self._is("no offset"):
+            offset = 0.0
+        if self._is("LayerNorm"):
+            center, shift = False, None
+        if self._is("rounds what it carries") and residual is not None:
+            residual = residual.bfloat16()
+        return super().start(x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard)
+
+    def wait(self, slot, borrow):
+        norm, residual = super().wait(slot, borrow)
+        if self._is("a vector"):
+            norm[-1, 16:24] = norm[0, 16:24]
+        return norm, residual
+
     def fused(self, x, *site):
         norm, residual = super().fused(x, *site)
-        return norm * (1.5 if self.name == "multimem" and dist.get_rank() in self.wrong else 1.0), residual
+        return norm * (1.5 if self._is("fused") or (self._is("33 tokens") and len(x) == 33) else 1.0), residual
 
 
-def choose(requested, missing=(), wrong=()):
+def choose(requested, missing=(), wrong=(), how="fused"):
     """(name, why not a better one) on this rank; or the error."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transport, "Symmetric", type("Stand", (Stand,), {"missing": missing, "wrong": wrong}))
+        patch.setattr(transport, "Symmetric", type("Stand", (Stand,), {"missing": missing, "wrong": wrong, "how": how}))
         patch.setattr(transport, "chosen", {})
         # CPU ranks agree only here: on real ones there is nothing to agree on.
         patch.setattr(transport, "candidates", lambda *a, c=transport.candidates: transport._agree(a[1], *c(*a)))
@@ -68,3 +108,103 @@ def test_a_forced_transport_never_falls_back(ranks):
         assert answer == "option 'tokenweave.transport' is 'peer', which is not possible here: peer: not here (rank 1)"
     for answer in ranks(choose, "multimem", (), [1]):
         assert "which is not possible here: multimem: its self-test failed" in answer
+
+
+@pytest.mark.parametrize("how", ("linear", "no shift", "no offset", "LayerNorm", "a vector", "33 tokens"))
+def test_whatever_is_wrong_is_noticed(ranks, how):
+    for name, why_not in ranks(choose, "auto", (), [1], how):
+        assert name == "peer"
+        assert why_not.startswith("multimem: its self-test failed: ")
+        assert why_not.endswith("on rank 0" if how == "linear" else "on rank 1"), "what goes into the sum is wrong on all ranks"
+
+
+def test_a_self_test_that_fails_on_a_rank_leaves_nobody_waiting(ranks):
+    for name, why_not in ranks(choose, "auto", (), [1], "no memory"):
+        assert name == "peer"
+        assert "the allocation of a workspace failed on rank 1" in why_not and "MemoryError: none is left" in why_not
+
+
+def make_together(fails):
+    def step():
+        if dist.get_rank() in fails:
+            raise MemoryError(f"none on {dist.get_rank()}")
+        return "made"
+
+    try:
+        return together(dist.group.WORLD.group_name, "this", step, 60)
+    except WorkspaceError as error:
+        return str(error).replace(f"group {dist.group.WORLD.group_name},", "group G,")
+
+
+def test_all_ranks_do_it_or_none(ranks):
+    assert ranks(make_together, ()) == ["made", "made"]
+    for fails, first in (([1], 1), ([0], 0), ([0, 1], 0)):
+        said = f"this failed on rank {first} of group G, so that no rank goes on: MemoryError: none on {first}"
+        assert ranks(make_together, fails) == [said, said]
+
+
+# --- Which is the fastest --------------------------------------------------------------------------------------------
+
+
+def test_the_first_is_taken_unless_another_is_clearly_faster():
+    names = ["multimem", "peer", "process_group"]
+    assert transport.fastest(names, {}) == "multimem"
+    assert transport.fastest(names, dict(zip(names, (1.0, 0.99, 0.99)))) == "multimem"
+    assert transport.fastest(names, dict(zip(names, (1.0, 0.97, 0.96)))) == "peer"
+    assert transport.fastest(names, dict(zip(names, (1.0, 0.99, 0.5)))) == "process_group"
+
+
+def compare(kept, seconds, cannot=()):
+    """On each rank: what it has on its disk, and how many seconds calls over each transport take it."""
+    rank, group, measured = dist.get_rank(), dist.group.WORLD.group_name, []
+
+    def prepare(calls):
+        def step():
+            if rank in cannot:
+                raise MemoryError
+
+        together(group, "a workspace", step, 60)
+
+    def take(carrier, *_):
+        measured.append(carrier.name)
+        return seconds[rank][carrier.name]
+
+    carriers = {name: SimpleNamespace(name=name, prepare=prepare) for name in seconds[0]}
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TW_COMPILE_CACHE_DIR", folder)
+        patch.setattr(tuning, "_seconds", take)
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+        path = tuning.files.path("transports", ("GPU", 2, [*carriers], tuning.agree.version()), "json")
+        if kept[rank] is not None:
+            path.write_text(kept[rank])
+        try:
+            said = tuning.compare(carriers, group, CPU)
+        except WorkspaceError as error:
+            return str(error), os.listdir(folder)
+        return said, bool(measured), json.loads(path.read_text())
+
+
+def test_the_slowest_rank_decides_which_is_the_fastest(ranks):
+    seconds = [{"peer": 1.0, "process_group": 3.0}, {"peer": 4.0, "process_group": 2.0}]
+    wanted = {"peer": pytest.approx(4.0), "process_group": pytest.approx(3.0)}
+    assert ranks(compare, (None, None), seconds) == [(wanted, True, wanted)] * 2
+    for junk in ("{", "[]", '{"peer": 1.0}', '{"peer": "x", "process_group": 1}'):
+        assert ranks(compare, (junk, None), seconds) == [(wanted, True, wanted)] * 2
+
+
+def test_what_a_rank_knows_all_take(ranks):
+    seconds, known = [{"peer": 1.0, "process_group": 3.0}] * 2, {"peer": 0.5, "process_group": 0.25}
+    for kept in ((json.dumps(known), None), (None, json.dumps(known)), (json.dumps(known), json.dumps({"peer": 9, "process_group": 9}))):
+        assert ranks(compare, kept, seconds) == [(known, False, known)] * 2
+
+
+def test_a_comparison_that_a_rank_has_no_memory_for(ranks):
+    for message, files in ranks(compare, (None, None), [{"peer": 1.0, "process_group": 3.0}] * 2, [1]):
+        assert "a workspace failed on rank 1" in message and files == []
+
+
+def test_workspace_bytes_are_those_of_all_groups(monkeypatch):
+    held = [(torch.device("cuda", 0), 5), (torch.device("cuda", 1), 7), (torch.device("cuda", 0), 10), (CPU, 0)]
+    stands = {i: (SimpleNamespace(device=device, workspace_bytes=lambda n=n: n), "") for i, (device, n) in enumerate(held)}
+    monkeypatch.setattr(transport, "chosen", stands)
+    assert transport.workspace_bytes() == {torch.device("cuda", 0): 15, torch.device("cuda", 1): 7}

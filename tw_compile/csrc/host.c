@@ -16,6 +16,11 @@ typedef struct {
   int (*launch_kernel)(Handle function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                        unsigned block_z, unsigned shared_bytes, Handle stream, void **arguments, void **extra);
   int (*get_error_name)(int status, const char **name);
+  int (*device_get)(int *device, int ordinal);
+  int (*context_retain)(Handle *context, int device);
+  int (*context_push)(Handle context);
+  int (*context_pop)(Handle *context);
+  int (*capture_info)(Handle stream, int *status, uint64_t *id, Handle *graph, const Handle **dependencies, size_t *count);
 } Driver;
 
 static PyObject *load(PyObject *module, PyObject *path) {
@@ -24,14 +29,25 @@ static PyObject *load(PyObject *module, PyObject *path) {
   if (!name) return NULL;
   void *library = dlopen(name, RTLD_NOW);
   if (!library) return PyErr_Format(PyExc_RuntimeError, "%s", dlerror());
-  *(void **)&driver->event_create = dlsym(library, "cuEventCreate");
-  *(void **)&driver->event_record = dlsym(library, "cuEventRecord");
-  *(void **)&driver->stream_wait_event = dlsym(library, "cuStreamWaitEvent");
-  *(void **)&driver->launch_kernel = dlsym(library, "cuLaunchKernel");
-  *(void **)&driver->get_error_name = dlsym(library, "cuGetErrorName");
-  if (!driver->event_create || !driver->event_record || !driver->stream_wait_event || !driver->launch_kernel ||
-      !driver->get_error_name)
-    return PyErr_Format(PyExc_RuntimeError, "%s is not a CUDA driver", name);
+  const struct {
+    void *place;
+    const char *name;
+  } functions[] = {
+      {&driver->event_create, "cuEventCreate"},
+      {&driver->event_record, "cuEventRecord"},
+      {&driver->stream_wait_event, "cuStreamWaitEvent"},
+      {&driver->launch_kernel, "cuLaunchKernel"},
+      {&driver->get_error_name, "cuGetErrorName"},
+      {&driver->device_get, "cuDeviceGet"},
+      {&driver->context_retain, "cuDevicePrimaryCtxRetain"},
+      {&driver->context_push, "cuCtxPushCurrent_v2"},
+      {&driver->context_pop, "cuCtxPopCurrent_v2"},
+      {&driver->capture_info, "cuStreamGetCaptureInfo_v2"},
+  };
+  for (size_t i = 0; i < sizeof functions / sizeof *functions; ++i) {
+    *(void **)functions[i].place = dlsym(library, functions[i].name);
+    if (!*(void **)functions[i].place) return PyErr_Format(PyExc_RuntimeError, "%s is not a CUDA driver", name);
+  }
   Py_RETURN_NONE;
 }
 
@@ -56,10 +72,30 @@ static PyObject *answer(const Driver *driver, int status) {
               : PyErr_Format(PyExc_RuntimeError, "CUDA call failed: %d", status);
 }
 
-static PyObject *event(PyObject *module, PyObject *unused) {
+// The context of a GPU that torch uses, whichever is current in the calling thread.
+static PyObject *context(PyObject *module, PyObject *ordinal) {
   const Driver *driver = PyModule_GetState(module);
-  Handle made = NULL;
-  const int status = driver->event_create(&made, 2 /* CU_EVENT_DISABLE_TIMING */);
+  Handle found = NULL;
+  int device = 0;
+  const long number = PyLong_AsLong(ordinal);
+  if (number == -1 && PyErr_Occurred()) return NULL;
+  int status = driver->device_get(&device, (int)number);
+  if (status == 0) status = driver->context_retain(&found, device);
+  return status ? answer(driver, status) : PyLong_FromVoidPtr(found);
+}
+
+// What takes a context makes it current for so long: a thread that has done nothing with CUDA has none, or that of another GPU,
+// and the default stream is each context's own.
+
+static PyObject *event(PyObject *module, PyObject *const *given, Py_ssize_t count) {
+  const Driver *driver = PyModule_GetState(module);
+  uintptr_t n[1];
+  Handle made = NULL, popped;
+  if (!numbers(given, count, 1, n)) return NULL;
+  int status = driver->context_push((Handle)n[0]);
+  if (status) return answer(driver, status);
+  status = driver->event_create(&made, 2 /* CU_EVENT_DISABLE_TIMING */);
+  driver->context_pop(&popped);
   return status ? answer(driver, status) : PyLong_FromVoidPtr(made);
 }
 
@@ -105,15 +141,48 @@ static PyObject *wait(PyObject *module, PyObject *const *given, Py_ssize_t count
   return answer(driver, status);
 }
 
+static PyObject *capture(PyObject *module, PyObject *const *given, Py_ssize_t count) {
+  const Driver *driver = PyModule_GetState(module);
+  uintptr_t n[2];
+  int capturing = 0;
+  uint64_t id = 0;
+  Handle popped;
+  if (!numbers(given, count, 2, n)) return NULL;
+  int status = driver->context_push((Handle)n[0]);
+  if (status) return answer(driver, status);
+  status = driver->capture_info((Handle)n[1], &capturing, &id, NULL, NULL, NULL);
+  driver->context_pop(&popped);
+  if (status) return answer(driver, status);
+  return PyLong_FromUnsignedLongLong(capturing ? id : 0);
+}
+
+static PyObject *follow(PyObject *module, PyObject *const *given, Py_ssize_t count) {
+  const Driver *driver = PyModule_GetState(module);
+  uintptr_t n[4];
+  Handle popped;
+  if (!numbers(given, count, 4, n)) return NULL;
+  int status = driver->context_push((Handle)n[0]);
+  if (status) return answer(driver, status);
+  status = driver->event_record((Handle)n[3], (Handle)n[1]);
+  if (status == 0) status = driver->stream_wait_event((Handle)n[2], (Handle)n[3], 0);
+  driver->context_pop(&popped);
+  return answer(driver, status);
+}
+
 static PyMethodDef methods[] = {
     {"load", load, METH_O, "load(path): take the driver from this library; before all else"},
-    {"event", event, METH_NOARGS, "event(): a new one in the current context, without a time"},
+    {"context", context, METH_O, "context(index): torch's, of the GPU of this number"},
+    {"event", (PyCFunction)(void (*)(void))event, METH_FASTCALL, "event(context): a new one, without a time"},
     {"launch", (PyCFunction)(void (*)(void))launch, METH_FASTCALL,
      "launch(function, threads_x, threads_y, shared_bytes, ctas, arguments, stream): enqueue a kernel"},
     {"start", (PyCFunction)(void (*)(void))start, METH_FASTCALL,
      "start(function, threads_x, threads_y, shared_bytes, ctas, arguments, current, side, fork, done): enqueue a kernel on side, "
      "a stream, behind all that is on the stream current, by the event fork; and record the event done behind it"},
     {"wait", (PyCFunction)(void (*)(void))wait, METH_FASTCALL, "wait(stream, event): what is enqueued next waits for the event"},
+    {"capture", (PyCFunction)(void (*)(void))capture, METH_FASTCALL,
+     "capture(context, stream): the number of the CUDA graph that is being captured there, 0 if none is"},
+    {"follow", (PyCFunction)(void (*)(void))follow, METH_FASTCALL,
+     "follow(context, before, stream, event): what is enqueued next on stream waits for all that is on the stream before"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -26,7 +26,7 @@ struct Site {
   const char* weight;    // [H] or null: ones
   char* norm_out;        // one_shot: [rows, H]. two_shot leaves the norm in the workspace, in place of the partial sums
   char* residual_out;    // one_shot: [rows, H]. two_shot: where to carry it, or with whole_residual left alone
-  u32 site;              // number of the call in the model, for error messages
+  u32 site;              // number of the call in the model: the same on all ranks, and named in error messages
   u32 weight_is_float;   // the weight is float32, and the element is not
   // A carried residual goes from site to site in float32; two_shot carries this rank's own rows only, from the first on.
   u32 takes_carried;

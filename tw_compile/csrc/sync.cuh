@@ -1,11 +1,12 @@
 // The barrier between the CTAs with the same index on all ranks, and the argument why it suffices.
 //
-// Flags. Word [cta * W + p] of a rank's signal pad is written by rank p only, and only ever grows: it holds the number of
-// the last barrier ("epoch") at which p's CTA arrived, and in its low bits the number of rows of p's call: ranks that run
-// different numbers of tokens notice it here, before any of them has a result. A CTA counts its own barriers in `epochs`,
+// Flags. Word [cta * W + p] of a rank's signal pad is written by rank p only, and only ever grows: its upper bits hold the
+// number of the last barrier ("epoch") at which p's CTA arrived, and the others say at which site p's call is and how many rows
+// it has: ranks that run different numbers of tokens, or are at different sites, notice it here, before any of them has a
+// result. A CTA counts its own barriers in `epochs`,
 // in device memory, so the host knows nothing of epochs and a CUDA graph can be replayed. Nothing is reset, so there is no
 // moment at which a flag of one call could be taken for one of another; a rank is never more than one barrier ahead, and
-// the comparison is of the difference, so wrapping is harmless. A CTA counts the same on all ranks because the grid and
+// the comparison is of the difference, so wrapping is harmless, and few bits are enough. A CTA counts the same on all ranks because the grid and
 // the number of barriers are functions of (rows, H, W, ctas) alone.
 //
 // Order. One barrier is: __syncthreads, of all groups; thread p stores the epoch into rank p's pad with release at system
@@ -29,19 +30,19 @@ namespace tw {
 
 // What a CTA writes to site.error when it gives up. The host raises on it (ops/symmetric.py).
 constexpr u32 kErrorMagic = 0x7457f417u;
-constexpr u32 kOtherRows = 2;  // as the phase: the peer has come, with another number of rows
+constexpr u32 kOtherCall = 2;  // as the phase: the peer has come, at another site or with another number of rows
 
-// rows: of the peer, where phase is kOtherRows
+// call: of the peer's flag, where phase is kOtherCall
 // The trap ends the process's CUDA context: no wrong result can be read afterwards, and nothing remains set.
 template <int kWorld>
-__device__ __noinline__ void give_up(const Site<kWorld>& site, u32 peer, u32 phase, u32 rows) {
+__device__ __noinline__ void give_up(const Site<kWorld>& site, u32 peer, u32 phase, u32 call) {
   volatile u32* error = site.error;
   error[1] = site.rank;
   error[2] = site.site;
   error[3] = peer;
   error[4] = phase;
   error[5] = site.rows;
-  error[6] = rows;
+  error[6] = call;
   ptx::store_release_sys(site.error, kErrorMagic);
   printf("tw_compile: rank %u gave up on rank %u at site %u\n", site.rank, peer, site.site);
   __trap();
@@ -75,17 +76,20 @@ class Barrier {
   }
 
  private:
-  static constexpr u32 kRowBits = 20;
+  // Of a flag's 32: more rows, sites or epochs begin again at 0. The host knows this, too (ops/symmetric.py).
+  static constexpr u32 kRowBits = 18, kSiteBits = 10, kCallBits = kRowBits + kSiteBits;
 
-  __device__ u32 flag() const { return epoch_ << kRowBits | rows_of(site_.rows); }
-  static __device__ u32 rows_of(u32 flag) { return flag & ((1u << kRowBits) - 1); }
+  static __device__ u32 low(u32 value, u32 bits) { return value & ((1u << bits) - 1); }
+  __device__ u32 flag() const {
+    return epoch_ << kCallBits | low(site_.site, kSiteBits) << kRowBits | low(site_.rows, kRowBits);
+  }
 
   __device__ void wait_for(const u32* place, u32 peer, u32 phase) const {
     constexpr u32 kPollsPerLookAtTheClock = 1024;
     u64 begin = 0;
     u32 theirs = ptx::load_acquire_sys(place);
-    // In epochs, times 2^kRowBits.
-    const auto behind = [&] { return static_cast<int>((theirs >> kRowBits << kRowBits) - (epoch_ << kRowBits)); };
+    // In epochs, times 2^kCallBits.
+    const auto behind = [&] { return static_cast<int>((theirs >> kCallBits << kCallBits) - (epoch_ << kCallBits)); };
     for (u32 polls = 1; behind() < 0; ++polls) {
       theirs = ptx::load_acquire_sys(place);
       if (polls % kPollsPerLookAtTheClock != 0) continue;
@@ -94,7 +98,7 @@ class Barrier {
       if (now - begin > site_.timeout_ns) give_up(site_, peer, phase, 0);
     }
     // A peer that is ahead has seen ours, and found nothing wrong.
-    if (behind() == 0 && theirs != flag()) give_up(site_, peer, kOtherRows, rows_of(theirs));
+    if (behind() == 0 && theirs != flag()) give_up(site_, peer, kOtherCall, low(theirs, kCallBits));
   }
 
   const Site<kWorld>& site_;

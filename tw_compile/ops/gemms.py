@@ -2,7 +2,13 @@
 
 A GEMM that counts on all SMs has a last wave for a few of its tiles, in which the others wait. cuBLASLt picks its kernel and its grid for
 so many SMs as it is told; cuBLAS, which PyTorch would take for most GEMMs, cannot be told.
+
+What they are told is a setting of the whole process. So it is counted for the whole process, too: what was set before comes back with the
+last one that has asked, whichever groups and threads they are of. Until then GEMMs of other threads are told the same, which costs
+them some SMs, and may pick other kernels for them.
 """
+
+import threading
 
 import torch
 
@@ -13,21 +19,36 @@ MAX_CTAS = 8
 # The library of a CPU build, and what a later PyTorch may have no more: both are experimental in 2.13.
 _CAN_BE_TOLD = torch.version.cuda is not None and hasattr(torch._C, "_set_sm_carveout_experimental")
 
+_lock = threading.Lock()
+_askers, _before = 0, None  # how many have asked and not yet taken it back; what was set before the first of them
 
-def leave_out(ctas: int) -> tuple | None:
-    """From now on, and in whatever CUDA graph is being captured, GEMMs leave so many SMs to others.
 
-    Returns what ``as_before`` takes; None if nothing was changed.
+def leave_out(ctas: int) -> bool:
+    """From now on, and in whatever CUDA graph is being captured, GEMMs leave so many SMs to others, if nobody has asked for some before.
+
+    Returns whether that was done: ``as_before`` must follow.
     """
+    global _askers, _before
     if ctas > MAX_CTAS or not _CAN_BE_TOLD:
-        return None
-    before = torch._C._get_blas_preferred_backend(), torch._C._get_sm_carveout_experimental()
-    torch._C._set_blas_preferred_backend(torch._C._BlasBackend.Cublaslt)
-    torch._C._set_sm_carveout_experimental(ctas)
-    return before
+        return False
+    with _lock:
+        if _askers == 0:
+            _before = torch._C._get_blas_preferred_backend(), torch._C._get_sm_carveout_experimental()
+            _set(torch._C._BlasBackend.Cublaslt, ctas)
+        _askers += 1
+    return True
 
 
-def as_before(before: tuple | None) -> None:
-    if before is not None:
-        torch._C._set_blas_preferred_backend(before[0])
-        torch._C._set_sm_carveout_experimental(before[1])
+def as_before() -> None:
+    """Take back what ``leave_out`` has done. The last one brings back what was set before the first."""
+    global _askers, _before
+    with _lock:
+        _askers -= 1
+        if _askers == 0:
+            _set(*_before)
+            _before = None
+
+
+def _set(backend, carveout) -> None:
+    torch._C._set_blas_preferred_backend(backend)
+    torch._C._set_sm_carveout_experimental(carveout)

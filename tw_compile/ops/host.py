@@ -17,21 +17,26 @@ from .. import files
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 _DRIVER = "libcuda.so.1"
+_COMPILER_S = 60.0  # for a file that takes less than a second
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # names the Python and the machine
 
 
 @functools.cache
 def calls(driver: str = _DRIVER):
-    """The module: ``event``, ``launch``, ``start`` and ``wait``, as csrc/host.c has them, on the driver in this library.
+    """The module: ``launch``, ``start``, ``wait`` and others, as csrc/host.c has them, on the driver in this library.
 
     Raises RuntimeError where it cannot be compiled, or there is no driver.
     """
     path = files.path("host", (SOURCES / "host.c").read_bytes(), _SUFFIX.removeprefix("."))
-    path = files.kept(path, _compile)
+    module = files.kept(path, _compile, _import)
+    module.load(driver)
+    return module
+
+
+def _import(path: Path):
     spec = importlib.util.spec_from_file_location("host", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.load(driver)
     return module
 
 
@@ -53,7 +58,14 @@ def _compile() -> bytes:
         out = Path(directory) / "host.so"
         options = "-O2", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", "-o", out
         command = [*compiler.split(), SOURCES / "host.c", *options]
-        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_COMPILER_S)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(
+                f"the driver is called through csrc/host.c, and {compiler} has not compiled it within {_COMPILER_S:g} s"
+            ) from None
+        except OSError as error:
+            raise RuntimeError(f"the driver is called through csrc/host.c, and {compiler} cannot be run: {error}") from error
         if run.returncode:
             why = next((line for line in run.stderr.splitlines() if "error" in line), f"{compiler} failed")
             raise RuntimeError(f"the driver is called through csrc/host.c, which {compiler} cannot compile: {why}")

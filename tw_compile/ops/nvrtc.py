@@ -84,11 +84,11 @@ def compile_source(source: bytes, name: str, command: list[str]) -> tuple[bytes,
     return cubin, messages
 
 
-def cubin(name: str, arch: str, macros: dict[str, object]) -> bytes:
-    """The compiled ``csrc/<name>.cu``, from the cache if it is there."""
+def cubin(name: str, arch: str, macros: dict[str, object], load=lambda image: image):
+    """What ``load`` makes of the compiled ``csrc/<name>.cu``, from the cache if it is there and can be loaded."""
     command = options(arch, macros)
     path = files.path(name, _ingredients(name, command), "cubin")
-    return files.kept(path, lambda: compile_kernel(name, command)[0]).read_bytes()
+    return files.kept(path, lambda: compile_kernel(name, command)[0], lambda path: load(files.content(path)))
 
 
 def _ingredients(name: str, command: list[str]) -> tuple:

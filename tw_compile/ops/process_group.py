@@ -1,5 +1,8 @@
 """The sites over the process group's own all-reduce: anywhere, on any device."""
 
+import contextlib
+import threading
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,26 +16,57 @@ class ProcessGroup:
     """Sites over ``dist.all_reduce``. The sum has the process group's own order and rounding.
 
     On CUDA the collective is issued from a stream of its own, so that the compute stream goes on; on the CPU it runs
-    in the process group's thread. Add and norm follow in ``wait``.
+    in the process group's thread. Add and norm follow in ``wait``. There is no memory that calls share: from whichever stream they come,
+    the process group orders its collectives, and what belongs together is kept from other threads by ``call()``, as in Symmetric.
     """
 
     name = "process_group"
 
     def __init__(self, group_name: str, device: torch.device):
-        self.group = _resolve_process_group(group_name)
+        self.group, self.device = _resolve_process_group(group_name), device
+        self.lock, self._depth = threading.RLock(), 0
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.pending = {}
+
+    def call(self) -> "ProcessGroup":
+        """``with implementation.call():`` around calls that belong together: see Symmetric."""
+        return self
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *error) -> None:
+        try:
+            self._depth -= 1
+            if not self._depth:
+                for slot in [*self.pending]:
+                    self._forget(slot)
+        finally:
+            self.lock.release()
+
+    def prepare(self, calls) -> None:
+        """Nothing is to be made."""
 
     def linear(self, a: Tensor, b: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
+    def _forget(self, slot: int) -> None:
+        """A start() without wait(): its run failed in between."""
+        done, *_ = self.pending.pop(slot)
+        if self.stream is not None:
+            with contextlib.suppress(RuntimeError):  # if that run was a capture
+                torch.cuda.current_stream(self.device).wait_event(done)  # what reuses its memory runs behind it
+
     def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard) -> Tensor:
+        if slot in self.pending:
+            self._forget(slot)
         total = torch.empty_like(x, memory_format=torch.contiguous_format)  # of the compute stream, for CUDA graphs
         if self.stream is None:
             total.copy_(x)
             done = dist.all_reduce(total, group=self.group, async_op=True)
         else:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 total.copy_(x)
                 dist.all_reduce(total, group=self.group)
@@ -41,11 +75,13 @@ class ProcessGroup:
         return x.new_empty(0)
 
     def wait(self, slot: int, borrow: bool) -> tuple[Tensor, Tensor]:
+        if slot not in self.pending:
+            raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
         done, total, site = self.pending.pop(slot)
         if self.stream is None:
             done.wait()
         else:
-            torch.cuda.current_stream().wait_event(done)
+            torch.cuda.current_stream(self.device).wait_event(done)
         return _add_norm(total, *site)
 
     def fused(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard, borrow):
@@ -55,6 +91,9 @@ class ProcessGroup:
 
     def workspace_bytes(self) -> int:
         return 0
+
+    def raise_if_lost(self, cause: BaseException | None = None) -> None:
+        """What becomes of a rank that does not come is the process group's own error."""
 
 
 def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, wide):

@@ -2,8 +2,16 @@
 
 A *workspace* is memory that all ranks have mapped: ``rows`` rows of activations, where partial sums come in and norms go
 out; the residual, as it is carried from site to site and as it leaves; and what the kernels need themselves. There is one
-for each slot, dtype, hidden size and power of two of rows. It is made on first use, by all ranks together, and stays where
-it is for good: the pointers are in captured CUDA graphs.
+for each slot, dtype, hidden size and power of two of rows. It is made on first use, by all ranks together or by none, and stays
+where it is for good: the pointers are in captured CUDA graphs.
+
+Streams and threads. A slot has one workspace, so that calls follow each other, from whichever stream and thread they come: as NCCL's
+on one communicator do. A call on another stream than the last one's waits, on the GPU, for all that was enqueued there; and whoever
+makes calls that belong together, a start and its wait or a whole graph, makes them within ``call()``, which keeps other threads out.
+All ranks must come to the same order of calls, which is for the user to see to where several threads make them. What cannot
+be seen are the replays of a CUDA graph that the user has captured: they must be ordered by the user, against each other and against
+other calls, if they are on several streams. (Replays of Inductor's CUDA graphs are within a call of the compiled model.) While a graph is
+captured, no other thread may make calls.
 
 The kernels (``csrc/``): for few tokens each rank finishes all rows for itself, in one_shot; otherwise a part of them for all, in
 two_shot. Which it is: ``tuning``. Which rank owns which row: ``own_rows``.
@@ -13,10 +21,12 @@ import concurrent.futures
 import contextlib
 import ctypes
 import functools
+import gc
 import itertools
 import json
 import os
 import struct
+import threading
 from dataclasses import asdict, dataclass
 
 import torch
@@ -28,6 +38,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from ..planning import two_shot_ctas
 from . import agree, gemms, host, nvrtc, tuning
 from .reference import empty_results
+from .together import WorkspaceError, together
 from .tuning import LEAST_ROWS, Tuning
 
 MAX_HIDDEN = 32768
@@ -40,7 +51,11 @@ _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32
 # csrc/sync.cuh, kErrorMagic
 _ERROR_MAGIC = 0x7457F417
 _ERROR_WORDS = 7
-_OTHER_ROWS = 2
+_OTHER_CALL = 2
+_ROW_BITS, _SITE_BITS = 18, 10  # of a flag
+
+# Shapes of calls that are remembered, at most: those that have not come for longest are forgotten, and cost some time when they come.
+MAX_CALLS = 256
 
 
 def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
@@ -192,12 +207,17 @@ class _ErrorRecord:
     def raise_if_set(self, timeout_s: float, cause: BaseException | None = None) -> None:
         if self.words[0] != _ERROR_MAGIC:
             return
-        _, rank, site, peer, phase, rows, rows_of_peer = self.words
-        if phase == _OTHER_ROWS:
+        _, rank, site, peer, phase, rows, call_of_peer = self.words
+        if phase == _OTHER_CALL:
+            site_of_peer, rows_of_peer = call_of_peer >> _ROW_BITS, call_of_peer & ((1 << _ROW_BITS) - 1)
+            here = f"rank {rank} is at the all-reduce of site {site} with {rows} tokens, but rank {peer} "
+            if site_of_peer != site % (1 << _SITE_BITS):
+                there = f"at that of site {site_of_peer} with {rows_of_peer} tokens"
+            else:
+                there = f"with another number of tokens, {rows_of_peer}"
             raise RuntimeError(
-                f"rank {rank} runs {rows} tokens, but rank {peer} another number of tokens, {rows_of_peer}, at the all-reduce of "
-                f"site {site}: all ranks of a tensor-parallel group must run the same. The CUDA context is lost: start all "
-                "ranks again."
+                f"{here}{there}: all ranks of a tensor-parallel group must run the same, in the same order. The CUDA context is "
+                "lost: start all ranks again."
             ) from cause
         place = "at the end of" if phase else "to begin"
         raise RuntimeError(
@@ -210,6 +230,8 @@ class _ErrorRecord:
 class _Workspace:
     """Symmetric memory for calls of up to ``rows`` rows, and the kernels that work on it. A collective of the group.
 
+    Raises WorkspaceError on all ranks where a rank cannot make it.
+
     activations, whole_residual: [rows, hidden] tensors of dtype
     carried:                     a [rows, hidden] tensor of float32. Of LEAST_ROWS rows or more, a rank has half of them
                                  at most, in the front of it; behind that it overlaps with whole_residual
@@ -221,8 +243,7 @@ class _Workspace:
 
         rank, world = owner.rank, owner.world
         torch.cuda.set_device(owner.device)
-        signal_words = symm_mem.get_signal_pad_size() // 4
-        self.max_ctas = signal_words // world
+        self.max_ctas = symm_mem.get_signal_pad_size() // 4 // world
         row_bytes = hidden * dtype.itemsize
         one_shot = rows == LEAST_ROWS
         region, carried = rows * row_bytes, rows * hidden * 4
@@ -244,16 +265,24 @@ class _Workspace:
             )
         told = next((Tuning.from_dict(theirs) for theirs in map(json.loads, tunings) if theirs), None)
         self.tuning = told or tuning.measure(owner, dtype, hidden, self.max_ctas)
-        memory = symm_mem.empty(self.bytes, dtype=torch.uint8, device=owner.device)
-        memory.zero_()  # the epochs
-        # No rank leaves the rendezvous before all have come here: nobody's flag can be overwritten by another's zeros.
-        torch.cuda.synchronize(owner.device)
-        handle = symm_mem.rendezvous(memory, owner.group_name)
-        if handle.rank != rank or handle.world_size != world:
-            raise RuntimeError(f"rendezvous of group {owner.group_name} gave rank {handle.rank} of {handle.world_size}")
-        if owner.name == "multimem" and handle.multicast_ptr == 0:
-            raise RuntimeError("the group's symmetric memory has no multicast address: use transport 'peer'")
 
+        def allocate():
+            memory = symm_mem.empty(self.bytes, dtype=torch.uint8, device=owner.device)
+            memory.zero_()  # the epochs
+            # No rank begins the rendezvous before all have come here: nobody's flag can be overwritten by another's zeros.
+            torch.cuda.synchronize(owner.device)
+            return memory
+
+        def meet():
+            handle = symm_mem.rendezvous(memory, owner.group_name)  # which gives up when the group's store does
+            if handle.rank != rank or handle.world_size != world:
+                raise RuntimeError(f"rendezvous of group {owner.group_name} gave rank {handle.rank} of {handle.world_size}")
+            if owner.name == "multimem" and handle.multicast_ptr == 0:
+                raise RuntimeError("the group's symmetric memory has no multicast address: use transport 'peer'")
+            return handle
+
+        memory = together(owner.group_name, f"the allocation of a workspace for up to {ours}", allocate, owner.timeout_s)
+        handle = together(owner.group_name, f"the rendezvous of a workspace for up to {ours}", meet, owner.timeout_s)
         here = memory.data_ptr()
         offset = here - handle.buffer_ptrs[rank]
         self.memory, self.handle = memory, handle
@@ -273,7 +302,7 @@ class _Workspace:
         )
         names = {self.tuning.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
         # center -> name -> Kernel. All names at once: a CUDA graph of another number of rows may be captured next.
-        self.kernels = functools.cache(lambda center: {name: owner.kernel(name, dtype, hidden, center) for name in names})
+        self.kernels = functools.cache(lambda center: owner.kernels(names, dtype, hidden, center))
 
 
 class _Call:
@@ -322,6 +351,7 @@ class Symmetric:
 
     name: "peer", loads and stores through a pointer to each rank's memory; or "multimem", through NVLink multicast, where
           the switch adds
+    lock: held by ``call()``; that of another may be put in its place before the first call
     All ranks must make the same calls in the same order. x is bfloat16, float16 or float32, its last dimension H a multiple
     of 8 up to 32768; all others are tokens. Errors of a lost or late rank are RuntimeErrors that name it.
     """
@@ -345,15 +375,21 @@ class Symmetric:
         self.rank, self.world = group.rank(), group.size()
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._error = _ErrorRecord()
+        self.lock, self._depth = threading.RLock(), 0
         self._workspaces = {}  # (slot, dtype, hidden, rows) -> _Workspace
-        self._calls = {}  # (slot, dtype, shape) -> _Call
+        self._calls, self._older_calls = {}, {}  # (slot, dtype, shape) -> _Call; of both MAX_CALLS at most
         self._kernels = {}  # (name, dtype, hidden, center) -> Kernel
         self._pending = {}  # slot -> what wait() needs of start()
-        self._gemms_before = None  # what they were told when nothing was pending
+        self._told = False  # whether GEMMs were told of it
         self._stream = torch.cuda.Stream(self.device, priority=-1)  # ahead of the GEMMs when an SM becomes free
         self._side = self._stream.cuda_stream
         self._current = functools.partial(torch._C._cuda_getCurrentRawStream, self.device.index)
         self._host = host.calls()
+        self._context = self._host.context(self.device.index)
+        self._order = self._host.event(self._context)
+        self._on = None  # the stream of the last call; None where there is none yet, or it was captured
+        self._uncaptured = self._captured = None  # the streams of the last call that was not captured, and that was
+        self._external = False  # whether the last call's stream is the user's own, and may be gone any time after call()
         self._events = {}  # slot -> (fork, done)
         self._sites = {}  # slot -> the number of its last site
 
@@ -381,6 +417,53 @@ class Symmetric:
             return "there is no NVLink multicast here, or it is switched off"
         return None
 
+    # ---- Around the ops
+
+    def call(self) -> "Symmetric":
+        """``with implementation.call():`` around calls that belong together, such as those of a graph.
+
+        Other threads' calls wait until it ends; what is begun in it and not waited for, as after an exception, is then forgotten, and
+        GEMMs are told what they were before. May be nested.
+        """
+        return self
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self._depth += 1
+        try:
+            stream = self._current()
+            if stream != self._on:
+                self._follow(stream)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error) -> None:
+        try:
+            self._depth -= 1
+            if not self._depth:
+                for slot in [*self._pending]:
+                    self._abandon(slot)
+                if self._external:
+                    self._leave()
+        finally:
+            self.lock.release()
+
+    def prepare(self, calls) -> None:
+        """Make the workspaces and kernels of calls, each (slot, dtype, shape of x, center), for all of them or for none. A collective.
+
+        Nothing is left to be made then while they run. Raises WorkspaceError on all ranks where a rank cannot make them.
+        """
+        before = set(self._workspaces)
+        try:
+            for slot, dtype, shape, center in calls:
+                if 0 not in shape:
+                    self._call(slot, dtype, torch.Size(shape)).workspace.kernels(center)
+        except RuntimeError as error:
+            self._drop(set(self._workspaces) - before)
+            self.raise_if_lost(error)
+            raise
+
     # ---- The ops
 
     def linear(self, a: Tensor, b: Tensor, bias: Tensor | None, slot: int) -> Tensor:
@@ -389,6 +472,9 @@ class Symmetric:
         a: [M, K]; b: [K, H]; bias: [H] or None. Returns [M, H] in the workspace: valid until the slot is next used.
         """
         try:
+            stream = self._current()
+            if stream != self._on:
+                self._follow(stream)
             if slot in self._pending:
                 self._abandon(slot)
             shape = torch.Size((a.shape[0], b.shape[1]))
@@ -432,7 +518,8 @@ class Symmetric:
         shard:    the new residual need only be good for the slot's next site
         """
         try:
-            call = self._begin(slot, x)
+            stream = self._current()
+            call = self._begin(slot, x, stream)
             if call is None:
                 self._pending[slot] = None, wide, x
                 return x.new_empty(0)
@@ -443,10 +530,10 @@ class Symmetric:
             )  # fmt: skip
             kernel, grid = call.launcher(center, ctas, call.ctas)
             events = self._events.get(slot) or self._make_events(slot)
-            kernel.start(grid, call.arguments.address, self._current(), self._side, *events)
-            if not self._pending:
-                self._gemms_before = gemms.leave_out(grid)
+            kernel.start(grid, call.arguments.address, stream, self._side, *events)
             self._pending[slot] = call, shard, held
+            if not self._told:
+                self._told = gemms.leave_out(grid)
             return call.token
         except RuntimeError as error:
             self.raise_if_lost(error)
@@ -461,10 +548,13 @@ class Symmetric:
         if slot not in self._pending:
             raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
         try:
+            stream = self._current()
+            if stream != self._on:
+                self._follow(stream)
             call, shard, held = self._pop(slot)
             if call is None:
                 return empty_results(held, shard)
-            self._host.wait(self._current(), self._events[slot][1])
+            self._host.wait(stream, self._events[slot][1])
             norm = call.norm if borrow else call.norm.clone()
             return norm, call.carried() if shard else call.whole_residual.clone()
         except RuntimeError as error:
@@ -491,7 +581,8 @@ class Symmetric:
     ) -> tuple[Tensor, Tensor]:
         """start() and wait() in one, on the current stream."""
         try:
-            call = self._begin(slot, x)
+            stream = self._current()
+            call = self._begin(slot, x, stream)
             if call is None:
                 return empty_results(x, wide)
             norm, whole_residual = call.norm, call.whole_residual
@@ -503,7 +594,7 @@ class Symmetric:
                 norm.data_ptr(), whole_residual,
             )  # fmt: skip
             kernel, grid = call.launcher(center, ctas, call.ctas_alone)
-            kernel.launch(grid, call.arguments.address, self._current())
+            kernel.launch(grid, call.arguments.address, stream)
             del held  # what reuses its memory runs later on this stream
             if not call.one_shot:
                 norm = norm if borrow else norm.clone()
@@ -533,43 +624,60 @@ class Symmetric:
         """Raises RuntimeError where a kernel has given up waiting for another rank."""
         self._error.raise_if_set(self.timeout_s, cause)
 
-    def kernel(self, name: str, dtype: torch.dtype, hidden: int, center: bool) -> nvrtc.Kernel:
-        key = name, dtype, hidden, center
-        if key not in self._kernels:
+    def kernels(self, names: set[str], dtype: torch.dtype, hidden: int, center: bool) -> dict[str, nvrtc.Kernel]:
+        """Those of these names. A collective the first time: no rank launches one while another has none."""
+        keys = {name: (name, dtype, hidden, center) for name in sorted(names)}
+        missing = [key for key in keys.values() if key not in self._kernels]
+        if missing:
+            kind = f"a {'LayerNorm' if center else 'RMSNorm'} of {dtype} [{hidden}]"
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"no kernel yet for a {'LayerNorm' if center else 'RMSNorm'} of {dtype} [{hidden}], and none can be loaded "
-                    "while a CUDA graph is captured: run once un-captured at this size first"
+                    f"no kernel yet for {kind}, and none can be loaded while a CUDA graph is captured: run once un-captured at this "
+                    "size first"
                 )
-            limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
-            layout = Layout.of(hidden, dtype.itemsize, self.world, self.name, center, limit)
-            arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
-            image = nvrtc.cubin(name, arch, macros(dtype, hidden, self.world, self.rank, self.name, center, layout))
-            two_shot = name == "two_shot"
-            block, cluster = (layout.block, layout.cluster) if two_shot else ((layout.threads, 1), 1)
-            self._kernels[key] = nvrtc.Kernel(image, name, block, layout.shared[not two_shot], cluster)
-        return self._kernels[key]
+            made = together(
+                self.group_name, f"the compilation of the kernels for {kind}", lambda: {k: self._kernel(*k) for k in missing}, self.timeout_s
+            )
+            self._kernels |= made
+        return {name: self._kernels[key] for name, key in keys.items()}
 
-    def _begin(self, slot: int, x: Tensor) -> _Call | None:
+    def _kernel(self, name: str, dtype: torch.dtype, hidden: int, center: bool) -> nvrtc.Kernel:
+        limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
+        layout = Layout.of(hidden, dtype.itemsize, self.world, self.name, center, limit)
+        arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
+        two_shot = name == "two_shot"
+        block, cluster = (layout.block, layout.cluster) if two_shot else ((layout.threads, 1), 1)
+        wanted = macros(dtype, hidden, self.world, self.rank, self.name, center, layout)
+        return nvrtc.cubin(name, arch, wanted, lambda image: nvrtc.Kernel(image, name, block, layout.shared[not two_shot], cluster))
+
+    def _begin(self, slot: int, x: Tensor, stream: int) -> _Call | None:
         """What start() and fused() begin with: the call, None if there are no tokens."""
         if self._error.words[0]:
             self.raise_if_lost()
+        if stream != self._on:
+            self._follow(stream)
         if slot in self._pending:
             self._abandon(slot)
         return self._calls.get((slot, x.dtype, x.shape)) or (self._call(slot, x.dtype, x.shape) if x.numel() else None)
 
     def _call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> _Call:
+        """The call of a shape: remembered, or made now. One that is forgotten owns nothing: its workspace and kernels stay."""
         key = slot, dtype, shape
-        call = self._calls.get(key)
-        if call is None:
-            hidden = shape[-1]
-            if dtype not in _ELEMENTS:
-                raise RuntimeError(f"dtype {dtype}: the kernels are for bfloat16, float16 and float32")
-            if hidden % 8 or hidden > MAX_HIDDEN:
-                raise RuntimeError(f"hidden size {hidden}: the kernels take multiples of 8 up to {MAX_HIDDEN}")
-            rows = shape.numel() // hidden
-            call = self._calls[key] = _Call(self, self._workspace(slot, dtype, hidden, rows), shape, rows)
+        call = self._calls.get(key) or self._older_calls.pop(key, None) or self._new_call(slot, dtype, shape)
+        if key not in self._calls:
+            if len(self._calls) >= MAX_CALLS // 2:
+                self._calls, self._older_calls = {}, self._calls
+            self._calls[key] = call
         return call
+
+    def _new_call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> _Call:
+        hidden = shape[-1]
+        if dtype not in _ELEMENTS:
+            raise RuntimeError(f"dtype {dtype}: the kernels are for bfloat16, float16 and float32")
+        if hidden % 8 or hidden > MAX_HIDDEN:
+            raise RuntimeError(f"hidden size {hidden}: the kernels take multiples of 8 up to {MAX_HIDDEN}")
+        rows = shape.numel() // hidden
+        return _Call(self, self._workspace(slot, dtype, hidden, rows), shape, rows)
 
     def _workspace(self, slot: int, dtype: torch.dtype, hidden: int, rows: int) -> _Workspace:
         bucket = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
@@ -633,21 +741,59 @@ class Symmetric:
 
     def _pop(self, slot: int) -> tuple:
         pending = self._pending.pop(slot)
-        if not self._pending:
-            gemms.as_before(self._gemms_before)
-            self._gemms_before = None
+        if self._told and not self._pending:
+            self._told = False
+            gemms.as_before()
         return pending
 
     def _make_events(self, slot: int) -> tuple[int, int]:
-        self._events[slot] = self._host.event(), self._host.event()
+        self._events[slot] = self._host.event(self._context), self._host.event(self._context)
         return self._events[slot]
+
+    def _follow(self, stream: int) -> None:
+        """Let what is enqueued next on this stream, which is not the last call's, wait for all that is on that one.
+
+        What is captured and what is not run at different times: the last call of the same kind counts.
+        """
+        captured = self._host.capture(self._context, stream)
+        if captured:
+            before = self._captured if self._on is None else self._uncaptured
+            if before not in (None, stream) and self._host.capture(self._context, before) == captured:
+                self._host.follow(self._context, before, stream, self._order)
+            self._captured, self._on = stream, None
+            return
+        before = self._uncaptured
+        if before not in (None, stream):
+            if self._host.capture(self._context, before):
+                raise RuntimeError("no call can be made while another thread captures a CUDA graph on the stream of the last one")
+            self._host.follow(self._context, before, stream, self._order)
+        self._uncaptured = self._on = stream
+        self._external = _is_external(torch.cuda.current_stream(self.device).stream_id)
+
+    def _leave(self) -> None:
+        """Let the side stream stand for the last call's, which may be gone when another call comes; and one with its address be there."""
+        if self._on is not None and not self._host.capture(self._context, self._on):
+            self._host.follow(self._context, self._on, self._side, self._order)
+            self._uncaptured, self._on = self._side, None
+
+    def _drop(self, keys: set) -> None:
+        """Give back workspaces that no kernel has run in yet."""
+        for key in keys:
+            workspace = self._workspaces.pop(key)
+            for calls in (self._calls, self._older_calls):
+                for which in [which for which, call in calls.items() if call.workspace is workspace]:
+                    del calls[which]
+        if keys:
+            del workspace, calls
+            gc.collect()  # some things in them refer to each other
 
     def _abandon(self, slot: int) -> None:
         """Forget a start() without wait(): its run failed in between. Its kernel may not have ended."""
         call, *_ = self._pop(slot)
         if call is not None and not torch.cuda.is_current_stream_capturing():
             with contextlib.suppress(RuntimeError):  # if that run was a capture; then no kernel runs either
-                self._host.wait(self._current(), self._events[slot][1])
+                for stream in {self._current(), self._uncaptured} - {None}:  # what reuses the memory of its inputs runs behind it
+                    self._host.wait(stream, self._events[slot][1])
 
 
 def _with_own_storage(t: Tensor) -> Tensor:
@@ -667,6 +813,11 @@ def _readable(t: Tensor) -> tuple[Tensor, int]:
         t = t.clone(memory_format=torch.contiguous_format)
         address = t.data_ptr()
     return t, address
+
+
+def _is_external(stream_id: int) -> bool:
+    """Whether a stream is not torch's, by the number that torch gives it: odd for its own, 0 for the default one (CUDAStream.cpp)."""
+    return stream_id != 0 and stream_id % 2 == 0
 
 
 def _is_float(name: str, vector: Tensor, x: Tensor) -> bool:

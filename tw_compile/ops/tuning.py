@@ -14,10 +14,13 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .. import files
 from ..planning import two_shot_ctas
 from . import agree
+from .together import WorkspaceError
 
 log = logging.getLogger("tw_compile")
 
@@ -37,6 +40,10 @@ CALLS = 20  # of a sample
 # Clocks for which the GPU waits before each sample: the host has enqueued it by then, and is not what is measured.
 HEAD_START = 1_000_000
 _SLOT = 2  # of the instruments, which share nothing with what the user runs
+
+# What transports are compared at. Those over the process group are several kernels, which the host takes longer to enqueue.
+COMPARED_TOKENS, COMPARED_HIDDEN, COMPARED_DTYPE = (1, 32, 256, 2048), 4096, torch.bfloat16
+COMPARED_HEAD_START = 6_000_000
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Tuning:
 
     def ctas_alone(self, rows: int) -> int:
         """The number of CTAs of a two-shot kernel with nothing beside it, for a number of tokens."""
-        return [ctas for first, ctas in self.ctas if first <= rows][-1]
+        return [ctas for first, ctas in self.ctas if first <= max(rows, 1)][-1]
 
 
 def by_rule(world: int) -> Tuning:
@@ -134,12 +141,17 @@ def measure(owner, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tuning:
     begin = time.perf_counter()
     lacking = agree.exchange(owner.group_name, "a tuning", _lacking(owner, dtype, hidden, max_ctas) or "")
     path = _path(owner, dtype, hidden)
-    if any(lacking):
-        tuning = by_rule(owner.world)
-        log.warning("not tuned for %s [%d], so that it is %s by a rule: %s", dtype, hidden, tuning, max(lacking))
-    else:
-        mine = _times(owner, dtype, hidden)
+    reason, mine = max(lacking), None
+    if not reason:
+        try:
+            mine = _times(owner, dtype, hidden)
+        except WorkspaceError as error:  # which all ranks have
+            reason = str(error)
         gc.collect()  # the instruments, of which some things refer to each other
+    if mine is None:
+        tuning = by_rule(owner.world)
+        log.warning("not tuned for %s [%d], so that it is %s by a rule: %s", dtype, hidden, tuning, reason)
+    else:
         said = agree.exchange(owner.group_name, "the end of a tuning", json.dumps([*mine.values()]))
         times = dict(zip(mine, map(max, *map(json.loads, said))))
         tuning = by_times(owner.world, times)
@@ -148,6 +160,42 @@ def measure(owner, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tuning:
         log.info("tuned for %s [%d] in %.1f s: %s", dtype, hidden, time.perf_counter() - begin, tuning)
     _measured[path] = tuning
     return tuning
+
+
+def compare(carriers: dict, group_name: str, device: torch.device) -> dict[str, float]:
+    """Seconds of a fused call over each, by name: the geometric mean over COMPARED_TOKENS, of the slowest rank. A collective.
+
+    carriers: name -> Symmetric or ProcessGroup, whose workspaces are made here
+    Measured once on a machine, and kept. Raises WorkspaceError on all ranks where one cannot make a workspace.
+    """
+    gpu, world = torch.cuda.get_device_name(device), dist.get_world_size(_resolve_process_group(group_name))
+    path = files.path("transports", (gpu, world, [*carriers], agree.version()), "json")
+    said = agree.exchange(group_name, "a comparison of transports", json.dumps(_kept_times(path, carriers)))
+    seconds = next((theirs for theirs in map(json.loads, said) if theirs), None)
+    if seconds is None:
+        begin = time.perf_counter()
+        for carrier in carriers.values():
+            carrier.prepare([(_SLOT, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
+        weight = torch.ones(COMPARED_HIDDEN, dtype=COMPARED_DTYPE, device=device)
+        runs = [(carrier, weight, tokens, 0, COMPARED_HEAD_START) for carrier in carriers.values() for tokens in COMPARED_TOKENS]
+        taken = [[_seconds(*run) for run in runs] for _ in range(SAMPLES + 1)]
+        mine = [statistics.median(samples) for samples in zip(*taken[1:])]
+        said = agree.exchange(group_name, "the end of a comparison of transports", json.dumps(mine))
+        slowest = [max(theirs) for theirs in zip(*map(json.loads, said))]
+        sizes = len(COMPARED_TOKENS)
+        seconds = {name: math.exp(statistics.fmean(map(math.log, slowest[i * sizes :][:sizes]))) for i, name in enumerate(carriers)}
+        log.info("compared transports in %.1f s, seconds of %s tokens: %s", time.perf_counter() - begin, COMPARED_TOKENS, slowest)
+    if seconds != _kept_times(path, carriers):
+        files.write(path, json.dumps(seconds).encode())
+    return seconds
+
+
+def _kept_times(path, carriers) -> dict[str, float] | None:
+    try:
+        seconds = json.loads(path.read_bytes())
+        return {name: float(seconds[name]) for name in carriers}
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not one of ours
+        return None
 
 
 def _path(owner, dtype, hidden):
@@ -176,7 +224,7 @@ def _times(owner, dtype, hidden) -> dict[tuple[str, int, int], float]:
     return {variant: statistics.median(samples) for variant, *samples in zip(wanted, *taken[1:])}
 
 
-def _seconds(instrument, weight, tokens, ctas) -> float:
+def _seconds(instrument, weight, tokens, ctas, head_start=HEAD_START) -> float:
     """Seconds of a call that takes, as layer after layer does, what the one before has left in the workspace."""
 
     def site(x, residual):
@@ -184,7 +232,7 @@ def _seconds(instrument, weight, tokens, ctas) -> float:
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(instrument.device)
-    torch.cuda._sleep(HEAD_START)
+    torch.cuda._sleep(head_start)
     carried = site(weight.expand(tokens, -1), None)  # the ranks begin together
     begin.record()
     for _ in range(CALLS):
