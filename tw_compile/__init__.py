@@ -10,6 +10,7 @@ The pipeline, in the order in which a graph meets it::
     report.py      what was found, what was done, why not
 """
 
+from .ops.transport import workspace_bytes
 from .options import TokenWeaveError
 from .passes.find import AllReduce, register_all_reduce
 from .passes.token_axis import Split, TokenAxis, register_token_rule
@@ -30,4 +31,5 @@ __all__ = [
     "register_token_rule",
     "reports",
     "verify",
+    "workspace_bytes",
 ]

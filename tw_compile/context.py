@@ -70,6 +70,7 @@ def of(group_name: str) -> Context:
     if context is None or context.group() is not group:
         forget(group_name)
         context = _contexts[group_name] = Context(weakref.ref(group))
+        weakref.finalize(group, _forget_of, group_name, weakref.ref(context)).atexit = False
     return context
 
 
@@ -77,6 +78,12 @@ def forget(group_name: str) -> None:
     """Drop what belongs to a group of this name, its symmetric memory included."""
     _contexts.pop(group_name, None)
     transport.forget(group_name)
+
+
+def _forget_of(group_name: str, context: "weakref.ref[Context]") -> None:
+    """A group is gone. Another may have come by its name."""
+    if _contexts.get(group_name) is not None and _contexts[group_name] is context():
+        forget(group_name)
 
 
 def is_current(context: Context, group_name: str) -> bool:

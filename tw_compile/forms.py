@@ -19,11 +19,13 @@ from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import context, passes, planning
+from . import context, ops, passes, planning
 from .ops import transport
+from .ops.together import WorkspaceError
 from .options import Options, TokenWeaveError
 from .passes.cut import batch_of, cut_at, plan_by_rule, section_of
 from .passes.find import collectives
+from .passes.graph_utils import arguments, calls, value
 from .report import Report, record, say_once
 from .sizes import ForSizes, Sizes, copied, for_sizes
 
@@ -58,10 +60,23 @@ def compile_forms(gm, inputs: list, options: Options, inner_compile: Callable, p
 
 @dataclass
 class _Variant:
-    """A form that was compiled, and the sizes that it is for."""
+    """A form that was compiled, and the sizes that it is for.
+
+    sites: (group, device, slot, dtype, shape of what is reduced in the symbols of ``made``, whether a LayerNorm follows)
+    """
 
     made: ForSizes
     run: Callable
+    sites: list[tuple]
+
+    def calls(self, known: dict) -> dict[tuple, list[tuple]]:
+        """(group, device) -> what its transport is to be prepared for, with these values of the symbols."""
+        found = {}
+        for group, device, slot, dtype, shape, center in self.sites:
+            numbers = tuple(self.made.number(size, known) for size in shape)
+            if None not in numbers:
+                found.setdefault((group, device), {})[slot, dtype, numbers, center] = None
+        return {place: [*calls] for place, calls in found.items()}
 
 
 @dataclass
@@ -90,7 +105,7 @@ class Forms:
         self.variants: dict[object, list[_Variant]] = {}
         self.not_woven: dict[planning.Place, str] = {}
         self.runs: dict[tuple, Callable] = {}
-        self.contexts: list[tuple[str, context.Context]] = []
+        self.places: list[tuple[str, torch.device]] = []  # groups and devices of its sites
         self.lock = threading.RLock()
 
     def begin(self) -> Callable | None:
@@ -127,7 +142,9 @@ class Forms:
     def _run_of(self, values: tuple) -> Callable:
         """What runs calls with these values of the symbols."""
         if values not in self.runs:
-            run = self._entered(self._variant(*self._form_of(values), values))
+            variant = self._variant(*self._form_of(values), values)
+            self._prepare(variant, dict(zip(self.sizes.symbols, values)))
+            run = self._entered(variant.run) if variant.sites else variant.run
             if len(self.runs) >= MOST_CALLS:
                 self.runs.clear()
             self.runs[values] = run
@@ -165,9 +182,9 @@ class Forms:
         if not new.sites:
             self.left = new.report
             raise context.Left(new.report.reasons[-1])
-        for group, device in _places(new.report):
+        self.places = _places(new.report)
+        for group, device in self.places:
             transport.choose(self.options.transport, group, device, self._timeout)
-            self.contexts.append((group, context.of(group)))
         if self.plan is None and not self.options.fused_only:
             plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, first)
             if plan is not None and seen["section"] is not None:
@@ -178,12 +195,12 @@ class Forms:
 
     # --- compiling -----------------------------------------------------------------------------------------------------
 
-    def _variant(self, form, why: str, values: tuple) -> Callable:
+    def _variant(self, form, why: str, values: tuple) -> _Variant:
         """A form that is compiled for sizes like these."""
         known = dict(zip(self.sizes.symbols, values))
         variants = self.variants.setdefault(form, [])
         if found := next((variant for variant in variants if variant.made.holds(known)), None):
-            return found.run
+            return found
         learnt = next((learnt for learnt in self.learnt if learnt.made.values == known), None)
         # A half of one entry has another size than any other: torch takes a size of 1 for a constant.
         fixed = isinstance(form, planning.Place) and bool(known) and self._least_half(form, known) < 2
@@ -209,8 +226,8 @@ class Forms:
         else:
             say_once(f"a graph was compiled {MOST_VARIANTS} times for different sizes: others run uncompiled. See docs/troubleshooting")
             run = _uncompiled(made, new)
-        variants.append(_Variant(made, run))
-        return run
+        variants.append(_Variant(made, run, _sites_of(new)))
+        return variants[-1]
 
     def _agreed(self, form, made: ForSizes, cut_of: Callable) -> tuple[passes.Rewritten, bool]:
         def attempt(decision):
@@ -288,21 +305,54 @@ class Forms:
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast(), modes, config.patch(self.config):
             yield
 
+    def _prepare(self, variant: _Variant, known: dict) -> None:
+        """Have all that the sites of a call need made on all ranks. Where a rank cannot, its group's own collectives carry them."""
+        for (group, device), calls in variant.calls(known).items():
+            implementation, _ = transport.choose(self.options.transport, group, device, self._timeout)
+            try:
+                implementation.prepare(calls)
+            except WorkspaceError as error:
+                if self.options.transport != "auto":
+                    raise TokenWeaveError(f"option 'tokenweave.transport' is {self.options.transport!r}, but {error}") from error
+                transport.fall_back(self.options.transport, group, device, str(error))
+
     def _entered(self, run: Callable) -> Callable:
-        """``run``, for the groups that there are."""
-        if not self.contexts:
-            return run
+        """``run`` as a call of the groups that there are when it is called: in the order of their other calls."""
+        places, requested = self.places, self.options.transport
+        entries = [self._entry(group, device) for group, device in places]
 
         def entered(args):
-            for i, (group, known) in enumerate(self.contexts):
-                if not context.is_current(known, group):
-                    known = context.of(group)
-                    self.contexts[i] = group, known
-                known.called()
-            return run(args)
+            with contextlib.ExitStack() if len(places) > 1 else contextlib.nullcontext() as stack:
+                for i, (group, device) in enumerate(places):
+                    known, implementation = entries[i]
+                    if not context.is_current(known, group) or transport.chosen.get((group, device, requested), _NONE)[0] is not implementation:
+                        entries[i] = known, implementation = self._entry(group, device)
+                    known.called()
+                    if stack is not None:
+                        stack.enter_context(implementation.call())
+                if stack is not None:
+                    return run(args)
+                with implementation.call():
+                    return run(args)
 
         entered._boxed_call = True
         return entered
+
+    def _entry(self, group: str, device: torch.device) -> tuple:
+        known = context.of(group)
+        return known, transport.choose(self.options.transport, group, device, self._timeout)[0]
+
+
+_NONE = (None, "")
+
+
+def _sites_of(new: passes.Rewritten) -> list[tuple]:
+    found = []
+    for node in new.graph.nodes if new.sites else ():
+        if calls(node, ops.start, ops.fused):
+            given, x = arguments(node), value(node.args[0])
+            found.append((given["group"], x.device, given["slot"], x.dtype, tuple(x.shape), given["center"]))
+    return found
 
 
 def _places(report: Report) -> list[tuple[str, torch.device]]:

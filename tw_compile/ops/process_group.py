@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,15 @@ class ProcessGroup:
     name = "process_group"
 
     def __init__(self, group_name: str, device: torch.device):
-        self.group, self.device = _resolve_process_group(group_name), device
+        self._group, self.device = weakref.ref(_resolve_process_group(group_name)), device
         self.lock, self._depth = threading.RLock(), 0
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.pending = {}
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Held weakly: what was chosen for a group is not to keep it."""
+        return self._group()
 
     def call(self) -> "ProcessGroup":
         """``with implementation.call():`` around calls that belong together: see Symmetric."""

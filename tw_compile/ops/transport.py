@@ -70,6 +70,13 @@ def choose(
         return chosen[key]
 
 
+def fall_back(requested: str, group_name: str, device: torch.device, reason: str) -> None:
+    """Let the process group's own collectives carry a group from here on, on all of its ranks."""
+    name = chosen[group_name, device, requested][0].name
+    log.warning("transport of group %s is process_group from here on; %s: %s", group_name, name, reason)
+    chosen[group_name, device, requested] = _make("process_group", group_name, device), f"{name}: {reason}"
+
+
 def forget(group_name: str) -> None:
     """Drop what was chosen for a group, with its memory: the group is gone, and another may come by its name."""
     for key in [key for key in chosen if key[0] == group_name]:
