@@ -1,9 +1,13 @@
 """How ranks find out whether they agree, on real ranks."""
 
 import pytest
+import torch
 import torch.distributed as dist
+from graphs import without_codegen
+from sites import H, all_reduce
 
-from tw_compile import TokenWeaveError
+import tw_compile
+from tw_compile import TokenWeaveError, backend, context
 from tw_compile.ops import agree, transport
 
 
@@ -47,3 +51,165 @@ def test_ranks_of_different_versions_are_refused_on_all(ranks):
 
 def test_the_version_is_that_of_the_code():
     assert agree.version().startswith("torch 2.") and ", tw_compile " in agree.version()
+
+
+# --- what ranks do with graphs that differ ----------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    """Three sites, and what rank 0 alone does: ``what``."""
+
+    def __init__(self, what):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        draw = lambda *shape: torch.nn.Parameter(torch.randn(*shape, generator=generator) * 0.3)  # noqa: E731
+        self.what, self.bias, self.weights, self.matrices = what, draw(H), [draw(H) for _ in range(3)], [draw(H, H) for _ in range(3)]
+
+    def forward(self, x):
+        alone, seen = dist.get_rank() == 0 and self.what, []
+        residual = x
+        for i, (weight, matrix) in enumerate(zip(self.weights, self.matrices)):
+            partial = x @ matrix
+            if alone == "bias":
+                partial = partial + self.bias
+            total = all_reduce(partial)
+            if alone == "sums" or alone == "first sum" and i == 0 or alone == "last sum" and i == 2:
+                seen.append(total)
+            if alone == "another norm" and i == 1:
+                weight = weight + 0 * weight.sum()
+            residual = residual + total
+            if alone == "residuals":
+                seen.append(residual)
+            if alone == "graph break" and i == 0:
+                torch._dynamo.graph_break()
+            last = i == 2
+            if not (last and self.what == "no last norm" and dist.get_rank() == 1):
+                eps = 1e-2 if alone == "eps" and i == 1 else 1e-5
+                x = norm_of(residual, weight, eps)
+        if self.what == "no last norm" and dist.get_rank() == 1:
+            return [x.sum()]
+        return [x, *seen]
+
+
+def norm_of(x, weight, eps):
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def outcome(what, mode, tokens=(48,), steps=None):
+    """On a rank: what its reports say, after its results were compared with eager's."""
+    torch._dynamo.reset()
+    context._contexts.clear()  # as in a new process
+    before = len(tw_compile.reports())
+    model = Model(what).requires_grad_(False)
+    options = {"tokenweave.min_tokens": 8} if mode == "auto" else {"tokenweave.mode": mode}
+    run = torch.compile(model, backend=backend.tokenweave, options=options)
+    with torch.no_grad(), without_codegen():
+        for i, count in enumerate(tokens):
+            model.what = what if steps is None else steps[i]
+            x = torch.randn(1, count, H, generator=torch.Generator().manual_seed(count))
+            for got, expected in zip(run(x), model(x), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    reports = tw_compile.reports()[before:]
+    return [(r.mode, len(r.sites), [refusal.reason.partition(": ")[2] for refusal in r.refusals], r.reasons) for r in reports]
+
+
+ALIKE = {  # what rank 0 does -> sites of three, why the others are none
+    "bias": (3, []),
+    "residuals": (3, []),
+    "sums": (0, None),
+    "eps": (2, ["rank 1 has another residual or norm there than rank 0"]),
+    "another norm": (3, []),
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "fuse"])
+@pytest.mark.parametrize("what", ALIKE)
+def test_ranks_whose_graphs_differ_do_what_all_can(ranks, what, mode):
+    if what == "sums" and mode == "fuse":
+        return
+    (first,), (second,) = ranks(outcome, what, mode)
+    count, reasons = ALIKE[what]
+    assert first[:2] == second[:2] == ("off" if not count else {"auto": "weave"}.get(mode, mode), count)
+    assert reasons is None or len(first[2]) == len(reasons)
+
+
+def test_a_sum_that_one_rank_does_not_read_is_still_reduced(ranks):
+    (first,), (second,) = ranks(outcome, "no last norm", "auto")
+    assert first[:2] == second[:2] == ("weave", 2)
+    assert ranks(ranks_are_in_step) == [3, 3]
+
+
+def ranks_are_in_step():
+    total = torch.tensor(1 + dist.get_rank())
+    dist.all_reduce(total)
+    return total.item()
+
+
+def test_a_graph_break_on_one_rank_leaves_the_group_to_inductor(ranks):
+    for modes in ranks(outcome, "graph break", "auto"):
+        assert [mode for mode, *_ in modes][0] == "off"
+        assert "have different graphs (rank 0: 1 × all_reduce; rank 1: 3 × all_reduce)" in modes[0][3][0]
+
+
+def raised(what, mode):
+    try:
+        outcome(what, mode)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        return type(error.inner_exception).__name__, str(error.inner_exception)
+
+
+def test_a_graph_break_on_one_rank_is_an_error_on_all_where_a_mode_is_forced(ranks):
+    first, second = ranks(raised, "graph break", "weave")
+    assert first == second and first[0] == "TokenWeaveError" and "have different graphs" in first[1]
+
+
+def test_options_that_differ_are_an_error_on_all_ranks(ranks):
+    first, second = ranks(raised_of_modes, ("fuse", "weave"))
+    assert first == second and first[0] == "TokenWeaveError"
+    assert "have different options: rank 0: mode=fuse; rank 1: mode=weave" in first[1]
+
+
+def raised_of_modes(modes):
+    return raised("", modes[dist.get_rank()])
+
+
+@pytest.mark.parametrize("what, mode", [("residuals", "auto"), ("residuals", "fuse"), ("last sum", "auto"), ("first sum", "auto")])
+def test_a_rank_that_compiles_again_alone_takes_what_is_known(ranks, what, mode):
+    """Rank 0 alone reads something from the second call on. A sum that it reads is no site there, and still comes in halves."""
+    first, second = ranks(outcome, "", mode, (48, 48, 48), ("", what, what))
+    assert len(first) == 2 and len(second) == 1
+    assert {r[0] for r in first} == {"fuse" if mode == "fuse" else "weave"}
+
+
+def test_a_rank_with_dynamic_shapes_meets_one_with_static_ones(ranks):
+    for reports in ranks(of_dynamic_and_static):
+        assert [mode for mode, *_ in reports][:1] == ["weave"]
+
+
+def of_dynamic_and_static():
+    if dist.get_rank() == 0:
+        return outcome("", "auto", (48, 64, 40, 4, 2))
+    with torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False):
+        return outcome("", "auto", (48, 64, 40, 4, 2))
+
+
+def alone():
+    """Rank 0 compiles a graph that rank 1 does not; rank 1 calls what it has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agree, "GONE_ON_S", 0.5)
+        group = dist.group.WORLD.group_name
+        progress = agree.progress(group)
+        progress.begin_call()
+        if dist.get_rank() == 1:
+            progress.begin_call()
+            agree._exchanges[dist.group.WORLD] += 1
+            return None
+        try:
+            agree.exchange(group, "the agreement on a graph", "", progress=progress)
+        except RuntimeError as error:
+            return str(error)
+
+
+def test_a_rank_that_has_a_new_graph_alone_does_not_wait_for_good(ranks):
+    message, _ = ranks(alone)
+    assert "has called the model again and did not come to the agreement on a graph, so that only some ranks have a new graph" in message

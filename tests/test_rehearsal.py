@@ -15,7 +15,7 @@ from models import HIDDEN, VOCAB, parallel, whole
 from test_split import mlp, mlp_inputs
 
 import tw_compile
-from tw_compile import backend, ops, rehearsal
+from tw_compile import backend, context, ops, rehearsal
 from tw_compile.ops.process_group import ProcessGroup
 from tw_compile.passes.graph_utils import arguments
 from tw_compile.planning import WEAVE_MIN_TOKENS, Plan
@@ -40,7 +40,7 @@ class Rank:
         self.patches = [
             mock.patch.multiple(rehearsal, possible=lambda device: True, SIZES=SIZES, SAMPLES=1, _rehearse=logged, **patches),
             mock.patch.dict(os.environ, TW_COMPILE_CACHE_DIR=folder),
-            mock.patch.dict(rehearsal._agreed, clear=True),  # as in a new process
+            mock.patch.dict(context._contexts, clear=True),  # as in a new process
             without_codegen(),
             torch.no_grad(),
         ]

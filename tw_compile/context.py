@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import Graph
 
-from . import passes, rehearsal
+from . import passes, planning, rehearsal
 from .ops import agree, transport
 from .options import Options, TokenWeaveError
 from .passes import wire
-from .passes.find import registered_all_reduces
+from .passes.conform import halve
+from .passes.find import collective_group, collectives, registered_all_reduces
 from .passes.token_axis import registered_rules
 
 log = logging.getLogger("tw_compile")
@@ -91,7 +92,7 @@ def is_current(context: Context, group_name: str) -> bool:
 
 
 def agreed(
-    graph: Graph, options: Options, form: object, attempt: Callable[[wire.Decision], passes.Rewritten]
+    graph: Graph, options: Options, form: planning.Place | str, attempt: Callable[[wire.Decision], passes.Rewritten]
 ) -> tuple[passes.Rewritten, bool]:
     """What becomes of a graph on all ranks: ``attempt`` with the decision that all can carry out.
 
@@ -111,8 +112,13 @@ def agreed(
     known = contexts[0].decisions.get(key)
     if known is not None:
         new = attempt(known.decision)
-        if _can(new, known, groups):
+        if {group: wire.wire(new.graph, group) for group in groups} == known.wires:
             return new, False
+        # The process group sees no more of a site than how it is cut.
+        if all(map(transport.is_process_group, groups)) and (new.sites or options.fused_only):
+            new = _conformed(new, known, groups, attempt)
+            if new is not None:
+                return new, False
     asked = [group for group in groups if not agree.is_alone(_resolve_process_group(group))]
     decision = known.decision if known is not None else wire.Decision()
     for _ in range(ROUNDS):
@@ -173,14 +179,22 @@ def _mine(section, group, device, options):
     return rehearsal.known(section, group, device, options.transport) if section is not None else None
 
 
-def _can(new: passes.Rewritten, known: _Known, groups: list[str]) -> bool:
-    """Whether what came of a graph on this rank goes with what the others know."""
-    wires = {group: wire.wire(new.graph, group) for group in groups}
-    if wires == known.wires:
-        return True
-    # The process group sees no more of a site than how it is cut.
-    over_group = all(transport.is_process_group(group) for group in groups)
-    return over_group and all(wire.plain(wires[group]) == wire.plain(known.wires[group]) for group in groups)
+def _conformed(new: passes.Rewritten, known: _Known, groups: list[str], attempt) -> passes.Rewritten | None:
+    """What comes of a graph if its collectives are cut as the others have them; None where that is not possible."""
+    decision = wire.conform(known.decision, new, known.wires)
+    if decision is None:
+        return None
+    if decision != known.decision:
+        new = attempt(decision)
+    for group in groups:
+        mine, theirs = wire.plain(wire.wire(new.graph, group)), wire.plain(known.wires[group])
+        nodes = [n for n in collectives(new.graph) if collective_group(n) == group and n.meta.get("half") in (None, 0)]
+        for node, mine_halved, halved in zip(nodes, mine, theirs):
+            if halved and not mine_halved and (new.cut is None or not halve(node, new.cut)):
+                return None
+        if wire.plain(wire.wire(new.graph, group)) != theirs:
+            return None
+    return new
 
 
 def _attempt(attempt, decision, groups):

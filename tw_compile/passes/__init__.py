@@ -30,6 +30,7 @@ class Rewritten:
     sites:     number of a site -> (group, number of its collective in the graph as it was)
     refused:   the collectives that could have been sites -> why they are none
     values:    number of a site -> the names of its norm and its residual, in the graph as it was
+    cut:       where it is cut; None where it is not
     not_woven: why it is not woven; ''
     """
 
@@ -38,6 +39,7 @@ class Rewritten:
     sites: dict[int, tuple[str, int]] = field(default_factory=dict)
     refused: dict[tuple[str, int], str] = field(default_factory=dict)
     values: dict[int, tuple[str, str]] = field(default_factory=dict)
+    cut: Cut | None = None
     not_woven: str = ""
 
 
@@ -82,7 +84,7 @@ def rewrite(
         others = numbered(work, without=sites)
         unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
         work, woven, report.joins, _ = split(work, may_be_cut, cut, unsplit)
-        work = weave(work, cut.ctas or ctas)
+        work, new.cut = weave(work, cut.ctas or ctas), cut
         report.mode, report.split = "weave", tuple(n if isinstance(n, int) else str(n) for n in cut.halves)
     else:
         new.not_woven = cut

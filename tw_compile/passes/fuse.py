@@ -16,7 +16,7 @@ def fuse(graph: Graph, matches: list[Match], transport: str, ctas: int) -> list[
 
     ctas: CTAs of the kernel, 0 for its own choice.
     """
-    replaced = {node for match in matches for node in (match.all_reduce, _sum(match.all_reduce))}
+    replaced = {node for match in matches for node in (match.all_reduce, summed(match.all_reduce))}
     # From the last to the first, so that the residual of a site is still the node its match names.
     calls_of = {m: _replace(graph, m, i, transport, ctas) for i, m in reversed(list(enumerate(matches)))}
     sort_and_clean(graph, lambda node: stays(node) and node not in replaced)
@@ -31,7 +31,7 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
 
     norm, total = match.norm, match.total
     with graph.inserting_before(match.all_reduce):
-        x, done = match.x, _sum(match.all_reduce)
+        x, done = match.x, summed(match.all_reduce)
         for step in match.linear:
             x, done = emit(step.target, *[x if a is done else a for a in step.args], meta=step), step
         named = dict(
@@ -52,7 +52,7 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
     return call
 
 
-def _sum(all_reduce: Node) -> Node:
+def summed(all_reduce: Node) -> Node:
     """The node that holds the sum: an asynchronous all-reduce's wait, or the all-reduce itself."""
     waits = [user for user in all_reduce.users if calls(user, WAIT)]
     return waits[0] if waits else all_reduce

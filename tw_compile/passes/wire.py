@@ -136,6 +136,29 @@ def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | No
     return None if merged == decision else merged
 
 
+def conform(decision: Decision, new, wires: dict[str, list]) -> Decision | None:
+    """The decision by which a graph has nothing in halves that others have whole, and no whole site that they have in halves.
+
+    new: what has come of the graph by ``decision``, a Rewritten; wires: of the others, by group
+    """
+    refused, unwoven, unsplit = dict(decision.refused), set(decision.unwoven), set(decision.unsplit)
+    for group, theirs in wires.items():
+        mine, others = wire(new.graph, group), 0
+        if len(mine) != len(theirs):
+            return None
+        for entry, halved in zip(mine, plain(theirs)):
+            if entry[0] == "site":
+                if entry[2] and not halved:
+                    unwoven.add(entry[1])
+                elif halved and not entry[2]:
+                    refused[new.sites[entry[1]]] = "other ranks have it in halves"
+            else:
+                if entry[1] and not halved:
+                    unsplit.add((group, others))
+                others += 1
+    return _with(decision, refused=refused, unwoven=frozenset(unwoven), unsplit=frozenset(unsplit))
+
+
 def _with(decision: Decision, **changes) -> Decision:
     return Decision(**{**decision.__dict__, **changes})
 

@@ -1,0 +1,185 @@
+"""The forms of a graph: which one a call takes, what is compiled for it, and that no size is guarded on."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from graphs import without_codegen
+from sites import H, all_reduce, hf_norm, values
+from test_split import mlp, mlp_inputs
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental import _config as symbolic_config
+
+import tw_compile
+from tw_compile import backend, context, forms, ops
+
+
+@pytest.fixture(autouse=True)
+def quick(world):
+    with without_codegen(), torch.no_grad():
+        yield
+
+
+def compiled(function, **options):
+    options = {f"tokenweave.{name}": option for name, option in {"min_tokens": 32, **options}.items()}
+    return torch.compile(function, backend=backend.tokenweave, options=options)
+
+
+def inputs_of(tokens, mark=None, batch=None):
+    x, residual, *weights = mlp_inputs(*([batch] if batch else []), tokens)
+    for tensor in (x, residual) if mark else ():
+        mark(tensor, 0)
+    return x, residual, *weights
+
+
+def run(function, tokens, **kwargs):
+    inputs = inputs_of(tokens, **kwargs)
+    torch.testing.assert_close(function(*inputs), mlp(*inputs), rtol=1e-4, atol=1e-4)
+
+
+def modes():
+    return [report.mode for report in tw_compile.reports()]
+
+
+def graphs_of_dynamo():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+MARKS = {
+    "dynamic": torch._dynamo.mark_dynamic,
+    "bounded": lambda tensor, dim: torch._dynamo.mark_dynamic(tensor, dim, min=2, max=4096),
+    "unbacked": torch._dynamo.decorators.mark_unbacked,
+}
+
+
+@pytest.mark.parametrize("mark", MARKS.values(), ids=MARKS)
+def test_each_call_takes_the_form_for_its_tokens(mark):
+    torch._dynamo.utils.counters.clear()
+    function = compiled(mlp)
+    for tokens in (48, 16, 300, 31, 32, 33, 7, 64, 2):
+        run(function, tokens, mark=mark)
+    assert graphs_of_dynamo() == 1, "a size was guarded on"
+    assert modes() == ["weave", "fuse", "weave"], "300 tokens are cut in whole tiles"
+    assert [report.split[0] for report in tw_compile.reports() if report.split][1].count("128") == 1
+
+
+def test_one_token_and_none_where_guards_are_dropped():
+    function = compiled(mlp)
+    for tokens in (48, 1, 0, 40):
+        run(function, tokens, mark=MARKS["unbacked"])
+    assert modes() == ["weave", "fuse", "fuse"]
+
+
+def test_sizes_that_torch_is_oblivious_of():
+    with symbolic_config.patch(backed_size_oblivious=True):
+        function = compiled(mlp)
+        for tokens in (48, 16):
+            run(function, tokens, mark=MARKS["dynamic"])
+    assert modes() == ["weave", "fuse"]
+
+
+def test_a_half_of_one_sequence():
+    def function(x, residual, weight, up, down):
+        return mlp(x, residual, weight, up, down)
+
+    run_it = compiled(function)
+    for batch in (3, 2, 5):
+        x, residual, *weights = mlp_inputs(batch, 16)
+        for tensor in (x, residual):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        torch.testing.assert_close(run_it(x, residual, *weights), mlp(x, residual, *weights), rtol=1e-4, atol=1e-4)
+    assert modes() == ["weave"] * 3 and not any(report.joins for report in tw_compile.reports())
+
+
+def test_tokens_of_which_there_are_as_many_as_data_says_are_fused():
+    def packed(x, keep, residual, weight):
+        x, residual = x[keep], residual[keep]
+        return hf_norm(residual + all_reduce(x), weight)
+
+    x, residual, weight = values(48, H), values(48, H), values(H)
+    keep = torch.arange(48) % 3 != 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.testing.assert_close(compiled(packed)(x, keep, residual, weight), packed(x, keep, residual, weight))
+    (report,) = tw_compile.reports()
+    assert report.mode == "fuse" and report.reasons[0] == "not woven: its number of tokens depends on data"
+
+
+def test_what_is_compiled_too_often_runs_uncompiled_and_right(monkeypatch, caplog):
+    monkeypatch.setattr(forms, "MOST_VARIANTS", 1)
+    caplog.set_level(logging.WARNING, "tw_compile")
+    function = compiled(mlp)
+    for tokens in (48, 300, 400):
+        run(function, tokens, mark=MARKS["dynamic"])
+    function = compiled(mlp, mode="fuse")
+    for tokens in (48, 1, 0):
+        run(function, tokens, mark=MARKS["unbacked"])
+    assert [r.getMessage() for r in caplog.records if "different sizes" in r.getMessage()]
+
+
+def test_the_kill_switch(monkeypatch):
+    for value, expected in (("fuse", "fuse"), ("off", "off"), ("", "weave")):
+        monkeypatch.setenv("TW_COMPILE_MODE", value)
+        torch._dynamo.reset()
+        run(compiled(mlp, mode="weave"), 48)
+        report = tw_compile.reports()[-1]
+        assert report.mode == expected
+    reasons = [report.reasons[0] for report in tw_compile.reports()[:2]]
+    assert reasons[1] == "TW_COMPILE_MODE is off" and not reasons[0].startswith("not woven")
+
+
+def test_a_kill_switch_of_another_value_is_an_error(monkeypatch):
+    monkeypatch.setenv("TW_COMPILE_MODE", "weave")
+    with pytest.raises(Exception, match="TW_COMPILE_MODE is 'weave'; it takes 'off' or 'fuse', or is not set"):
+        run(compiled(mlp), 48)
+
+
+def test_what_cannot_be_compiled_is_left_to_inductor_with_the_reason(monkeypatch):
+    real = backend.compile_fx_inner
+
+    def failing(gm, inputs, **kwargs):
+        if any(node.target in (ops.fused, ops.start) for node in gm.graph.nodes):
+            raise ValueError("no code for this")
+        return real(gm, inputs, **kwargs)
+
+    monkeypatch.setattr(backend, "compile_fx_inner", failing)
+    run(compiled(mlp), 48)
+    (report,) = tw_compile.reports()
+    assert report.mode == "off" and report.reasons == ["it could not be compiled: ValueError: no code for this"]
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no code for this"):
+        run(compiled(mlp, mode="weave"), 48)
+
+
+def test_what_cannot_be_rewritten_is_left_to_inductor_with_the_reason(monkeypatch):
+    def failing(*args):
+        raise ValueError("no way")
+
+    monkeypatch.setattr("tw_compile.passes.fuse", failing)
+    run(compiled(mlp), 48)
+    (report,) = tw_compile.reports()
+    assert report.mode == "off" and report.reasons == ["it could not be rewritten: ValueError: no way"]
+
+
+def test_a_weave_that_fails_is_fused(monkeypatch):
+    def failing(*args):
+        raise ValueError("no way")
+
+    monkeypatch.setattr("tw_compile.passes.split", failing)
+    run(compiled(mlp), 48)
+    (report,) = tw_compile.reports()
+    assert report.mode == "fuse" and "no way" in report.reasons[0]
+
+
+# --- groups that come and go ------------------------------------------------------------------------------------------
+
+
+def test_what_was_known_of_a_group_is_forgotten_with_it():
+    group = dist.new_group([0, 1], backend="fake")
+    name = group.group_name
+    context.of(name).left = "for a reason"
+    ops.transport.choose("auto", name, torch.device("cpu"))
+    assert any(key[0] == name for key in ops.transport.chosen)
+    dist.destroy_process_group(group)
+    del group
+    assert name not in context._contexts and not any(key[0] == name for key in ops.transport.chosen)
