@@ -61,6 +61,10 @@ where that is not possible. Here `shift` takes `x` [batch, tokens, H], and `by` 
 {rule}
 ```
 
+A key of `slices`, or an entry of `whole` (inputs that both halves need whole), is a node or, where one tensor may be given
+twice and not mean the same, a place in the call: a position, (position, index) in a list, or a keyword. What a rule answers is
+checked against the sizes and the dtype of the whole: an answer that does not hold, and a rule that raises, is a join.
+
 ## An all-reduce of one's own
 
 A custom op that returns the sum over the ranks of a group, and leaves its input as it is, is named with a function that reads
