@@ -16,7 +16,8 @@
  * Errors: the asserts, of which each says what it is about, and waiting without end, which spin calls an invalid end state.
  *
  * Not here: the threads of a CTA, which its __syncthreads make one agent; multimem and its proxy fences; the residual, which
- * goes the way of the norms; epochs, which are private to a CTA, as memory; the timeout; the making of a workspace; the side
+ * goes the way of the norms; epochs, which are private to a CTA, as memory; the site and the rows in a flag, which are the same on
+ * all ranks or end everything; the timeout; the making of a workspace; the side
  * stream; two workspaces, which share nothing.
  */
 
@@ -129,8 +130,9 @@ inline choose() {
 
 /* ---- csrc/sync.cuh. From here on: CTA i of rank r, which is agent a */
 
-/* A word is a byte here, and the kernels have been running for long: words wrap within three barriers. */
-#define WORD      256
+/* Of a flag only the epoch is here, in as many bits as it has there. The kernels have been running for long: it wraps within three
+ * barriers. */
+#define WORD      16
 #define AT_FIRST  (WORD - 2)
 
 byte epochs[RANKS * CTAS] = AT_FIRST;

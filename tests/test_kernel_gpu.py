@@ -23,7 +23,7 @@ import torch
 import torch.distributed._symmetric_memory as symm_mem
 
 from tw_compile import files
-from tw_compile.ops import nvrtc, symmetric
+from tw_compile.ops import gemms, nvrtc, symmetric
 from tw_compile.ops.symmetric import Symmetric, own_rows
 from tw_compile.ops.tuning import by_rule
 
@@ -461,6 +461,17 @@ def test_calls_from_two_streams(rows):
     b, c = (torch.randn(64, hidden, device="cuda") / 8).to(BF16), (torch.randn(hidden, 64, device="cuda") / 64).to(BF16)
     for slot in range(2):
         group.workspaces(BF16, hidden, rows, slot)
+    # All GEMMs first without kernels that wait: what is loaded or allocated for them would wait for these.
+    for stream, ctas in itertools.product(streams()[: 2 * world], (0, CTAS)):
+        torch.cuda.synchronize()
+        told = ctas and gemms.leave_out(ctas)
+        with torch.cuda.stream(stream):
+            norm, out = a[0, 0] @ b, torch.empty(rows, hidden, dtype=BF16, device="cuda")
+            torch.mm(norm @ c, b, out=out)
+            [t.clone() for t in (norm, out)]
+        if told:
+            gemms.as_before()
+    torch.cuda.synchronize()
 
     def graph(s, rank, which):
         with s.call():

@@ -8,10 +8,11 @@ where it is for good: the pointers are in captured CUDA graphs.
 Streams and threads. A slot has one workspace, so that calls follow each other, from whichever stream and thread they come: as NCCL's
 on one communicator do. A call on another stream than the last one's waits, on the GPU, for all that was enqueued there; and whoever
 makes calls that belong together, a start and its wait or a whole graph, makes them within ``call()``, which keeps other threads out.
-All ranks must come to the same order of calls, which is for the user to see to where several threads make them. What cannot
-be seen are the replays of a CUDA graph that the user has captured: they must be ordered by the user, against each other and against
-other calls, if they are on several streams. (Replays of Inductor's CUDA graphs are within a call of the compiled model.) While a graph is
-captured, no other thread may make calls.
+All ranks must come to the same order of calls, those of all groups of a GPU together, as with NCCL: kernels of two groups that wait in
+opposite orders on two ranks may never end. Where several threads make calls that is for the user to see to. What cannot be seen are
+the replays of a CUDA graph that the user has captured: they must be ordered by the user, against each other and against other calls, if
+they are on several streams. (Replays of Inductor's CUDA graphs are within a call of the compiled model.) While a graph is captured, no
+other thread may make calls.
 
 The kernels (``csrc/``): for few tokens each rank finishes all rows for itself, in one_shot; otherwise a part of them for all, in
 two_shot. Which it is: ``tuning``. Which rank owns which row: ``own_rows``.
