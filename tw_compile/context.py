@@ -52,7 +52,11 @@ class Context:
 
 
 class Left(Exception):
-    """A graph is left to Inductor on all ranks, for this reason."""
+    """A graph is left to Inductor on all ranks, for this reason. together: whether they are all here to decide it"""
+
+    def __init__(self, reason: str, together: bool = False):
+        super().__init__(reason)
+        self.together = together
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def agreed(
             contexts[0].decisions[key] = _Known(decision, {group: outcomes[group]["wire"] for group in groups})
             return new, True
         decision = merged
-    raise Left("its ranks cannot agree on what to do with its collectives")
+    raise Left("its ranks cannot agree on what to do with its collectives", together=True)
 
 
 def plan_of(graph: Graph, options: Options, section: rehearsal.Section | None, device, asked: bool):
@@ -264,4 +268,4 @@ def _give_up(problem: tuple[str, str], contexts: list[Context], options: Options
             context.left = what
     if options.forced:
         raise TokenWeaveError(f"option 'tokenweave.mode' is {options.forced!r}, but this graph cannot be: {what}")
-    raise Left(what)
+    raise Left(what, together=True)

@@ -81,11 +81,16 @@ class _Variant:
 
 @dataclass
 class _Learnt:
-    """What is known of a graph whose sites were found. batch: the shape of its reduced values, in the symbols of ``made``"""
+    """What is known of a graph whose sites were found.
+
+    batch: the shape of its reduced values, in the symbols of ``made``
+    first: whether all ranks are here, as what is made of the graph was decided just now
+    """
 
     made: ForSizes
     new: passes.Rewritten
     batch: list
+    first: bool
 
 
 class Forms:
@@ -190,13 +195,13 @@ class Forms:
             if plan is not None and seen["section"] is not None:
                 self.rehearsal = {"section": asdict(seen["section"]), "plan": asdict(plan)}
             self.plan = plan or seen["by_rule"]
-        self.learnt.append(_Learnt(made, new, seen["batch"]))
+        self.learnt.append(_Learnt(made, new, seen["batch"], first))
         return self.learnt[-1]
 
     # --- compiling -----------------------------------------------------------------------------------------------------
 
-    def _variant(self, form, why: str, values: tuple) -> _Variant:
-        """A form that is compiled for sizes like these."""
+    def _variant(self, form, why: str, values: tuple, first: bool = False) -> _Variant:
+        """A form that is compiled for sizes like these. first: whether all ranks are here, so that they can fail together"""
         known = dict(zip(self.sizes.symbols, values))
         variants = self.variants.setdefault(form, [])
         if found := next((variant for variant in variants if variant.made.holds(known)), None):
@@ -204,23 +209,27 @@ class Forms:
         learnt = next((learnt for learnt in self.learnt if learnt.made.values == known), None)
         # A half of one entry has another size than any other: torch takes a size of 1 for a constant.
         fixed = isinstance(form, planning.Place) and bool(known) and self._least_half(form, known) < 2
-        made, first = learnt.made if learnt and not fixed else self._for_sizes(known, fixed), False
+        made = learnt.made if learnt and not fixed else self._for_sizes(known, fixed)
         if form == PLAIN:
             new = passes.Rewritten(made.gm.graph, self.left)
         elif form == FUSE:
-            # Where its sites were found just now, the ranks are together.
-            new, first = (learnt.new, True) if learnt else self._agreed(FUSE, made, lambda sites: "")
+            if learnt:
+                new, first, learnt.first = learnt.new, first or learnt.first, False
+            else:
+                new, _ = self._agreed(FUSE, made, lambda sites: "")
             new.report.reasons += [f"not woven: {why}"] if why != self.options.fused_only else []
         else:
             try:
                 new, first = self._agreed(form, made, lambda sites: cut_at(batch_of(sites), form, self.plan))
                 reason = new.not_woven
             except context.Left as left:
-                reason = str(left)
+                reason, first = str(left), left.together
+            if learnt:
+                learnt.first = False
             if reason:
                 passes.check_woven(reason, self.options)
                 self.not_woven[form] = reason
-                return self._variant(FUSE, reason, values)
+                return self._variant(FUSE, reason, values, first)
         if len(variants) < MOST_VARIANTS:
             run = self._compile(made, new, first)
         else:
