@@ -143,7 +143,7 @@ def symmetric_sites(driver, world, monkeypatch):
     monkeypatch.setattr(symmetric, "_ErrorRecord", lambda: SimpleNamespace(words=[0], raise_if_set=lambda *_: None))
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: SimpleNamespace(cuda_stream=SIDE))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: CURRENT, raising=False)
+    monkeypatch.setattr(symmetric, "current_raw_stream", lambda index: CURRENT)
     return Symmetric(world.group_name, torch.device("cuda", 0), multicast=False)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_process_group_store, _resolve_process_group
+
+from ..compat import process_group_store, resolve_process_group
 
 # How long a rank waits for another to come, which may be compiling: seconds.
 PATIENCE_S = 600.0
@@ -23,8 +24,8 @@ def exchange(group_name: str, what: str, message: str, timeout_s: float = PATIEN
     what: for error messages: "rank 1 did not come to ..."
     Raises RuntimeError that names a rank which says nothing within ``timeout_s``.
     """
-    group = _resolve_process_group(group_name)
-    store = dist.PrefixStore(f"tokenweave/{_exchanges[group_name]}", _get_process_group_store(group))
+    group = resolve_process_group(group_name)
+    store = dist.PrefixStore(f"tokenweave/{_exchanges[group_name]}", process_group_store(group))
     _exchanges[group_name] += 1
     store.set(str(group.rank()), message)
     said = []

@@ -6,12 +6,14 @@ so many SMs as it is told; cuBLAS, which PyTorch would take for most GEMMs, cann
 
 import torch
 
+from ..compat import BlasBackend, get_blas_preferred_backend, get_sm_carveout, has, set_blas_preferred_backend, set_sm_carveout
+
 # CTAs up to which it helps. On H200s the kernels that cuBLASLt picks for more than 8 SMs fewer than there are are slower than those
 # for all of them (benchmarks/results/schedule-*.json).
 MAX_CTAS = 8
 
 # The library of a CPU build, and what a later PyTorch may have no more: both are experimental in 2.13.
-_CAN_BE_TOLD = torch.version.cuda is not None and hasattr(torch._C, "_set_sm_carveout_experimental")
+_CAN_BE_TOLD = torch.version.cuda is not None and has(set_sm_carveout)
 
 
 def leave_out(ctas: int) -> tuple | None:
@@ -21,13 +23,13 @@ def leave_out(ctas: int) -> tuple | None:
     """
     if ctas > MAX_CTAS or not _CAN_BE_TOLD:
         return None
-    before = torch._C._get_blas_preferred_backend(), torch._C._get_sm_carveout_experimental()
-    torch._C._set_blas_preferred_backend(torch._C._BlasBackend.Cublaslt)
-    torch._C._set_sm_carveout_experimental(ctas)
+    before = get_blas_preferred_backend(), get_sm_carveout()
+    set_blas_preferred_backend(BlasBackend.Cublaslt)
+    set_sm_carveout(ctas)
     return before
 
 
 def as_before(before: tuple | None) -> None:
     if before is not None:
-        torch._C._set_blas_preferred_backend(before[0])
-        torch._C._set_sm_carveout_experimental(before[1])
+        set_blas_preferred_backend(before[0])
+        set_sm_carveout(before[1])

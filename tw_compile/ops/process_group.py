@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..compat import resolve_process_group
 from .reference import add_norm
 
 
@@ -19,7 +19,7 @@ class ProcessGroup:
     name = "process_group"
 
     def __init__(self, group_name: str, device: torch.device):
-        self.group = _resolve_process_group(group_name)
+        self.group = resolve_process_group(group_name)
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.pending = {}
 

@@ -6,9 +6,9 @@ import logging
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..options import TokenWeaveError
+from ..compat import resolve_process_group
 from . import agree
 from .process_group import ProcessGroup
 from .reference import add_norm
@@ -85,7 +85,7 @@ def _failed_self_test(name: str, group_name: str, device: torch.device) -> str |
     The kernels must not be wrong in silence on a machine that this project has not: multimem has never been run. They are not tuned
     before they are known to be right.
     """
-    group = _resolve_process_group(group_name)
+    group = resolve_process_group(group_name)
     implementation = _make(name, group_name, device, by_rule(group.size()))
     generator = torch.Generator().manual_seed(group.rank())
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, torch.bfloat16)  # noqa: E731

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .. import files
+from ..compat import cuda_sleep
 from ..planning import two_shot_ctas
 from . import agree
 
@@ -184,7 +185,7 @@ def _seconds(instrument, weight, tokens, ctas) -> float:
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(instrument.device)
-    torch.cuda._sleep(HEAD_START)
+    cuda_sleep(HEAD_START)
     carried = site(weight.expand(tokens, -1), None)  # the ranks begin together
     begin.record()
     for _ in range(CALLS):

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..compat import resolve_process_group, statically_known_true
 from ..report import Refusal
 from .graph_utils import (
     VIEWS,
@@ -171,7 +170,7 @@ def _site(node: Node, call: AllReduce) -> Match:
     if call.reduce_op != "sum":
         raise _Refused(f"reduce op {call.reduce_op!r}, not 'sum'")
     group = _name_of(call.group)
-    if _resolve_process_group(group).size() == 1:
+    if resolve_process_group(group).size() == 1:
         raise _Refused(f"group {group} has one rank: there is nothing to reduce")
     if value(node).dtype not in DTYPES:
         raise _Refused(f"{value(node).dtype} is reduced; bfloat16, float16 and float32 can be fused")

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..compat import stable_topological_sort
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -108,8 +110,6 @@ def subgraphs(graph: Graph) -> list[tuple[str, Graph]]:
 
 def sort_and_clean(graph: Graph) -> None:
     """Put every node after its inputs, and drop what nobody uses, a dead ``wait_tensor`` included."""
-    from torch._inductor.pattern_matcher import stable_topological_sort
-
     def impure(node):
         # wait_tensor is registered as having a side effect: it would keep the all-reduce that a site replaces.
         return node.op in ("placeholder", "output") or (

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch._dynamo.utils import detect_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
 
 from .. import ops
+from ..compat import detect_fake_mode, pytree
 from ..report import Join
 from . import attention
 from .cache import Write, put_entries, view_of, write_of
@@ -134,7 +133,7 @@ class _Splitter:
                 return self.emit.size(a)
             return of_input(a) if isinstance(a, Node) else a
 
-        args, kwargs = tree_map(convert, (node.args if rule.args is None else tuple(rule.args), dict(node.kwargs)))
+        args, kwargs = pytree.tree_map(convert, (node.args if rule.args is None else tuple(rule.args), dict(node.kwargs)))
         return self._in_half(half, node.target, *args, **kwargs)
 
     def _checked(self, rule):

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from torch._dynamo.utils import detect_fake_mode
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
 
+from ..compat import OpOverload, detect_fake_mode, pytree, resolve_process_group
 from ..report import Refusal
 from .emit import Emitter
 from .find import WAIT, AllReduce, c10d, match_site
@@ -273,7 +271,7 @@ class _Unsharder:
                     return self._size(a)
                 return wholes.get(a) or self._argument(a) if isinstance(a, Node) else a
 
-            args, kwargs = tree_map(convert, (node.args if rule.args is None else rule.args, node.kwargs))
+            args, kwargs = pytree.tree_map(convert, (node.args if rule.args is None else rule.args, node.kwargs))
             whole = self.emit(node.target, *args, **kwargs)
         self.wholes[node, rule.axis] = whole
         self._learn(value(node).shape[rule.axis.dim], value(whole).shape[rule.axis.dim], site)
@@ -291,14 +289,14 @@ class _Unsharder:
     def _shard(self, node: Node) -> Node:
         """This rank's rows of a whole."""
         site = self.site_of[node]
-        axis, rank = site.steps[node].axis, _resolve_process_group(site.group).rank()
+        axis, rank = site.steps[node].axis, resolve_process_group(site.group).rank()
         length = expr(value(node).shape[axis.dim])
         first, end = self.emit.size(length * rank), self.emit.size(length * (rank + 1))
         return self.emit(aten.slice.Tensor, self.wholes[node, axis], axis.dim, first, end)
 
     def _copy(self, node: Node) -> Node:
         resized = any(not _alike(value(a), _number(self._argument(a))) for a in node.all_input_nodes)
-        is_call = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        is_call = isinstance(node.target, OpOverload) or node.target is operator.getitem
         if not (resized and is_call) or _is_size(node):
             return self.emit.graph.node_copy(node, self._argument)
         return self.emit(node.target, *map_arg(node.args, self._argument), **map_arg(node.kwargs, self._argument))
