@@ -1,26 +1,33 @@
-# make demo    install into .venv and run the example: on this machine's GPUs, else on two CPU ranks
-# make test    install into .venv and run the tests
-# make test-gpu  the same for the tests that need GPUs, all of them and one after the other
-# make clean   remove what these made
+# make demo            install into .venv and run the example: on this machine's GPUs, else on two CPU ranks
+# make test            install into .venv and run the tests
+# make test-gpu        the same for the tests that need GPUs, all of them and one after the other
+# make test-versions   the tests under each PyTorch of docs/versions.md, in environments of their own; prints that table
+# make clean           remove what these made
 #
-# Variables:  PYTHON=python3.12   which Python; a torch >= 2.11 that it has is used as it is
+# Variables:  PYTHON=python3.12   which Python; a torch from 2.11 to 2.14 that it has is used as it is
+#             VERSION=2.14.1      install this torch, whatever PYTHON has
 #             TP=4                ranks of the demo
 #             ARGS="--size 8B"    arguments of the demo, see examples/llama.py --help
 #             TESTS=tests/x.py    what to test, or any other arguments of pytest
 #             WORKERS=4           processes that test side by side
 
 PYTHON ?= python3
-VENV := .venv
+VERSION ?=
+VENV ?= .venv$(addprefix -,$(VERSION))
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 SOURCES := setup.py $(shell find tw_compile -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 
-TORCH := torch>=2.11
-CPU_TORCH := torch==2.13.0
+# Those that were tested: docs/versions.md.
+OLDEST := 2.11
+BELOW := 2.15
+VERSIONS ?= 2.11.0 2.12.1 2.13.0 2.14.1
+TORCH := torch$(if $(VERSION),==$(VERSION),>=$(OLDEST),<$(BELOW))
+CPU_TORCH := torch==$(or $(VERSION),2.13.0)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-gpu clean
+.PHONY: demo test test-gpu test-versions clean
 
 # As many ranks as GPUs, rounded down to a power of two, which Llama's heads divide by.
 demo: $(VENV)/package
@@ -35,8 +42,11 @@ test: $(VENV)/package $(VENV)/test-extras
 test-gpu: $(VENV)/package $(VENV)/test-extras
 	$(PY) -m pytest -m gpu $(TESTS)
 
+test-versions:
+	@MAKE="$(MAKE)" tests/versions.sh "$(VERSIONS)" $(TESTS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv $(addprefix .venv-,$(VERSIONS)) build *.egg-info
 
 # A torch that PYTHON has is seen from the environment, by a .pth file: --system-site-packages would not do where PYTHON is
 # itself in an environment. Else a machine without an NVIDIA GPU gets the small CPU build, from PyTorch's own index where it
@@ -44,7 +54,7 @@ clean:
 $(VENV)/torch:
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(VENV)
-	@if outer=$$($(PYTHON) -c "import sys, torch; assert torch.__version__ >= torch.torch_version.TorchVersion('2.11'); \
+	@if [ -z "$(VERSION)" ] && outer=$$($(PYTHON) -c "import sys, torch; assert '$(OLDEST)' <= torch.__version__ < '$(BELOW)'; \
 	        print('\n'.join(p for p in sys.path if p.endswith('-packages')))" 2>/dev/null); then \
 	    echo "using the torch of $(PYTHON)"; \
 	    echo "$$outer" > $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth; \

@@ -9,7 +9,8 @@ setup(
     python_requires=">=3.10",
     # cuda-bindings compiles and loads the kernels at run time (NVRTC), so that no CUDA toolkit is needed; CUDA builds
     # of torch bring NVRTC itself. It installs and imports without a GPU.
-    install_requires=["torch>=2.11", "cuda-bindings>=13.0"],
+    # torch: those of docs/versions.md. The package needs names of it that are not public (compat.py).
+    install_requires=["torch>=2.11,<2.15", "cuda-bindings>=13.0"],
     extras_require={
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "expecttest", "hypothesis", "numpy", "nvidia-cuda-nvrtc==13.0.*", "triton",
                  "transformers>=5.0", "accelerate"],

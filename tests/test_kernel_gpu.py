@@ -95,7 +95,7 @@ class Ranks:
             )
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(symmetric, "_resolve_process_group", group)
+            patch.setattr(symmetric, "resolve_process_group", group)
             patch.setattr(symmetric.agree, "exchange", lambda group, what, message, timeout_s: [message] * self.world)
             patch.setattr(symm_mem, "empty", empty)
             patch.setattr(symm_mem, "rendezvous", rendezvous)

@@ -36,14 +36,25 @@ def _absent(path: str) -> _Absent:
     return _Absent(path.rpartition(".")[2], (), {"path": path})
 
 
+class _Lacking:
+    """A module without some of what is used of it."""
+
+    def __init__(self, found, path: str):
+        self._found, self._path = found, path
+
+    def __getattr__(self, name):
+        return getattr(self._found, name) if hasattr(self._found, name) else _absent(f"{self._path}.{name}")
+
+
 def _name(path: str, uses: tuple[str, ...] = (), missing: list[str] = _missing):
     """What a path stands for, a module or something in one. uses: attributes that it must have"""
     found = _find(path)
     if found is None:
         missing.append(path)
         return _absent(path)
-    missing += [f"{path}.{attribute}" for attribute in uses if not hasattr(found, attribute)]
-    return found
+    lacks = [f"{path}.{attribute}" for attribute in uses if not hasattr(found, attribute)]
+    missing += lacks
+    return _Lacking(found, path) if lacks else found
 
 
 def _find(path: str):
@@ -158,6 +169,14 @@ current_raw_stream = _on_gpus("torch._C._cuda_getCurrentRawStream")
 SymmetricMemory = _on_gpus("torch._C._distributed_c10d._SymmetricMemory")
 DeviceType = _on_gpus("torch._C._autograd.DeviceType")
 symmetric_memory = _on_gpus("torch.distributed._symmetric_memory", ("empty", "rendezvous", "get_signal_pad_size"))
+
+_on_gpus("torch.cuda._sleep")
+
+
+def cuda_sleep(cycles: int) -> None:
+    """Let the current stream wait."""
+    torch.cuda._sleep(cycles)
+
 
 # How GEMMs are told to leave SMs to others: experimental in all of these versions, so that its lack is no reason to do without the rest.
 BlasBackend = _name("torch._C._BlasBackend", missing=[])

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from . import files
+from .compat import cuda_sleep, resolve_process_group
 from .ops import agree, transport
 from .options import Options
 from .planning import Plan, by_rule, by_times, first_half, rule_of_cut
@@ -107,7 +107,7 @@ def agree_on(section: Section | None, group: str, device: torch.device, requeste
 
 def _path(section: Section, group: str, device: torch.device, requested: str):
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    world = _resolve_process_group(group).size()
+    world = resolve_process_group(group).size()
     return files.path("plan", (asdict(section), requested, gpu, world, agree.version()), "json")
 
 
@@ -190,7 +190,7 @@ class Stage:
         x = self.values[: 8 * self.section.hidden].view(8, -1)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            torch.cuda._sleep(HEAD_START)
+            cuda_sleep(HEAD_START)
         self._fused(x, None, 0, 0)  # the ranks begin together
         if self.device.type == "cpu":
             begin = time.perf_counter()

@@ -6,8 +6,8 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._sympy.functions import FloorDiv
 
+from ..compat import FloorDiv
 from .graph_utils import aten, value
 
 
