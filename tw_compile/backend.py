@@ -1,14 +1,20 @@
 """The backend: options, and Inductor with the passes in front of it."""
 
 import torch
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import TensorifyState
-from torch._functorch import config as functorch_config
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch.fx.experimental.symbolic_shapes import guard_scalar
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import regions
+from . import compat, regions
+from .compat import (
+    InductorWrapper,
+    TensorifyScalarRestartAnalysis,
+    TensorifyState,
+    compile_fx,
+    compile_fx_inner,
+    enter_inference_mode,
+    functorch_config,
+    guard_scalar,
+    is_traceable_wrapper_subclass,
+    set_grad_enabled,
+)
 from .forms import Forms, compile_forms
 from .ops import lowering
 from .options import parse
@@ -27,8 +33,12 @@ def tokenweave(gm, inputs, *, mode=None, options=None):
 def compile_graph(gm, inputs, *, mode=None, options=None, forms=Forms, inner_compile=None):
     """The backend. forms: what is made of a graph with sites; inner_compile: what compiles them, Inductor where it is None"""
     ours, inductor = parse(options)
+    compat.warn_if_untested()
+    if missing := compat.missing():
+        say_once(f"PyTorch {torch.__version__} does not have what tokenweave needs of it ({', '.join(missing)}): all is left to Inductor")
+        return compat.inductor_alone(gm, inputs, mode, inductor)
     # What backend="inductor" does with them: the same presets, the same errors.
-    patches = torch._TorchCompileInductorWrapper(mode, inductor, None).config
+    patches = InductorWrapper(mode, inductor, None).config
     if _trains(gm, inputs):
         say_once(_NEEDS_GRADIENTS)
         return compile_fx(gm, inputs, config_patches=patches)
@@ -60,9 +70,7 @@ def _inductor(gm, inputs, **kwargs):
 
 def _reset() -> None:
     """torch._dynamo.reset() calls this: what Inductor's own backend does."""
-    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
-
-    reset_cudagraph_trees()
+    compat.reset_cudagraph_trees()
 
 
 tokenweave.reset = _reset
@@ -74,7 +82,7 @@ def _trains(gm, inputs) -> bool:
     return needs and not any(node.target in _SWITCHES for node in gm.graph.nodes)
 
 
-_SWITCHES = (torch._C._set_grad_enabled, torch.autograd.grad_mode._enter_inference_mode)
+_SWITCHES = (set_grad_enabled, enter_inference_mode)
 
 
 def _fix_module_floats(gm: torch.fx.GraphModule) -> None:

@@ -105,6 +105,18 @@ pytree = _name("torch.utils._pytree", ("tree_map", "tree_map_only"))
 FloorDiv = _name("torch.utils._sympy.functions.FloorDiv")
 is_traceable_wrapper_subclass = _name("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
 guard_scalar = _name("torch.fx.experimental.symbolic_shapes.guard_scalar")
+free_unbacked_symbols = _name("torch.fx.experimental.symbolic_shapes.free_unbacked_symbols")
+ShapeEnv = _name("torch.fx.experimental.symbolic_shapes.ShapeEnv", ("_update_var_to_range",))
+SymNode = _name("torch.fx.experimental.sym_node.SymNode")
+ValueRanges = _name("torch.utils._sympy.value_ranges.ValueRanges")
+int_oo = _name("torch.utils._sympy.numbers.int_oo")
+FakeTensorMode = _name("torch._subclasses.fake_tensor.FakeTensorMode")
+FakeTensorProp = _name("torch.fx.passes.fake_tensor_prop.FakeTensorProp", ("propagate_dont_convert_inputs",))
+disable_current_modes = _name("torch.utils._python_dispatch._disable_current_modes")
+DisableAutocast = _name("torch._C._DisableAutocast")
+# How a graph of Dynamo's switches gradients off.
+set_grad_enabled = _name("torch._C._set_grad_enabled")
+enter_inference_mode = _name("torch.autograd.grad_mode._enter_inference_mode")
 statically_known_true = _name("torch.fx.experimental.symbolic_shapes.statically_known_true")
 
 # --- torch.distributed -------------------------------------------------------------------------------------------------------
@@ -116,7 +128,8 @@ process_group_store = _name("torch.distributed.distributed_c10d._get_process_gro
 # --- Dynamo ------------------------------------------------------------------------------------------------------------------
 
 detect_fake_mode = _name("torch._dynamo.utils.detect_fake_mode")
-counters = _name("torch._dynamo.utils.counters")
+TracingContext = _name("torch._guards.TracingContext")
+tracing = _name("torch._guards.tracing")
 TensorifyState = _name("torch._dynamo.symbolic_convert.TensorifyState", ("specialize", "should_specialize"))
 TensorifyScalarRestartAnalysis = _name("torch._dynamo.exc.TensorifyScalarRestartAnalysis")
 
@@ -132,9 +145,11 @@ inductor_config = _name(
 compile_fx = _name("torch._inductor.compile_fx.compile_fx")
 compile_fx_inner = _name("torch._inductor.compile_fx.compile_fx_inner")
 post_grad_passes = _name("torch._inductor.fx_passes.post_grad.post_grad_passes")
-CustomGraphPass = _name("torch._inductor.custom_graph_pass.CustomGraphPass")
-get_hash_for_files = _name("torch._inductor.custom_graph_pass.get_hash_for_files")
-stable_topological_sort = _name("torch._inductor.pattern_matcher.stable_topological_sort")
+reorder_for_locality = _name("torch._inductor.fx_passes.post_grad.reorder_for_locality")
+view_to_reshape = _name("torch._inductor.fx_passes.post_grad.view_to_reshape")
+BoxedBool = _name("torch._inductor.utils.BoxedBool")
+is_collective = _name("torch._inductor.utils.is_collective")
+functorch_config = _name("torch._functorch.config", ("patch", "enable_autograd_cache"))
 reset_cudagraph_trees = _name("torch._inductor.cudagraph_trees.reset_cudagraph_trees")
 V = _name("torch._inductor.virtualized.V")
 ir = _name("torch._inductor.ir", ("FallbackKernel", "InvokeSubgraph", "IRNode", "MutationOutput", "NoneLayout", "TensorBox"))

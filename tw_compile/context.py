@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import Graph
 
+from .compat import resolve_process_group
 from . import passes, planning, rehearsal
 from .ops import agree, transport
 from .options import Options, TokenWeaveError
@@ -70,7 +70,7 @@ _contexts: dict[str, Context] = {}
 
 def of(group_name: str) -> Context:
     """The context of a group. Names come again when groups are destroyed: what was known of one of the same name is forgotten."""
-    group = _resolve_process_group(group_name)
+    group = resolve_process_group(group_name)
     context = _contexts.get(group_name)
     if context is None or context.group() is not group:
         forget(group_name)
@@ -92,7 +92,7 @@ def _forget_of(group_name: str, context: "weakref.ref[Context]") -> None:
 
 
 def is_current(context: Context, group_name: str) -> bool:
-    return context.group() is _resolve_process_group(group_name)
+    return context.group() is resolve_process_group(group_name)
 
 
 def agreed(
@@ -123,7 +123,7 @@ def agreed(
             new = _conformed(new, known, groups, attempt)
             if new is not None:
                 return new, False
-    asked = [group for group in groups if not agree.is_alone(_resolve_process_group(group))]
+    asked = [group for group in groups if not agree.is_alone(resolve_process_group(group))]
     decision = known.decision if known is not None else wire.Decision()
     for _ in range(ROUNDS):
         new, outcomes, problem = _attempt(attempt, decision, groups)
@@ -172,7 +172,7 @@ def plan_of(graph: Graph, options: Options, section: rehearsal.Section | None, d
 
 def all_well(graph: Graph, what: str, failure: str) -> str:
     """What failed on any rank of a graph's groups, '' if nothing did. A collective. failure: what did on this one"""
-    groups = [group for group in wire.groups_of(graph) if group and not agree.is_alone(_resolve_process_group(group))]
+    groups = [group for group in wire.groups_of(graph) if group and not agree.is_alone(resolve_process_group(group))]
     for group in groups:
         said = agree.exchange(group, what, failure)
         failure = failure or next((f"rank {rank}: {theirs}" for rank, theirs in enumerate(said) if theirs), "")

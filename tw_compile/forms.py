@@ -11,15 +11,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch._dynamo.utils import detect_fake_mode
-from torch._guards import TracingContext, tracing
-from torch._inductor import config
-from torch._inductor.fx_passes.post_grad import post_grad_passes, reorder_for_locality, view_to_reshape
-from torch._inductor.utils import BoxedBool
-from torch._inductor.virtualized import V
-from torch.utils._python_dispatch import _disable_current_modes
 
 from . import context, ops, passes, planning
+from .compat import (
+    BoxedBool,
+    DisableAutocast,
+    TracingContext,
+    V,
+    detect_fake_mode,
+    disable_current_modes,
+    post_grad_passes,
+    reorder_for_locality,
+    tracing,
+    view_to_reshape,
+)
+from .compat import inductor_config as config
 from .ops import transport
 from .ops.together import WorkspaceError
 from .options import Options, TokenWeaveError
@@ -310,8 +316,8 @@ class Forms:
 
     @contextlib.contextmanager
     def _configured(self):
-        modes = _disable_current_modes()  # Dynamo's own fake mode, in a compilation
-        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast(), modes, config.patch(self.config):
+        modes = disable_current_modes()  # Dynamo's own fake mode, in a compilation
+        with torch.inference_mode(False), torch.no_grad(), DisableAutocast(), modes, config.patch(self.config):
             yield
 
     def _prepare(self, variant: _Variant, known: dict) -> None:

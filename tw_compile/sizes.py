@@ -10,13 +10,9 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, SymNode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.value_ranges import ValueRanges
 
+from .compat import FakeTensorMode, FakeTensorProp, ShapeEnv, SymNode, ValueRanges, int_oo
 from .passes.graph_utils import value
 
 

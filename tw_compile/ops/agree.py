@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_process_group_store, _resolve_process_group
 
+from ..compat import process_group_store, resolve_process_group
 from ..options import TokenWeaveError
 
 # How long a rank waits for another to come, which may be compiling: seconds.
@@ -54,7 +54,7 @@ class Progress:
 
 def progress(group_name: str) -> "Progress | None":
     """A Progress for a group; None where its ranks do not share a host. All ranks call this."""
-    group = _resolve_process_group(group_name)
+    group = resolve_process_group(group_name)
     if is_alone(group):
         return None
     rank, world, path = group.rank(), group.size(), ""
@@ -91,12 +91,12 @@ def exchange(
     Raises TokenWeaveError on all ranks where they come to different exchanges; and RuntimeError that names a rank which says
     nothing within ``timeout_s``, or calls the model without coming here.
     """
-    group = _resolve_process_group(group_name)
+    group = resolve_process_group(group_name)
     if is_alone(group):
         return [message] * group.size()
     number = _exchanges.get(group, 0)
     _exchanges[group] = number + 1
-    store = dist.PrefixStore(f"tokenweave/{number}", _get_process_group_store(group))
+    store = dist.PrefixStore(f"tokenweave/{number}", process_group_store(group))
     store.set(str(group.rank()), json.dumps((what, message)))
     said = []
     for rank in range(group.size()):

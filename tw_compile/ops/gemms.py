@@ -12,12 +12,14 @@ import threading
 
 import torch
 
+from ..compat import BlasBackend, get_blas_preferred_backend, get_sm_carveout, has, set_blas_preferred_backend, set_sm_carveout
+
 # CTAs up to which it helps. On H200s the kernels that cuBLASLt picks for more than 8 SMs fewer than there are are slower than those
 # for all of them (benchmarks/results/schedule-*.json).
 MAX_CTAS = 8
 
 # The library of a CPU build, and what a later PyTorch may have no more: both are experimental in 2.13.
-_CAN_BE_TOLD = torch.version.cuda is not None and hasattr(torch._C, "_set_sm_carveout_experimental")
+_CAN_BE_TOLD = torch.version.cuda is not None and has(set_sm_carveout)
 
 _lock = threading.Lock()
 _askers, _before = 0, None  # how many have asked and not yet taken it back; what was set before the first of them
@@ -33,8 +35,8 @@ def leave_out(ctas: int) -> bool:
         return False
     with _lock:
         if _askers == 0:
-            _before = torch._C._get_blas_preferred_backend(), torch._C._get_sm_carveout_experimental()
-            _set(torch._C._BlasBackend.Cublaslt, ctas)
+            _before = get_blas_preferred_backend(), get_sm_carveout()
+            _set(BlasBackend.Cublaslt, ctas)
         _askers += 1
     return True
 
@@ -50,5 +52,5 @@ def as_before() -> None:
 
 
 def _set(backend, carveout) -> None:
-    torch._C._set_blas_preferred_backend(backend)
-    torch._C._set_sm_carveout_experimental(carveout)
+    set_blas_preferred_backend(backend)
+    set_sm_carveout(carveout)

@@ -1,9 +1,8 @@
 """How Inductor lowers the ops: what its code calls in their place, and that their results are not its own."""
 
 import torch
-from torch._inductor.utils import is_collective
 
-from ..compat import SubgraphPythonWrapperCodegen, V, detect_fake_mode, ir, is_lowering, lowering, pytree
+from ..compat import SubgraphPythonWrapperCodegen, V, detect_fake_mode, ir, is_collective, is_lowering, lowering, pytree
 from . import fused, linear, start, wait
 
 

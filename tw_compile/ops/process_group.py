@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..compat import resolve_process_group
 from .reference import add_norm
 
 
@@ -24,7 +24,7 @@ class ProcessGroup:
     name = "process_group"
 
     def __init__(self, group_name: str, device: torch.device):
-        self._group, self.device = weakref.ref(_resolve_process_group(group_name)), device
+        self._group, self.device = weakref.ref(resolve_process_group(group_name)), device
         self.lock, self._depth = threading.RLock(), 0
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.pending = {}

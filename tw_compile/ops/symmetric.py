@@ -34,8 +34,8 @@ import torch
 import torch.distributed as dist
 import torch.utils.dlpack
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..compat import DeviceType, SymmetricMemory, current_raw_stream, resolve_process_group, symmetric_memory
 from ..planning import two_shot_ctas
 from . import agree, gemms, host, nvrtc, tuning
 from .reference import empty_results
@@ -240,11 +240,9 @@ class _Workspace:
     """
 
     def __init__(self, owner: "Symmetric", dtype: torch.dtype, hidden: int, rows: int):
-        import torch.distributed._symmetric_memory as symm_mem
-
         rank, world = owner.rank, owner.world
         torch.cuda.set_device(owner.device)
-        self.max_ctas = symm_mem.get_signal_pad_size() // 4 // world
+        self.max_ctas = symmetric_memory.get_signal_pad_size() // 4 // world
         row_bytes = hidden * dtype.itemsize
         one_shot = rows == LEAST_ROWS
         region, carried = rows * row_bytes, rows * hidden * 4
@@ -268,14 +266,14 @@ class _Workspace:
         self.tuning = told or tuning.measure(owner, dtype, hidden, self.max_ctas)
 
         def allocate():
-            memory = symm_mem.empty(self.bytes, dtype=torch.uint8, device=owner.device)
+            memory = symmetric_memory.empty(self.bytes, dtype=torch.uint8, device=owner.device)
             memory.zero_()  # the epochs
             # No rank begins the rendezvous before all have come here: nobody's flag can be overwritten by another's zeros.
             torch.cuda.synchronize(owner.device)
             return memory
 
         def meet():
-            handle = symm_mem.rendezvous(memory, owner.group_name)  # which gives up when the group's store does
+            handle = symmetric_memory.rendezvous(memory, owner.group_name)  # which gives up when the group's store does
             if handle.rank != rank or handle.world_size != world:
                 raise RuntimeError(f"rendezvous of group {owner.group_name} gave rank {handle.rank} of {handle.world_size}")
             if owner.name == "multimem" and handle.multicast_ptr == 0:
@@ -370,7 +368,7 @@ class Symmetric:
         timeout_s: how long a kernel waits for another rank, which may be compiling, say
         tuning:    the same on all ranks; None to measure it for each dtype and hidden size
         """
-        group = _resolve_process_group(group_name)
+        group = resolve_process_group(group_name)
         self.name = "multimem" if multicast else "peer"
         self.group_name, self.timeout_s, self.tuning = group_name, timeout_s, tuning
         self.rank, self.world = group.rank(), group.size()
@@ -384,7 +382,7 @@ class Symmetric:
         self._told = False  # whether GEMMs were told of it
         self._stream = torch.cuda.Stream(self.device, priority=-1)  # ahead of the GEMMs when an SM becomes free
         self._side = self._stream.cuda_stream
-        self._current = functools.partial(torch._C._cuda_getCurrentRawStream, self.device.index)
+        self._current = functools.partial(current_raw_stream, self.device.index)
         self._host = host.calls()
         self._context = self._host.context(self.device.index)
         self._order = self._host.event(self._context)
@@ -403,7 +401,7 @@ class Symmetric:
         """Why this rank cannot use the transport, as far as it can tell alone; None if it can."""
         if device.type != "cuda" or torch.version.cuda is None:
             return "it needs NVIDIA GPUs"
-        world = _resolve_process_group(group_name).size()
+        world = resolve_process_group(group_name).size()
         if not 2 <= world <= 8:
             return f"it joins 2 to 8 ranks, and the group has {world}"
         if reason := nvrtc.missing() or host.missing():
@@ -833,7 +831,7 @@ def _not_neighbours(group_name: str, index: int) -> str | None:
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # set by torchrun
     if on_host == 0:
         return None
-    ranks = dist.get_process_group_ranks(_resolve_process_group(group_name))
+    ranks = dist.get_process_group_ranks(resolve_process_group(group_name))
     if len({rank // on_host for rank in ranks}) > 1:
         return "the ranks of the group are not all on one host"
     if torch.cuda.device_count() < on_host:
@@ -845,9 +843,6 @@ def _not_neighbours(group_name: str, index: int) -> str | None:
 
 
 def _has_multicast(index: int) -> bool:
-    from torch._C._autograd import DeviceType
-    from torch._C._distributed_c10d import _SymmetricMemory
-
     if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0") not in ("", "0"):
         return False
-    return _SymmetricMemory.has_multicast_support(DeviceType.CUDA, index)
+    return SymmetricMemory.has_multicast_support(DeviceType.CUDA, index)

@@ -9,8 +9,8 @@ import threading
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..compat import resolve_process_group
 from ..options import TokenWeaveError
 from . import agree, tuning
 from .process_group import ProcessGroup
@@ -159,7 +159,7 @@ def _self_tested(name: str, group_name: str, device: torch.device) -> tuple["Sym
     The kernels must not be wrong in silence on a machine that this project has not: multimem has never been run. They are not tuned
     before they are known to be right.
     """
-    group = _resolve_process_group(group_name)
+    group = resolve_process_group(group_name)
     with torch.inference_mode(False), torch.no_grad():
         try:
             implementation = _made(name, group_name, device, by_rule(group.size()))

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..compat import cuda_sleep, resolve_process_group
 from .. import files
 from ..planning import two_shot_ctas
 from . import agree
@@ -168,7 +168,7 @@ def compare(carriers: dict, group_name: str, device: torch.device) -> dict[str, 
     carriers: name -> Symmetric or ProcessGroup, whose workspaces are made here
     Measured once on a machine, and kept. Raises WorkspaceError on all ranks where one cannot make a workspace.
     """
-    gpu, world = torch.cuda.get_device_name(device), dist.get_world_size(_resolve_process_group(group_name))
+    gpu, world = torch.cuda.get_device_name(device), dist.get_world_size(resolve_process_group(group_name))
     path = files.path("transports", (gpu, world, [*carriers], agree.version()), "json")
     said = agree.exchange(group_name, "a comparison of transports", json.dumps(_kept_times(path, carriers)))
     seconds = next((theirs for theirs in map(json.loads, said) if theirs), None)
@@ -232,7 +232,7 @@ def _seconds(instrument, weight, tokens, ctas, head_start=HEAD_START) -> float:
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(instrument.device)
-    torch.cuda._sleep(head_start)
+    cuda_sleep(head_start)
     carried = site(weight.expand(tokens, -1), None)  # the ranks begin together
     begin.record()
     for _ in range(CALLS):

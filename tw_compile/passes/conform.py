@@ -7,9 +7,9 @@ allow a site, as it reads the sum itself, takes part in its two halves all the s
 import math
 
 import sympy
-from torch._dynamo.utils import detect_fake_mode
 from torch.fx import Node
 
+from ..compat import detect_fake_mode
 from .cut import Cut
 from .emit import Emitter
 from .find import WAIT, c10d

@@ -23,10 +23,9 @@ from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..compat import OpOverload, resolve_process_group, statically_known_true
 from .. import ops
 from ..report import Refusal
 from .graph_utils import (
@@ -93,7 +92,7 @@ def communicates(node: Node) -> bool:
     if node.op != "call_function":
         return False
     op = node.target
-    if isinstance(op, torch._ops.OpOverload):
+    if isinstance(op, OpOverload):
         return op in (ops.fused, ops.start, *_ALL_REDUCES) or (op.namespace in _COLLECTIVES and op._opname not in _LOCAL)
     return any(communicates(inner) for graph in _inside(node) for inner in graph.nodes)
 
@@ -124,7 +123,7 @@ def collective_group(node: Node) -> str:
     """The name of the group that a collective is for; '' where its arguments do not name one."""
     if node.target in _ALL_REDUCES:
         group = _ALL_REDUCES[node.target](node).group
-    elif isinstance(node.target, torch._ops.OpOverload):
+    elif isinstance(node.target, OpOverload):
         named = {a.name: given for a, given in zip(node.target._schema.arguments, node.args)} | dict(node.kwargs)
         group = named.get("group", named.get("group_name"))
     else:
@@ -245,7 +244,7 @@ def _site(node: Node, call: AllReduce) -> Match:
     if call.reduce_op != "sum":
         raise _Refused(f"reduce op {call.reduce_op!r}, not 'sum'")
     group = _name_of(call.group)
-    if _resolve_process_group(group).size() == 1:
+    if resolve_process_group(group).size() == 1:
         raise _Refused(f"group {group} has one rank: there is nothing to reduce")
     if value(node).dtype not in DTYPES:
         raise _Refused(f"{value(node).dtype} is reduced; bfloat16, float16 and float32 can be fused")

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch._dynamo.utils import detect_fake_mode
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
+from ..compat import detect_fake_mode, free_unbacked_symbols, statically_known_true
 from .. import ops
 from ..report import Join
 from . import attention

@@ -19,11 +19,10 @@ from types import MappingProxyType
 
 import sympy
 import torch
-from torch._dynamo.utils import detect_fake_mode
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from ..compat import OpOverload, detect_fake_mode, resolve_process_group
 from ..report import Refusal
 from .emit import Emitter
 from .find import WAIT, AllReduce, c10d, collectives, match_site, overtaken, stays
@@ -301,14 +300,14 @@ class _Unsharder:
     def _shard(self, node: Node) -> Node:
         """This rank's rows of a whole."""
         site = self.site_of[node]
-        axis, rank = site.steps[node].axis, _resolve_process_group(site.group).rank()
+        axis, rank = site.steps[node].axis, resolve_process_group(site.group).rank()
         length = expr(value(node).shape[axis.dim])
         first, end = self.emit.size(length * rank), self.emit.size(length * (rank + 1))
         return self.emit(aten.slice.Tensor, self.wholes[node, axis], axis.dim, first, end)
 
     def _copy(self, node: Node) -> Node:
         resized = any(not _alike(value(a), _number(self._argument(a))) for a in node.all_input_nodes)
-        is_call = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        is_call = isinstance(node.target, OpOverload) or node.target is operator.getitem
         if not (resized and is_call) or _is_size(node):
             return self.emit.graph.node_copy(node, self._argument)
         return self.emit(node.target, *map_arg(node.args, self._argument), **map_arg(node.kwargs, self._argument))
