@@ -171,6 +171,24 @@ def test_a_weave_that_fails_is_fused(monkeypatch):
     assert report.mode == "fuse" and "no way" in report.reasons[0]
 
 
+def test_transports_are_chosen_and_prepared_with_real_tensors(monkeypatch):
+    """A compilation has fake tensors on, in which a workspace would have no memory."""
+    seen = []
+
+    def real(function):
+        def checked(*args):
+            seen.append(torch.zeros(1).data_ptr() and torch.ones(3).sum().item())
+            return function(*args)
+
+        return checked
+
+    monkeypatch.setattr(ops.transport, "_make", real(ops.transport._make))
+    monkeypatch.setattr(ops.process_group.ProcessGroup, "prepare", real(ops.process_group.ProcessGroup.prepare))
+    for mark in (None, MARKS["dynamic"]):
+        run(compiled(mlp), 48, mark=mark)
+    assert seen == [3.0] * 3
+
+
 # --- groups that come and go ------------------------------------------------------------------------------------------
 
 

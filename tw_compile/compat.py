@@ -112,6 +112,8 @@ ValueRanges = _name("torch.utils._sympy.value_ranges.ValueRanges")
 int_oo = _name("torch.utils._sympy.numbers.int_oo")
 FakeTensorMode = _name("torch._subclasses.fake_tensor.FakeTensorMode")
 FakeTensorProp = _name("torch.fx.passes.fake_tensor_prop.FakeTensorProp", ("propagate_dont_convert_inputs",))
+enable_python_dispatcher = _name("torch._dispatch.python.enable_python_dispatcher")
+no_python_dispatcher = _name("torch._dispatch.python.no_python_dispatcher")
 disable_current_modes = _name("torch.utils._python_dispatch._disable_current_modes")
 DisableAutocast = _name("torch._C._DisableAutocast")
 # How a graph of Dynamo's switches gradients off.

@@ -20,6 +20,8 @@ from .compat import (
     V,
     detect_fake_mode,
     disable_current_modes,
+    enable_python_dispatcher,
+    no_python_dispatcher,
     post_grad_passes,
     reorder_for_locality,
     tracing,
@@ -194,10 +196,12 @@ class Forms:
             self.left = new.report
             raise context.Left(new.report.reasons[-1])
         self.places = _places(new.report)
-        for group, device in self.places:
-            transport.choose(self.options.transport, group, device, self._timeout)
+        with _outside():
+            for group, device in self.places:
+                transport.choose(self.options.transport, group, device, self._timeout)
         if self.plan is None and not self.options.fused_only:
-            plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, first)
+            with _outside():
+                plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, first)
             if plan is not None and seen["section"] is not None:
                 self.rehearsal = {"section": asdict(seen["section"]), "plan": asdict(plan)}
             self.plan = plan or seen["by_rule"]
@@ -316,8 +320,8 @@ class Forms:
 
     @contextlib.contextmanager
     def _configured(self):
-        modes = disable_current_modes()  # Dynamo's own fake mode, in a compilation
-        with torch.inference_mode(False), torch.no_grad(), DisableAutocast(), modes, config.patch(self.config):
+        # Fake tensors of symbolic sizes are decomposed in Python.
+        with _outside(), enable_python_dispatcher(), config.patch(self.config):
             yield
 
     def _prepare(self, variant: _Variant, known: dict) -> None:
@@ -325,7 +329,8 @@ class Forms:
         for (group, device), calls in variant.calls(known).items():
             implementation, _ = transport.choose(self.options.transport, group, device, self._timeout)
             try:
-                implementation.prepare(calls)
+                with _outside():
+                    implementation.prepare(calls)
             except WorkspaceError as error:
                 if self.options.transport != "auto":
                     raise TokenWeaveError(f"option 'tokenweave.transport' is {self.options.transport!r}, but {error}") from error
@@ -368,6 +373,13 @@ def _sites_of(new: passes.Rewritten) -> list[tuple]:
             given, x = arguments(node), value(node.args[0])
             found.append((given["group"], x.device, given["slot"], x.dtype, tuple(x.shape), given["center"]))
     return found
+
+
+@contextlib.contextmanager
+def _outside():
+    """Outside of whatever Dynamo, AOTAutograd or the user has switched on: tensors are real, and ops do what they do alone."""
+    with torch.inference_mode(False), torch.no_grad(), DisableAutocast(), disable_current_modes(), no_python_dispatcher():
+        yield
 
 
 def _places(report: Report) -> list[tuple[str, torch.device]]:
