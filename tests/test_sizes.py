@@ -186,7 +186,7 @@ def test_transports_are_chosen_and_prepared_with_real_tensors(monkeypatch):
     monkeypatch.setattr(ops.process_group.ProcessGroup, "prepare", real(ops.process_group.ProcessGroup.prepare))
     for mark in (None, MARKS["dynamic"]):
         run(compiled(mlp), 48, mark=mark)
-    assert seen == [3.0] * 3
+    assert set(seen) == {3.0} and len(seen) >= 3
 
 
 # --- groups that come and go ------------------------------------------------------------------------------------------
