@@ -1,6 +1,7 @@
 """Writes to a key-value cache stay cut: each half writes its own, and the first half's queries read no more than they may."""
 
 import functools
+import re
 
 import expecttest
 import pytest
@@ -239,58 +240,61 @@ class Snapshot(expecttest.TestCase):
         graph.eliminate_dead_code()
         lines = text(graph, names).splitlines()
         kept = ("index_put", "flash", "copy_", "iota", "return", "cat")
-        return "\n".join(line for line in lines if any(word in line for word in kept)) + "\n"
+        shown = "\n".join(line for line in lines if any(word in line for word in kept)) + "\n"
+        # Numbered anew: how many nodes there are between them differs with the version of torch.
+        names = list(dict.fromkeys(re.findall(r"%\d+", shown)))
+        return re.sub(r"%\d+", lambda found: f"%{names.index(found.group())}", shown)
 
     def test_a_static_cache_between_tokens(self):
         self.assertExpectedInline(self.split(1, "x residual weight start keys values", static, *caches(), torch.tensor(2)), """\
-  %16 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
-0 %26 = aten.index_put(keys, [None, None, %24], %22) : f32[1, 4, 10, 4]
-1 %27 = aten.index_put(%26, [None, None, %25], %23) : f32[1, 4, 10, 4]
-0 %34 = aten.index_put(values, [None, None, %24], %32) : f32[1, 4, 10, 4]
-1 %35 = aten.index_put(%34, [None, None, %25], %33) : f32[1, 4, 10, 4]
-  %36 = prims.iota(10, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[10]
-0 %48 = aten._scaled_dot_product_flash_attention_for_cpu(%14, %26, %34, 0, False, attn_mask=%47) : (f32[1, 4, 2, 4], f32[1, 4, 2])
-1 %49 = aten._scaled_dot_product_flash_attention_for_cpu(%15, %27, %35, 0, False, attn_mask=%46) : (f32[1, 4, 2, 4], f32[1, 4, 2])
-  %60 = aten.copy_(keys, %27) : f32[1, 4, 10, 4]
-  %61 = aten.copy_(values, %35) : f32[1, 4, 10, 4]
-  %62 = aten.cat([%57, %59], 1) : f32[1, 4, 16]
-  return %62
+  %0 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %1 = aten.index_put(keys, [None, None, %2], %3) : f32[1, 4, 10, 4]
+1 %4 = aten.index_put(%1, [None, None, %5], %6) : f32[1, 4, 10, 4]
+0 %7 = aten.index_put(values, [None, None, %2], %8) : f32[1, 4, 10, 4]
+1 %9 = aten.index_put(%7, [None, None, %5], %10) : f32[1, 4, 10, 4]
+  %11 = prims.iota(10, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[10]
+0 %12 = aten._scaled_dot_product_flash_attention_for_cpu(%13, %1, %7, 0, False, attn_mask=%14) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+1 %15 = aten._scaled_dot_product_flash_attention_for_cpu(%16, %4, %9, 0, False, attn_mask=%17) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+  %18 = aten.copy_(keys, %4) : f32[1, 4, 10, 4]
+  %19 = aten.copy_(values, %9) : f32[1, 4, 10, 4]
+  %20 = aten.cat([%21, %22], 1) : f32[1, 4, 16]
+  return %20
 """)
 
     def test_a_static_cache_between_sequences(self):
         self.assertExpectedInline(self.split(2, "x residual weight start keys values", static, *caches(2), torch.tensor(2)), """\
-  %16 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
-0 %24 = prims.iota(1, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
-0 %26 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
-0 %28 = aten.index_put(keys, [%25, %27, %17], %22) : f32[2, 4, 10, 4]
-1 %30 = prims.iota(1, start=1, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
-1 %32 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
-1 %34 = aten.index_put(%28, [%31, %33, %17], %23) : f32[2, 4, 10, 4]
-0 %42 = prims.iota(1, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
-0 %44 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
-0 %46 = aten.index_put(values, [%43, %45, %17], %40) : f32[2, 4, 10, 4]
-1 %48 = prims.iota(1, start=1, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
-1 %50 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
-1 %52 = aten.index_put(%46, [%49, %51, %17], %41) : f32[2, 4, 10, 4]
-  %54 = prims.iota(10, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[10]
-0 %63 = aten._scaled_dot_product_flash_attention_for_cpu(%14, %29, %47, attn_mask=%62) : (f32[1, 4, 4, 4], f32[1, 4, 4])
-1 %64 = aten._scaled_dot_product_flash_attention_for_cpu(%15, %35, %53, attn_mask=%62) : (f32[1, 4, 4, 4], f32[1, 4, 4])
-  %75 = aten.copy_(keys, %34) : f32[2, 4, 10, 4]
-  %76 = aten.copy_(values, %52) : f32[2, 4, 10, 4]
-  %77 = aten.cat([%72, %74], 0) : f32[2, 4, 16]
-  return %77
+  %0 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %1 = prims.iota(1, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
+0 %2 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %3 = aten.index_put(keys, [%4, %5, %6], %7) : f32[2, 4, 10, 4]
+1 %8 = prims.iota(1, start=1, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
+1 %9 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+1 %10 = aten.index_put(%3, [%11, %12, %6], %13) : f32[2, 4, 10, 4]
+0 %14 = prims.iota(1, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
+0 %15 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %16 = aten.index_put(values, [%17, %18, %6], %19) : f32[2, 4, 10, 4]
+1 %20 = prims.iota(1, start=1, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[1]
+1 %21 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+1 %22 = aten.index_put(%16, [%23, %24, %6], %25) : f32[2, 4, 10, 4]
+  %26 = prims.iota(10, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[10]
+0 %27 = aten._scaled_dot_product_flash_attention_for_cpu(%28, %29, %30, attn_mask=%31) : (f32[1, 4, 4, 4], f32[1, 4, 4])
+1 %32 = aten._scaled_dot_product_flash_attention_for_cpu(%33, %34, %35, attn_mask=%31) : (f32[1, 4, 4, 4], f32[1, 4, 4])
+  %36 = aten.copy_(keys, %10) : f32[2, 4, 10, 4]
+  %37 = aten.copy_(values, %22) : f32[2, 4, 10, 4]
+  %38 = aten.cat([%39, %40], 0) : f32[2, 4, 16]
+  return %38
 """)
 
     def test_a_dynamic_cache_between_tokens(self):
         self.assertExpectedInline(self.split(1, "x residual weight keys values", appended, *past()), """\
-  %22 = aten.cat([keys, %20, %21], 2) : f32[1, 4, 7, 4]
-  %29 = aten.cat([values, %27, %28], 2) : f32[1, 4, 7, 4]
-  %30 = prims.iota(7, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[7]
-  %32 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
-0 %39 = aten.cat([keys, %20], 2) : f32[1, 4, 5, 4]
-0 %40 = aten.cat([values, %27], 2) : f32[1, 4, 5, 4]
-0 %44 = aten._scaled_dot_product_flash_attention_for_cpu(%14, %39, %40, 0, False, attn_mask=%43) : (f32[1, 4, 2, 4], f32[1, 4, 2])
-1 %45 = aten._scaled_dot_product_flash_attention_for_cpu(%15, %22, %29, 0, False, attn_mask=%42) : (f32[1, 4, 2, 4], f32[1, 4, 2])
-  %56 = aten.cat([%53, %55], 1) : f32[1, 4, 16]
-  return %56, %22, %29
+  %0 = aten.cat([keys, %1, %2], 2) : f32[1, 4, 7, 4]
+  %3 = aten.cat([values, %4, %5], 2) : f32[1, 4, 7, 4]
+  %6 = prims.iota(7, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[7]
+  %7 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %8 = aten.cat([keys, %1], 2) : f32[1, 4, 5, 4]
+0 %9 = aten.cat([values, %4], 2) : f32[1, 4, 5, 4]
+0 %10 = aten._scaled_dot_product_flash_attention_for_cpu(%11, %8, %9, 0, False, attn_mask=%12) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+1 %13 = aten._scaled_dot_product_flash_attention_for_cpu(%14, %0, %3, 0, False, attn_mask=%15) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+  %16 = aten.cat([%17, %18], 1) : f32[1, 4, 16]
+  return %16, %0, %3
 """)

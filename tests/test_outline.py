@@ -5,7 +5,12 @@ import pytest
 import torch
 import torch._inductor.config
 from graphs import rewrite, run, shuffled, text, without_codegen
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from models import STYLES, VOCAB, parallel
 from sites import INNER, H, all_reduce, hf_norm, values
 from test_weave import Logging, designed
@@ -15,8 +20,9 @@ import tw_compile
 from tw_compile import backend, ops, passes
 from tw_compile.ops import lowering
 from tw_compile.ops.symmetric import Symmetric
+from tw_compile.options import Options
 from tw_compile.passes import outline
-from tw_compile.passes.graph_utils import arguments, aten
+from tw_compile.passes.graph_utils import arguments, aten, prims
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -420,3 +426,78 @@ def test_caches_through_inductor(workspace):
         got = torch.compile(cached(5), backend=backend.tokenweave, options={"tokenweave.mode": "fuse"})(*inputs)
     assert tw_compile.reports()[-1].alike == 3
     torch.testing.assert_close([got, *inputs], [*expected, *same], rtol=1e-4, atol=1e-4)
+
+
+# --- on GPUs, as fake tensors show them ----------------------------------------------------------------------------------
+
+
+def on_gpu(function, *inputs, **options):
+    """What the passes make of a function of fake CUDA tensors; those of one number stay where they are."""
+    if torch.version.cuda is None:
+        pytest.skip("a CPU build has no fake CUDA tensors")
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with torch.no_grad(), mode, V.set_fake_mode(mode):
+        fakes = [torch.empty(x.shape, dtype=x.dtype, device="cpu" if x.dim() == 0 else "cuda") for x in inputs]
+        gm = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
+        graph, _ = passes.rewrite(gm.graph, Options(mode="fuse", **options), lambda group, device: True)
+        graph = GraphModule(gm, graph).graph
+        return graph, outline(graph)
+
+
+def lengths(layers, between):
+    """A stack whose layers each take a number: (number, what goes up) -> what goes down"""
+
+    def stack(x, residual, *rest):
+        numbers, weights = rest[:layers], rest[layers:]
+        return mlps(layers, lambda i, norm, up, down: between(numbers[i], norm @ up) @ down)(x, residual, *weights)
+
+    x, residual, *weights = mlps_inputs(layers, 8)
+    return stack, (x, residual, *(torch.tensor(3) for _ in range(layers)), *weights)
+
+
+@pytest.mark.parametrize(
+    "between, copies",
+    [
+        (lambda number, up: up + number.to(up.device), "outside"),
+        (lambda number, up: up + (number + 1).to(up.device), "outside"),
+        (lambda number, up: up * number, "made"),
+        (lambda number, up: up * torch.full((), 0.5), "none"),
+    ],
+    ids=["moved", "moved after a sum", "taken as it is", "a constant"],
+)
+def test_numbers_on_the_cpu(between, copies):
+    """A new StaticCache of Hugging Face's has its length on the CPU."""
+    function, inputs = lengths(5, between)
+    graph, (body, found) = on_gpu(function, *inputs)
+    assert found == 3
+    assert not any(node.target is prims.device_put.default for node in body.graph.nodes)
+    assert all(node.meta["val"].device.type == "cuda" for node in body.graph.nodes if node.op == "placeholder")
+    moved = sum(node.target is prims.device_put.default for node in graph.nodes)
+    assert moved == (0 if copies == "none" else 5)
+
+
+def test_a_product_with_a_number_in_float64_stays():
+    """On the GPU, Inductor would compute it in float64."""
+    stack, (x, residual, *rest) = lengths(5, lambda number, up: up * number)
+    rest[:5] = [torch.tensor(3.0, dtype=torch.float64)] * 5
+    _, (body, found) = on_gpu(stack, x, residual, *rest)
+    assert body is None and found == "its layers take or make tensors elsewhere than on cuda:0"
+
+
+# --- where a layer begins ------------------------------------------------------------------------------------------------
+
+
+def test_layers_that_are_callable_from_another_site_on():
+    """Two sites a layer. Of the layers that begin at the second one there are more, but they would hand on a part of a tensor."""
+    handed = []
+
+    def between(i, norm, up, down):
+        one, other = (norm @ up).chunk(2, -1)
+        if i % 2 == 0:
+            handed.append(other)
+            return one.relu() @ down
+        return (one.sin() * handed.pop()) @ down
+
+    x, residual, *weights = mlps_inputs(8, 8)
+    weights = [w[: INNER // 2] if w.shape == (INNER, H) else w for w in weights]
+    check(mlps(8, between), x, residual, *weights, count=2, mode="fuse")

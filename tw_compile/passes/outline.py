@@ -24,6 +24,7 @@ from .emit import Emitter
 from .graph_utils import VIEWS, arguments, aten, calls, in_order, prims, value
 
 NAME = "tokenweave_layer"
+TRIES = 8  # a woven layer has four sites
 
 
 def outline(graph: Graph) -> tuple[GraphModule | None, int | str]:
@@ -33,14 +34,19 @@ def outline(graph: Graph) -> tuple[GraphModule | None, int | str]:
     What they call becomes the attribute NAME of the graph's module.
     """
     _put_in_place(graph)
+    _bring_numbers(graph)
     _round_inside(graph)
     numbers = _numbers(graph)
-    alike = _longest_run(_sections(graph), numbers)
-    if not alike:
-        return None, ""
-    symbols = _symbols_of(graph, alike[0])
-    if reason := _not_callable(alike) or ("" if symbols is not None else "its layers have sizes that are no inputs of the graph"):
-        return None, reason
+    sections, refused = _sections(graph), {}
+    while True:
+        at, alike = _longest_run(sections, numbers, refused)
+        if not alike or len(refused) == TRIES:
+            return None, next(iter(refused.values()), "")
+        symbols = _symbols_of(graph, alike[0])
+        reason = _not_callable(alike) or ("" if symbols is not None else "its layers have sizes that are no inputs of the graph")
+        if not reason:
+            break
+        refused[at] = reason  # layers that begin at the next site may be cut where less passes from one to the other
     body = _body(alike, symbols, numbers)
     setattr(graph.owning_module, NAME, body.module)
     handed_on = {}
@@ -62,6 +68,48 @@ def _put_in_place(graph: Graph) -> None:
             first.prepend(node)
         elif calls(node, operator.getitem):
             node.args[0].append(node)
+
+
+def _bring_numbers(graph: Graph) -> None:
+    """Let no layer take a tensor of one number from the CPU, such as the length of a cache that is new, but a copy on its own device.
+
+    Copies, and what is computed for them on the CPU, go to the front: Inductor has to see them, as they cannot be in a CUDA graph.
+    """
+    site = next((node for node in graph.nodes if calls(node, ops.start, ops.fused)), None)
+    if site is None:
+        return
+    device = value(site.args[0]).device
+    known = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+    first = next(node for node in graph.nodes if node not in known)
+    inside, copies = {node for section in _sections(graph) for node in section}, {}
+    for node in list(graph.nodes):
+        numbers = [a for a in node.all_input_nodes if a in known and _is_number_elsewhere(value(a), device)]
+        if not numbers or not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
+            continue
+        if known.issuperset(node.all_input_nodes) and isinstance(value(node), torch.Tensor) and value(node).dim() == 0:
+            known.add(node)
+            if node is first:
+                first = node.next
+            else:
+                first.prepend(node)
+        elif node in inside and torch.Tag.pointwise in node.target.tags and value(node).device == device:
+            for number in numbers:
+                # Of one in float64, Inductor would compute the product with another rounding.
+                if value(number).dtype != torch.float64:
+                    if number not in copies:
+                        copies[number] = _copy_of(number, device, first)
+                    node.replace_input_with(number, copies[number])
+
+
+def _is_number_elsewhere(val, device: torch.device) -> bool:
+    return isinstance(val, torch.Tensor) and val.dim() == 0 and val.device != device
+
+
+def _copy_of(number: Node, device: torch.device, first: Node) -> Node:
+    with first.graph.inserting_before(first):
+        copy = first.graph.call_function(prims.device_put.default, (number, device))
+    copy.meta["val"] = value(number).new_empty((), device=device)
+    return copy
 
 
 def _round_inside(graph: Graph) -> None:
@@ -139,11 +187,14 @@ def _with_writes(nodes: list[Node]) -> list[Node]:
     return nodes + [write for write in writes if set(write.args[0].users) <= {write, *inside}]
 
 
-def _longest_run(sections: list[list[Node]], numbers: dict[Node, int]) -> list[_Repetition]:
-    """The repetitions that save most nodes; of several that do, the shortest. None if there are no two."""
+def _longest_run(sections, numbers: dict[Node, int], refused) -> tuple[tuple[int, int], list[_Repetition]]:
+    """The repetitions that save most nodes; of several that do, the shortest. None if there are no two.
+
+    Returns (where: the first section and how many are one repetition, the repetitions). refused: where not
+    """
     known = {}
     kinds = [known.setdefault(_key(section, numbers)[0], len(known)) for section in sections]
-    best, saved = [], 0
+    at, best, saved = (0, 0), [], 0
     for period in range(1, len(sections) // 2 + 1):
         first = 0
         while first + 2 * period <= len(sections):
@@ -151,12 +202,15 @@ def _longest_run(sections: list[list[Node]], numbers: dict[Node, int]) -> list[_
             while end < len(sections) and kinds[end] == kinds[end - period]:
                 end += 1
             count = (end - first) // period
+            if (first, period) in refused:
+                first += 1
+                continue
             if count > 1 and (count - 1) * sum(map(len, sections[first : first + period])) > saved:
                 run = _equal(sections, first, period, count, numbers)
                 if (len(run) - 1) * len(run[0].nodes) > saved:
-                    best, saved = run, (len(run) - 1) * len(run[0].nodes)
+                    at, best, saved = (first, period), run, (len(run) - 1) * len(run[0].nodes)
             first = max(end - period, first) + 1
-    return best
+    return at, best
 
 
 def _equal(sections, first, period, count, numbers) -> list[_Repetition]:
@@ -254,9 +308,10 @@ def _not_callable(alike: list[_Repetition]) -> str | None:
                 return "its layers hand on a part of what they take, or write"
         if not all(isinstance(value(node), (torch.Tensor, torch.SymInt)) for node in repetition.outer):
             return "its layers take something other than tensors and sizes"
-    for node in [*alike[0].nodes, *alike[0].outer]:
-        if any(tensor.device != device for tensor in _tensors(value(node))):
-            return f"its layers take or make tensors elsewhere than on {device}"
+    # Constants, and results that nobody reads, such as the seeds of an attention, may be numbers on the CPU.
+    elsewhere = [(node, t) for node in [*alike[0].nodes, *alike[0].outer] for t in _tensors(value(node)) if t.device != device]
+    if any(node in alike[0].outer or tensor.dim() > 0 for node, tensor in elsewhere):
+        return f"its layers take or make tensors elsewhere than on {device}"
     return None
 
 
