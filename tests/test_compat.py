@@ -51,15 +51,15 @@ def test_a_missing_name(owner, name, monkeypatch):
 
 def test_what_stands_for_a_missing_name(monkeypatch):
     """Modules that import it can be imported; who calls it is told what is missing."""
-    monkeypatch.delattr(torch._inductor.custom_graph_pass, "CustomGraphPass")
-    absent = read_anew().CustomGraphPass
+    monkeypatch.delattr(torch._inductor.utils, "BoxedBool")
+    absent = read_anew().BoxedBool
 
     class Pass(absent):
         pass
 
-    with pytest.raises(RuntimeError, match=r"PyTorch .* has no torch\._inductor\.custom_graph_pass\.CustomGraphPass; .* tested with 2"):
+    with pytest.raises(RuntimeError, match=r"PyTorch .* has no torch\._inductor\.utils\.BoxedBool; .* tested with 2"):
         Pass()
-    with pytest.raises(RuntimeError, match=r"CustomGraphPass\.uuid"):
+    with pytest.raises(RuntimeError, match=r"BoxedBool\.uuid"):
         absent.uuid()
 
 
@@ -74,16 +74,12 @@ def test_versions_that_were_not_tested(version, warns, monkeypatch, caplog):
     assert all(f"PyTorch {compat.TESTED[0]} to {compat.TESTED[1]}, and this is {version}" in r.getMessage() for r in caplog.records)
 
 
-# Switched by its owner.
-NOT_YET = {"backend.py"}
-
-
 def test_the_package_without_some_names():
     """All of it can be imported."""
     code = """
-import torch._inductor.compile_fx, torch._inductor.cudagraph_trees, torch.distributed.distributed_c10d as c10d
-del torch._inductor.ir.FallbackKernel, torch._inductor.pattern_matcher.stable_topological_sort, c10d._get_process_group_store
-import tw_compile.rehearsal, tw_compile.regions
+import torch._inductor.compile_fx, torch._inductor.cudagraph_trees, torch._inductor.fx_passes.post_grad, torch.distributed.distributed_c10d as c10d
+del torch._inductor.ir.FallbackKernel, torch._inductor.fx_passes.post_grad.reorder_for_locality, c10d._get_process_group_store
+import tw_compile
 print(*tw_compile.compat.missing())
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -92,7 +88,7 @@ print(*tw_compile.compat.missing())
     assert set(done.stdout.split()) == {
         "torch.distributed.distributed_c10d._get_process_group_store",
         "torch._inductor.ir.FallbackKernel",
-        "torch._inductor.pattern_matcher.stable_topological_sort",
+        "torch._inductor.fx_passes.post_grad.reorder_for_locality",
     }
 
 
@@ -102,7 +98,7 @@ def test_no_private_name_is_used_elsewhere():
     found = [
         f"{path.name}:{node.lineno}: {said}"
         for path in sorted((ROOT / "tw_compile").rglob("*.py"))
-        if path.name not in {"compat.py", *NOT_YET}
+        if path.name != "compat.py"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, (ast.Import, ast.ImportFrom, ast.Attribute))
         if private.search(said := ast.unparse(node).replace(" import ", ".").removeprefix("from ").removeprefix("import "))

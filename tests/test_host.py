@@ -173,7 +173,7 @@ def symmetric_sites(driver, world, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: SimpleNamespace(cuda_stream=SIDE))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     driver.stream, driver.stream_id = CURRENT, 3
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: driver.stream, raising=False)
+    monkeypatch.setattr(symmetric, "current_raw_stream", lambda index: driver.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(stream_id=driver.stream_id))
     sites = Symmetric(world.group_name, torch.device("cuda", 0), multicast=False)
     driver.noted()
@@ -391,10 +391,10 @@ def told(monkeypatch):
     """What GEMMs are told, in place of PyTorch."""
     state = {"backend": "cublas", "carveout": None}
     monkeypatch.setattr(gemms, "_CAN_BE_TOLD", True)
-    for name, key in (("blas_preferred_backend", "backend"), ("sm_carveout_experimental", "carveout")):
-        monkeypatch.setattr(torch._C, f"_get_{name}", lambda key=key: state[key], raising=False)
-        monkeypatch.setattr(torch._C, f"_set_{name}", lambda value, key=key: state.update({key: value}), raising=False)
-    monkeypatch.setattr(torch._C, "_BlasBackend", SimpleNamespace(Cublaslt="cublaslt"), raising=False)
+    for name, key in (("blas_preferred_backend", "backend"), ("sm_carveout", "carveout")):
+        monkeypatch.setattr(gemms, f"get_{name}", lambda key=key: state[key])
+        monkeypatch.setattr(gemms, f"set_{name}", lambda value, key=key: state.update({key: value}))
+    monkeypatch.setattr(gemms, "BlasBackend", SimpleNamespace(Cublaslt="cublaslt"))
     yield state
     assert state == {"backend": "cublas", "carveout": None} and gemms._askers == 0
 

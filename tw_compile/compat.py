@@ -36,16 +36,6 @@ def _absent(path: str) -> _Absent:
     return _Absent(path.rpartition(".")[2], (), {"path": path})
 
 
-class _Lacking:
-    """A module without some of what is used of it."""
-
-    def __init__(self, found, path: str):
-        self._found, self._path = found, path
-
-    def __getattr__(self, name):
-        return getattr(self._found, name) if hasattr(self._found, name) else _absent(f"{self._path}.{name}")
-
-
 def _name(path: str, uses: tuple[str, ...] = (), missing: list[str] = _missing):
     """What a path stands for, a module or something in one. uses: attributes that it must have"""
     found = _find(path)
@@ -54,7 +44,7 @@ def _name(path: str, uses: tuple[str, ...] = (), missing: list[str] = _missing):
         return _absent(path)
     lacks = [f"{path}.{attribute}" for attribute in uses if not hasattr(found, attribute)]
     missing += lacks
-    return _Lacking(found, path) if lacks else found
+    return _absent(path) if lacks else found
 
 
 def _find(path: str):
@@ -154,7 +144,7 @@ is_collective = _name("torch._inductor.utils.is_collective")
 functorch_config = _name("torch._functorch.config", ("patch", "enable_autograd_cache"))
 reset_cudagraph_trees = _name("torch._inductor.cudagraph_trees.reset_cudagraph_trees")
 V = _name("torch._inductor.virtualized.V")
-ir = _name("torch._inductor.ir", ("FallbackKernel", "InvokeSubgraph", "IRNode", "MutationOutput", "NoneLayout", "TensorBox"))
+ir = _name("torch._inductor.ir", ("_CollectiveKernel", "FallbackKernel", "InvokeSubgraph", "IRNode", "MutationOutput", "NoneLayout", "TensorBox"))
 lowering = _name("torch._inductor.lowering", ("fallbacks", "lowerings", "register_lowering"))
 SubgraphPythonWrapperCodegen = _name("torch._inductor.codegen.wrapper.SubgraphPythonWrapperCodegen")
 

@@ -32,7 +32,7 @@ class Cut:
 def section_of(sites: list[Node], options: Options) -> rehearsal.Section | None:
     """What is to be rehearsed of a graph with these ``fused`` calls; None where nothing can be, or nothing is left to decide."""
     x = value(sites[0].args[0])
-    if not rehearsal.possible(x.device):
+    if options.fused_only or not rehearsal.possible(x.device):
         return None
     if options.min_tokens != "auto" and options.split != "auto" and options.ctas != "auto":
         return None
