@@ -136,7 +136,6 @@ inductor_config = _name(
 )
 compile_fx = _name("torch._inductor.compile_fx.compile_fx")
 compile_fx_inner = _name("torch._inductor.compile_fx.compile_fx_inner")
-post_grad_passes = _name("torch._inductor.fx_passes.post_grad.post_grad_passes")
 reorder_for_locality = _name("torch._inductor.fx_passes.post_grad.reorder_for_locality")
 view_to_reshape = _name("torch._inductor.fx_passes.post_grad.view_to_reshape")
 BoxedBool = _name("torch._inductor.utils.BoxedBool")

@@ -22,7 +22,6 @@ from .compat import (
     disable_current_modes,
     enable_python_dispatcher,
     no_python_dispatcher,
-    post_grad_passes,
     reorder_for_locality,
     tracing,
     view_to_reshape,
@@ -400,15 +399,12 @@ def _uncompiled(made: ForSizes, new: passes.Rewritten) -> Callable:
 
 
 def _outline(gm: torch.fx.GraphModule, report: Report) -> None:
-    """Let Inductor compile one of the layers that are alike, and do to that what it is about to do to the graph."""
+    """Let Inductor compile one of the layers that are alike."""
     if config.cpp_wrapper or config.fx_wrapper:
         report.reasons.append("each layer is compiled: only code in Python can call one for several")
         return
     layer, found = passes.outline(gm.graph)
     if layer is not None:
         report.alike = found
-        # Passes of the user's see the graph as a whole, and the order of the weave is kept.
-        with config.patch(post_grad_custom_pre_pass=None, reorder_for_locality=False):
-            post_grad_passes(layer, is_inference=True)
     elif found:
         report.reasons.append(f"each layer is compiled: {found}")
