@@ -8,7 +8,7 @@ import torch.distributed as dist
 from graphs import without_codegen
 from sites import H, all_reduce, hf_norm, values
 from test_split import mlp, mlp_inputs
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as _config
 from torch.fx.experimental import _config as symbolic_config
 
 import tw_compile
@@ -115,6 +115,17 @@ def test_what_is_compiled_too_often_runs_uncompiled_and_right(monkeypatch, caplo
     for tokens in (48, 1, 0):
         run(function, tokens, mark=MARKS["unbacked"])
     assert [r.getMessage() for r in caplog.records if "different sizes" in r.getMessage()]
+
+
+def test_a_form_is_compiled_with_the_configuration_of_the_graph(monkeypatch):
+    seen = []
+    inner = backend.compile_fx_inner
+    monkeypatch.setattr(backend, "compile_fx_inner", lambda *args, **kw: seen.append(_config.max_autotune) or inner(*args, **kw))
+    with _config.patch(max_autotune=True):
+        function = compiled(mlp)
+        run(function, 48, mark=MARKS["dynamic"])
+    run(function, 16, mark=MARKS["dynamic"])
+    assert seen == [True, True] and not _config.max_autotune
 
 
 def test_the_kill_switch(monkeypatch):

@@ -53,7 +53,7 @@ def compile_graph(gm, inputs, *, mode=None, options=None, forms=Forms, inner_com
             say_once(_NEEDS_GRADIENTS)
             return compile_fx_inner(gm, inputs, **kwargs)
         regions.inline(gm)
-        return compile_forms(gm, inputs, ours, inner_compile or _inductor, patches, kwargs, forms)
+        return compile_forms(gm, inputs, ours, inner_compile or _inductor, kwargs, forms)
 
     # What Inductor caches is the graph that the passes have made, by its content. AOTAutograd would cache what comes of the graph
     # before them, which does not say what the ranks have agreed on.

@@ -111,6 +111,8 @@ def agreed(
     if not groups:
         return attempt(wire.Decision()), True
     if left := next((context.left for context in contexts if context.left), ""):
+        if options.forced:
+            raise TokenWeaveError(f"option 'tokenweave.mode' is {options.forced!r}, but this graph cannot be: {left}")
         raise Left(left)
     key = options, str(form), json.dumps([*signatures.values()])
     known = contexts[0].decisions.get(key)
@@ -238,20 +240,35 @@ def _exchange(group, options, signature, outcome, problem) -> list[dict]:
 
 def _problem(group: str, said: list[dict]) -> tuple[str, str] | None:
     """What keeps ranks from agreeing, the same on all of them: (kind, what it is), where the kind is "error" or "left"."""
-    for name, what in (("version", "run different versions"), ("options", "have different options"), ("registered", "have registered different rules or all-reduces")):
-        if any(theirs[name] != said[0][name] for theirs in said):
-            return "error", f"the ranks of group {group} {what}: " + "; ".join(f"rank {r}: {_short(theirs[name], said[0][name] if r else said[1][name])}" for r, theirs in enumerate(said))
+    for name, what in _MUST_BE_EQUAL.items():
+        values = [theirs[name] for theirs in said]
+        if any(mine != values[0] for mine in values):
+            told = "; ".join(f"rank {rank}: {_different(values, rank)}" for rank in range(len(values)))
+            return "error", f"the ranks of group {group} {what}: {told}"
     if any(theirs["signature"] != said[0]["signature"] for theirs in said):
         counts = "; ".join(f"rank {rank}: {_count(theirs['signature'])}" for rank, theirs in enumerate(said))
         return "left", f"the ranks of group {group} have different graphs ({counts}), as where one of them has a graph break"
-    return next(((kind, f"rank {rank}: {what}" if kind == "left" else what) for rank, theirs in enumerate(said) if theirs["problem"] for kind, what in [theirs["problem"]]), None)
+    for rank, theirs in enumerate(said):
+        if theirs["problem"]:
+            kind, what = theirs["problem"]
+            return kind, f"rank {rank}: {what}" if kind == "left" else what
+    return None
 
 
-def _short(mine, theirs) -> str:
-    """What is different of one rank."""
-    if isinstance(mine, dict):
-        return ", ".join(f"{name}={value}" for name, value in mine.items() if theirs.get(name) != value) or "the same"
-    return str(mine)
+_MUST_BE_EQUAL = {
+    "version": "run different versions",
+    "options": "have different options",
+    "registered": "have registered different rules or all-reduces",
+}
+
+
+def _different(values: list, rank: int) -> str:
+    """What of one rank's value is not that of all."""
+    mine = values[rank]
+    if not isinstance(mine, dict):
+        return str(mine)
+    names = [name for name in mine if any(theirs.get(name) != mine[name] for theirs in values)]
+    return ", ".join(f"{name}={mine[name]}" for name in names) or "nothing of these"
 
 
 def _count(signature: list) -> str:

@@ -46,16 +46,16 @@ MOST_CALLS = 4096
 FUSE, PLAIN = "fuse", "plain"
 
 
-def compile_forms(gm, inputs: list, options: Options, inner_compile: Callable, patches: dict, kwargs: dict, forms) -> Callable:
+def compile_forms(gm, inputs: list, options: Options, inner_compile: Callable, kwargs: dict, forms) -> Callable:
     """What runs a graph of inference that AOTAutograd has traced: its forms; or where it has no sites, what Inductor makes of it.
 
-    inner_compile: Inductor's; patches: of its configuration; kwargs: further arguments of its; forms: Forms, or what stands for it
+    inner_compile: Inductor's; kwargs: further arguments of its; forms: Forms, or what stands for it
     Raises TokenWeaveError for a request that cannot be met, on every rank alike.
     """
     view_to_reshape(gm)
     if config.reorder_for_locality:
         reorder_for_locality(gm.graph)  # Inductor would do it to the graph that is woven
-    made = forms(gm, inputs, options, inner_compile, patches, kwargs)
+    made = forms(gm, inputs, options, inner_compile, kwargs)
     run = made.begin()
     if run is not None:
         return run
@@ -108,9 +108,9 @@ class Forms:
 
     _boxed_call = True
 
-    def __init__(self, gm, inputs, options, inner_compile, patches, kwargs):
+    def __init__(self, gm, inputs, options, inner_compile, kwargs):
         self.gm, self.inputs, self.options, self.inner_compile, self.kwargs = gm, inputs, options, inner_compile, kwargs
-        self.config = patches
+        self.config = config.get_config_copy()
         self.left: Report | None = None
         self.plan, self.rehearsal = None, None
         self.learnt: list[_Learnt] = []
@@ -242,7 +242,8 @@ class Forms:
         if len(variants) < MOST_VARIANTS:
             run = self._compile(made, new, first)
         else:
-            say_once(f"a graph was compiled {MOST_VARIANTS} times for different sizes: others run uncompiled. See docs/troubleshooting")
+            message = f"a graph was compiled {MOST_VARIANTS} times for different sizes: others run uncompiled. See docs/ranks.md, Sizes"
+            say_once(message)
             run = _uncompiled(made, new)
         variants.append(_Variant(made, run, _sites_of(new)))
         return variants[-1]
@@ -319,8 +320,10 @@ class Forms:
 
     @contextlib.contextmanager
     def _configured(self):
+        now = config.get_config_copy()
+        changes = {name: given for name, given in self.config.items() if now.get(name) != given}
         # Fake tensors of symbolic sizes are decomposed in Python.
-        with _outside(), enable_python_dispatcher(), config.patch(self.config):
+        with _outside(), enable_python_dispatcher(), config.patch(changes):
             yield
 
     def _prepare(self, variant: _Variant, known: dict) -> None:
