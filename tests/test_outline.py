@@ -17,7 +17,7 @@ from test_weave import Logging, designed
 from workspace import Workspace
 
 import tw_compile
-from tw_compile import backend, ops, passes
+from tw_compile import backend, forms, ops, passes
 from tw_compile.ops import lowering
 from tw_compile.ops.symmetric import Symmetric
 from tw_compile.options import Options
@@ -389,7 +389,7 @@ def workspace(monkeypatch):
     workspace = Workspace()
     for name in ("linear", "start", "wait", "fused"):
         monkeypatch.setattr(ops.direct, name, getattr(workspace, name))
-    monkeypatch.setattr(backend._Pass, "_may_be_symmetric", lambda *_: True)
+    monkeypatch.setattr(forms.Forms, "_may_be_symmetric", lambda *_: True)
     torch._dynamo.reset()
     return workspace
 

@@ -136,6 +136,8 @@ inductor_config = _name(
 )
 compile_fx = _name("torch._inductor.compile_fx.compile_fx")
 compile_fx_inner = _name("torch._inductor.compile_fx.compile_fx_inner")
+# From 2.12 on.
+CustomInferenceAwareGraphPass = _name("torch._inductor.custom_graph_pass.CustomInferenceAwareGraphPass", missing=[])
 reorder_for_locality = _name("torch._inductor.fx_passes.post_grad.reorder_for_locality")
 view_to_reshape = _name("torch._inductor.fx_passes.post_grad.view_to_reshape")
 BoxedBool = _name("torch._inductor.utils.BoxedBool")

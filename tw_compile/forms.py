@@ -5,6 +5,7 @@ when a call first needs it, for the sizes of that call (sizes.py), and again whe
 """
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from . import context, ops, passes, planning
 from .compat import (
     BoxedBool,
+    CustomInferenceAwareGraphPass,
     DisableAutocast,
     TracingContext,
     V,
@@ -260,11 +262,15 @@ class Forms:
         failure, error = "", None
         with self._inside(made):
             try:
-                gm = copied(made.gm, new.graph)
+                gm, patches = copied(made.gm, new.graph), {}
                 if new.sites:
+                    # The user's passes of this place see the graph as a whole, before layers are calls.
+                    for user_pass in _user_passes():
+                        user_pass(gm.graph)
                     _outline(gm, new.report)
+                    patches = {"post_grad_custom_pre_pass": None, "reorder_for_locality": False}
                 kwargs = self.kwargs | {"cudagraphs": BoxedBool(bool(self.kwargs.get("cudagraphs")))}
-                with config.patch(reorder_for_locality=False):
+                with config.patch(patches):
                     run = self.inner_compile(gm, made.inputs, **kwargs)
             except Exception as raised:
                 failure, error = f"it could not be compiled: {type(raised).__name__}: {raised}", raised
@@ -399,6 +405,13 @@ def _uncompiled(made: ForSizes, new: passes.Rewritten) -> Callable:
             return gm(*given)
 
     return run
+
+
+def _user_passes() -> list[Callable]:
+    given = config.post_grad_custom_pre_pass or ()
+    given = given if isinstance(given, (list, tuple)) else (given,)
+    aware = [isinstance(each, CustomInferenceAwareGraphPass) for each in given]
+    return [functools.partial(each, is_inference=True) if knows else each for each, knows in zip(given, aware)]
 
 
 def _outline(gm: torch.fx.GraphModule, report: Report) -> None:
