@@ -439,7 +439,7 @@ def on_gpu(function, *inputs, **options):
     with torch.no_grad(), mode, V.set_fake_mode(mode):
         fakes = [torch.empty(x.shape, dtype=x.dtype, device="cpu" if x.dim() == 0 else "cuda") for x in inputs]
         gm = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
-        graph, _ = passes.rewrite(gm.graph, Options(mode="fuse", **options), lambda group, device: True)
+        graph = passes.rewrite(gm.graph, Options(mode="fuse", **options), lambda group, device: True, lambda sites: "mode is fuse").graph
         graph = GraphModule(gm, graph).graph
         return graph, outline(graph)
 
