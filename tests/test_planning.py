@@ -3,7 +3,19 @@
 import pytest
 
 from tw_compile.options import Options
-from tw_compile.planning import MARGIN, TILE, WEAVE_MIN_TOKENS, Plan, by_rule, by_times, first_half, min_tokens
+from tw_compile.planning import (
+    MARGIN,
+    TILE,
+    WEAVE_MIN_TOKENS,
+    Place,
+    Plan,
+    by_rule,
+    by_times,
+    first_half,
+    min_tokens,
+    place_of_cut,
+    rule_of_cut,
+)
 
 
 def test_by_rule_each_half_fills_the_gpu():
@@ -40,28 +52,45 @@ def test_by_times_the_fastest_plan_for_all_sizes_together(woven, plan):
     assert by_times(SIZES, FUSED, woven) == plan
 
 
-@pytest.mark.parametrize("options", [Options(), Options(mode="weave"), Options(min_tokens=2 * TILE)])
+def first_of(length, per_step, options, eighths=4):
+    """Entries of the first half, or why there is none."""
+    rule = rule_of_cut(length, per_step, options, eighths)
+    return rule if isinstance(rule, str) and rule not in ("half", "tiles") else first_half(length, rule, eighths)
+
+
 @pytest.mark.parametrize("per_step", [1, 5])
 @pytest.mark.parametrize("eighths", [3, 4, 5])
-def test_both_halves_have_something_at_every_length(options, per_step, eighths):
-    least = min_tokens(options, by_rule(8192, None))
+def test_both_halves_have_something_at_every_length(per_step, eighths):
     for length in range(2, 5000):
-        assert 0 < first_half(length, per_step, options, least, eighths) < length
+        assert 0 < first_of(length, per_step, Options(), eighths) < length
 
 
 @pytest.mark.parametrize("eighths", [3, 4, 5])
-def test_from_the_threshold_on_the_cut_is_on_a_tile_near_the_middle(eighths):
+def test_many_tokens_are_cut_on_a_tile_near_the_middle(eighths):
     for length in range(WEAVE_MIN_TOKENS, 10000, 7):
-        first = first_half(length, 1, Options(), WEAVE_MIN_TOKENS, eighths)
+        first = first_of(length, 1, Options(), eighths)
         assert first % TILE == 0 and 0 <= length * eighths / 8 - first <= TILE
 
 
 def test_a_batch_is_cut_between_sequences():
-    assert first_half(5, 1000, Options(), WEAVE_MIN_TOKENS) == 2
+    assert first_of(5, 1000, Options()) == 2
 
 
 def test_an_explicit_split():
-    assert first_half(10, 1, Options(split=3), WEAVE_MIN_TOKENS) == 3
-    assert first_half(10, 4, Options(split=8), WEAVE_MIN_TOKENS) == 2
-    assert first_half(10, 1, Options(split=10), WEAVE_MIN_TOKENS) == "split=10 leaves nothing for the second half"
-    assert first_half(10, 4, Options(split=6), WEAVE_MIN_TOKENS) == "split=6 is not a multiple of the 4 tokens of a sequence"
+    assert first_of(10, 1, Options(split=3)) == 3
+    assert first_of(10, 4, Options(split=8)) == 2
+    assert first_of(10, 1, Options(split=10)) == "split=10 leaves nothing for the second half"
+    assert first_of(10, 4, Options(split=6)) == "split=6 is not a multiple of the 4 tokens of a sequence"
+
+
+def test_where_a_call_is_cut():
+    plan = Plan(1024, 0, 4)
+    assert place_of_cut([1, 2048], Options(), plan) == Place(1, "tiles")
+    assert place_of_cut([3, 1000], Options(), plan) == Place(0, "half")
+    assert place_of_cut([1, 100], Options(mode="weave"), plan) == Place(1, "half")
+    assert place_of_cut([2048], Options(split=512), plan) == Place(0, 512)
+    assert place_of_cut([1, 1023], Options(), plan) == "fewer than 1024 tokens"
+    assert place_of_cut([0], Options(), plan) == "fewer than 1024 tokens"
+    assert place_of_cut([1, 1], Options(mode="weave"), plan) == "one token cannot be split"
+    assert place_of_cut([4096], Options(), Plan(None)) == "it was not faster in a rehearsal on this machine"
+    assert place_of_cut([4096], Options(mode="fuse"), plan) == "mode is fuse"
