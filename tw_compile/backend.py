@@ -10,6 +10,7 @@ from .compat import (
     compile_fx,
     compile_fx_inner,
     enter_inference_mode,
+    fake_tensor_prop,
     functorch_config,
     guard_scalar,
     is_traceable_wrapper_subclass,
@@ -52,7 +53,9 @@ def compile_graph(gm, inputs, *, mode=None, options=None, forms=Forms, inner_com
         if not kwargs.get("is_inference"):
             say_once(_NEEDS_GRADIENTS)
             return compile_fx_inner(gm, inputs, **kwargs)
-        regions.inline(gm)
+        if regions.inline(gm):
+            with torch.no_grad():
+                fake_tensor_prop(gm, inputs)
         return compile_forms(gm, inputs, ours, inner_compile or _inductor, kwargs, forms)
 
     # What Inductor caches is the graph that the passes have made, by its content. AOTAutograd would cache what comes of the graph

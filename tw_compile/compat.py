@@ -138,6 +138,7 @@ compile_fx = _name("torch._inductor.compile_fx.compile_fx")
 compile_fx_inner = _name("torch._inductor.compile_fx.compile_fx_inner")
 # From 2.12 on.
 CustomInferenceAwareGraphPass = _name("torch._inductor.custom_graph_pass.CustomInferenceAwareGraphPass", missing=[])
+fake_tensor_prop = _name("torch._inductor.compile_fx.fake_tensor_prop")
 reorder_for_locality = _name("torch._inductor.fx_passes.post_grad.reorder_for_locality")
 view_to_reshape = _name("torch._inductor.fx_passes.post_grad.view_to_reshape")
 BoxedBool = _name("torch._inductor.utils.BoxedBool")

@@ -17,8 +17,9 @@ _CALL = invoke_subgraph
 _WRITING_CALL = auto_functionalized
 
 
-def inline(gm: GraphModule) -> None:
-    """In place, on a graph as Dynamo or AOTAutograd gives it.
+def inline(gm: GraphModule) -> bool:
+    """In place, on a graph as Dynamo or AOTAutograd gives it. Returns whether anything was put in its place: its nodes then have the
+    fake values of the region, which are the same at every place.
 
     Two kinds of region stay calls: those that write to a part of a tensor, a view, and those with sizes that depend on data, which
     would get the same symbol at every place.
@@ -27,6 +28,7 @@ def inline(gm: GraphModule) -> None:
     if any(inlined):
         gm.delete_all_unused_submodules()
         gm.recompile()
+    return any(inlined)
 
 
 def _taken(call: Node) -> tuple[Node, list, list[int]] | None:
