@@ -318,8 +318,8 @@ def test_ranks_that_run_different_things_are_told_so(ranks):
     """Where one of them has to measure first, and the other has not."""
     for message in ranks(of_another_hidden_size):
         assert "do different things" in message and "null" not in message
-        assert "rank 0: for up to 64 tokens of torch.bfloat16 [64]" in message
-        assert "rank 1: for up to 64 tokens of torch.bfloat16 [128]" in message
+        assert "rank 0 is at the making of a workspace for up to 64 tokens of torch.bfloat16 [64]" in message
+        assert "rank 1 is at the making of a workspace for up to 64 tokens of torch.bfloat16 [128]" in message
 
 
 class Lost(Sites):
