@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 8 benchmarks/beside.py
 
 The GEMM is the first of the MLP of a Llama 70B over so many ranks. It runs alone, and while kernels follow each other on a side
-stream; ``told`` is with cuBLASLt told how many SMs are left. Writes benchmarks/results/beside-tp*.json: one row for each number
+stream; ``carveout`` is with cuBLASLt's SM carveout set to that number. Writes benchmarks/results/beside-tp*.json: one row for each number
 of CTAs, with
 
-    tokens, ranks, ctas, gemm_us (alone), beside_us, told_us, slowdown (beside_us over gemm_us, less 1), told_slowdown,
+    tokens, ranks, ctas, gemm_us (alone), beside_us, carveout_us, slowdown (beside_us over gemm_us, less 1), carveout_slowdown,
     share (of the SMs that the CTAs take), comm_us (a kernel alone), comm_beside_us
 
 and the host's microseconds for a start and a wait, by the functions that a compiled graph calls, in ``host_us``; ``driver_us``
@@ -22,7 +22,8 @@ import result_file
 import torch
 import torch.distributed as dist
 
-from tw_compile.ops import direct, transport
+from tw_compile.ops import direct
+from tw_compile.transports import choose
 
 HIDDEN, INTERMEDIATE = 8192, 28672
 GEMMS, KERNELS, SAMPLES, SLOT = 8, 16, 9, 0
@@ -40,7 +41,7 @@ def main():
     dist.init_process_group("nccl", device_id=device)
     with torch.inference_mode():
         group = dist.group.WORLD.group_name
-        peer, _ = transport.choose("peer", group, device, timeout_s=30)
+        peer, _ = choose.choose("peer", group, device, timeout_s=30)
         rows = [measure(peer, device, args.tokens, ctas) for ctas in args.ctas]
         host_us, driver_us = times_of_host(peer, device, group)
     if dist.get_rank() == 0:
@@ -78,12 +79,12 @@ def measure(peer, device, tokens, ctas):
     beside_us, comm_beside_us = times(GEMMS, enough_kernels)[0], times(enough_gemms, KERNELS)[1]
     torch.backends.cuda.preferred_blas_library("cublaslt")
     torch._C._set_sm_carveout_experimental(ctas)
-    told_us = times(GEMMS, enough_kernels)[0]
+    carveout_us = times(GEMMS, enough_kernels)[0]
     torch._C._set_sm_carveout_experimental(None)
     torch.backends.cuda.preferred_blas_library("default")
     return {
         "tokens": tokens, "ranks": world, "ctas": ctas, "gemm_us": round(gemm_us, 1), "beside_us": round(beside_us, 1),
-        "told_us": round(told_us, 1), "slowdown": round(beside_us / gemm_us - 1, 4), "told_slowdown": round(told_us / gemm_us - 1, 4),
+        "carveout_us": round(carveout_us, 1), "slowdown": round(beside_us / gemm_us - 1, 4), "carveout_slowdown": round(carveout_us / gemm_us - 1, 4),
         "share": round(ctas / sms, 4), "comm_us": round(comm_us, 1), "comm_beside_us": round(comm_beside_us, 1),
     }  # fmt: skip
 

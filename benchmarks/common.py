@@ -15,17 +15,17 @@ import functools
 import gc
 import math
 
+import result_file
+import timing
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-import result_file
-import timing
 import variants
 from variants import llama
 
 import tw_compile
 from tw_compile import ops
-from tw_compile.ops import transport
+from tw_compile.transports import choose
 
 # Every side may compile for small and for large sizes, and all of them compile the same functions.
 torch._dynamo.config.recompile_limit = 64
@@ -89,9 +89,9 @@ class Side:
             return max(buffer.nbytes for buffer in variants.buffers.values())
         if self.mode not in ("fuse", "weave"):
             return 0
-        carrier, _ = transport.choose("auto", dist.group.WORLD.group_name, device)
+        transport, _ = choose.choose("auto", dist.group.WORLD.group_name, device)
         largest = dict.fromkeys((0, 1) if self.mode == "weave" else (ops.SLOT_WHOLE,), 0)
-        for (slot, *_), workspace in getattr(carrier, "_workspaces", {}).items():
+        for (slot, *_), workspace in getattr(transport, "_workspaces", {}).items():
             if slot in largest:
                 largest[slot] = max(largest[slot], workspace.bytes)
         return sum(largest.values())

@@ -25,9 +25,9 @@ import torch.distributed._symmetric_memory as symm_mem
 import wire
 from timing import times_of
 
-from tw_compile.ops.reference import add_norm
-from tw_compile.ops.symmetric import Symmetric
-from tw_compile.ops.tuning import LEAST_ROWS, Tuning, by_rule
+from tw_compile.site import add_norm
+from tw_compile.transports.symmetric.transport import Symmetric
+from tw_compile.transports.symmetric.tuning import LEAST_ROWS, Tuning, by_rule
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SLOT = 2

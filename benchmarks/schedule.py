@@ -1,12 +1,12 @@
-"""Ways to weave a layer: cuts, more than two pieces, attention that is not cut, numbers of CTAs, and GEMMs that are told of them or not.
+"""Ways to weave a layer: cuts, more than two pieces, attention that is not cut, numbers of CTAs, and GEMMs with an SM carveout for them or without.
 
     torchrun --nproc-per-node 8 benchmarks/schedule.py --model 70B --tokens 1024 2048 4096 8192
 
-Two layers' GEMMs, attention and sites alone, as a rehearsal runs them (tw_compile/rehearsal.py), but in CUDA graphs. Writes
+Two layers' GEMMs, attention and sites alone, as tuning runs them (tw_compile/autotune/schedule.py), but in CUDA graphs. Writes
 benchmarks/results/schedule-*.json: one row for each way, with
 
     model, tp, tokens, pieces (tokens of each), whole_attention (not cut, with the GEMMs in front of it), ctas (of a communication
-    kernel), told (cuBLASLt of the SMs that are left), ms, speedup (over the fused sites, not woven), vs_nocomm (over no
+    kernel), carveout (whether cuBLASLt leaves them so many SMs), ms, speedup (over the fused sites, not woven), vs_nocomm (over no
     all-reduces, not cut)
 """
 
@@ -20,8 +20,9 @@ import torch.distributed as dist
 import variants
 from variants import llama
 
-from tw_compile.ops import gemms, transport
-from tw_compile.rehearsal import Section, Stage
+from tw_compile.autotune.schedule import Section, Stage
+from tw_compile.transports import choose
+from tw_compile.transports.symmetric import gemms
 
 
 def main():
@@ -40,7 +41,7 @@ def main():
         for tokens in args.tokens:
             rows += measure(stage, args.model, tokens, args.ctas, args.samples, device)
             note = "GEMMs, attention and sites of two layers; medians of the slowest rank"
-            result_file.write(f"schedule-{args.model}-tp{ranks}", device, note, rows, transport=[stage.carrier.name])
+            result_file.write(f"schedule-{args.model}-tp{ranks}", device, note, rows, transport=[stage.transport.name])
     dist.destroy_process_group()
 
 
@@ -57,15 +58,15 @@ class Ways(Stage):
     """A stage that can also leave out the sites, or leave attention whole."""
 
     def __init__(self, section, device):
-        super().__init__(section, transport.choose("auto", dist.group.WORLD.group_name, device)[0], device)
+        super().__init__(section, choose.choose("auto", dist.group.WORLD.group_name, device)[0], device)
 
     def without_sites(self, tokens):
         norm = self.value(tokens, self.section.hidden)
         for phase in self.section.phases:
             self.compute(phase, norm, 0, tokens, 0)
 
-    def run_told(self, pieces, whole_attention, ctas, told):
-        gemms.MAX_CTAS = ctas if told else 0
+    def run_way(self, pieces, whole_attention, ctas, carveout):
+        gemms.MAX_CTAS = ctas if carveout else 0
         if whole_attention:
             self.run_with_whole_attention(pieces, ctas)
         else:
@@ -76,7 +77,7 @@ class Ways(Stage):
         tokens, slots = sum(pieces), range(len(pieces))
         for number, phase in enumerate(self.section.phases):
             # Each half's norm and residual, waited for when it is asked for.
-            halves = (self.carrier.wait(slot, True) if number else (self.value(pieces[slot], self.section.hidden), None) for slot in slots)
+            halves = (self.transport.wait(slot, True) if number else (self.value(pieces[slot], self.section.hidden), None) for slot in slots)
             whole = any(op[0] == "attention" for op in phase)
             if whole:
                 halves = list(halves)
@@ -84,12 +85,12 @@ class Ways(Stage):
                 parts = self.value(tokens, phase[-1][1]).split(pieces)
             for slot, (norm, residual) in enumerate(halves):
                 if whole:
-                    x = self.carrier.linear(parts[slot], self.weights[phase[-1][1:]], None, slot)
+                    x = self.transport.linear(parts[slot], self.weights[phase[-1][1:]], None, slot)
                 else:
                     x = self.compute(phase, norm, slot, tokens, sum(pieces[:slot]))
-                self.carrier.start(*self._site(x, residual), ctas, slot, number, True, True)
+                self.transport.start(*self._site(x, residual), ctas, slot, number, True, True)
         for slot in slots:
-            self.carrier.wait(slot, True)
+            self.transport.wait(slot, True)
 
 
 def measure(stage, model, tokens, ctas, samples, device):
@@ -98,9 +99,9 @@ def measure(stage, model, tokens, ctas, samples, device):
     cuts = [[tokens // 2] * 2, [3 * eighth, 5 * eighth], [5 * eighth, 3 * eighth], [third, third, tokens - 2 * third], [quarter] * 4]
     plain = (tokens,), False, 0, False
     kinds = [*((tuple(pieces), False) for pieces in cuts), (tuple(cuts[0]), True)]  # and whether attention is whole
-    keys = [plain, *((*kind, number, told) for kind in kinds for number in ctas for told in (False, True))]
+    keys = [plain, *((*kind, number, carveout) for kind in kinds for number in ctas for carveout in (False, True))]
     ways = {"no-comm": functools.partial(stage.without_sites, tokens)}
-    ways |= {(pieces, *way): functools.partial(stage.run_told, list(pieces), *way) for pieces, *way in keys}
+    ways |= {(pieces, *way): functools.partial(stage.run_way, list(pieces), *way) for pieces, *way in keys}
     for run in ways.values():
         run()
     torch.cuda.synchronize()
@@ -111,11 +112,11 @@ def measure(stage, model, tokens, ctas, samples, device):
     fused = times[plain]
     llama.say(f"{tokens} tokens: fused {fused * 1e3:.3f} ms, no-comm {fused / bound:.3f} ×")
     rows = []
-    for (pieces, whole_attention, number, told), seconds in times.items():
+    for (pieces, whole_attention, number, carveout), seconds in times.items():
         rows.append(
             {
                 "model": model, "tp": dist.get_world_size(), "tokens": tokens, "pieces": pieces,
-                "whole_attention": whole_attention, "ctas": number, "told": told,
+                "whole_attention": whole_attention, "ctas": number, "carveout": carveout,
                 "ms": round(seconds * 1e3, 4), "speedup": round(fused / seconds, 3), "vs_nocomm": round(bound / seconds, 3),
             }
         )  # fmt: skip

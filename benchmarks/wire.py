@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from timing import times_of
 
-from tw_compile.ops import nvrtc
+from tw_compile.transports.symmetric import nvrtc
 
 PART = 16 << 20  # bytes for each peer
 WAYS = ("registers", "cp.async", "bulk")

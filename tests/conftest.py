@@ -11,10 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tw_compile import backend, context, ops, report
-from ranks import Ranks
+from tw_compile import backend, context, report
+from tw_compile.transports import choose
 
 
 def pytest_configure(config):
@@ -40,7 +41,7 @@ def fresh():
     torch.manual_seed(0)
     report._reports.clear()
     report.say_once.cache_clear()
-    ops.transport.chosen.clear()
+    choose.chosen.clear()
     context._contexts.clear()
 
 

@@ -22,10 +22,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from tw_compile import backend, ops, passes
 from tw_compile.ops import lowering
 from tw_compile.options import Options
-from tw_compile.ops.reference import add_norm
-from tw_compile.passes.find import c10d
-from tw_compile.passes.graph_utils import subgraphs
+from tw_compile.passes.graph_utils import c10d, subgraphs
 from tw_compile.report import Report
+from tw_compile.site import add_norm
 
 RANKS = 2
 
@@ -196,16 +195,16 @@ class Rewritten:
     inputs: list
     report: Report
 
-    def outputs(self, implementation=None, shuffle=None):
+    def outputs(self, transport=None, shuffle=None):
         graph = self.after if shuffle is None else shuffled(self.after, shuffle)
-        return run(graph, self.inputs, implementation)
+        return run(graph, self.inputs, transport)
 
     def expected(self):
         return run(self.before, self.inputs)
 
-    def check(self, implementation=None, shuffle=None):
+    def check(self, transport=None, shuffle=None):
         """Assert that the graph computes what it did before. For float32: nothing but the order of sums may differ."""
-        torch.testing.assert_close(self.outputs(implementation, shuffle), self.expected(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(self.outputs(transport, shuffle), self.expected(), rtol=1e-4, atol=1e-4)
 
     def outlined(self) -> "Rewritten":
         """The same with one graph for layers that are alike, if there are any."""
@@ -221,7 +220,7 @@ def rewrite(function, *inputs, dynamic=False, symmetric=False, plan_of=lambda *_
     """Capture a function and run the passes on it. That every all-reduce is in the report is part of every test.
 
     symmetric: whether the passes may place values in a workspace, as over symmetric memory
-    plan_of:   what stands for rehearsals
+    plan_of:   what stands for the tuning of schedules
     by:        ``capture_with_inputs``, or ``trace_with_inputs``
     """
     before, arguments = by(function, *inputs, dynamic=dynamic)
@@ -244,12 +243,12 @@ def rewrite(function, *inputs, dynamic=False, symmetric=False, plan_of=lambda *_
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def run(graph: Graph, inputs, implementation=None, emulated=None):
+def run(graph: Graph, inputs, transport=None, emulated=None):
     """The outputs of a graph, as if every one of RANKS ranks held the same values.
 
     emulated: functions to call in place of ops that this machine does not have
     """
-    return _Run(graph, implementation or Plain(), emulated or {}).run(*inputs)
+    return _Run(graph, transport or Plain(), emulated or {}).run(*inputs)
 
 
 class Plain:
@@ -261,14 +260,14 @@ class Plain:
     def linear(self, a, b, bias, group, transport, slot):
         return a @ b if bias is None else a @ b + bias
 
-    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, wide, shard):
+    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, fp32_residual, sharded_residual):
         assert slot not in self.pending, "a slot's site is started before its last one was waited for"
         self.pending[slot] = x.dtype, add_norm(x * RANKS, residual, weight, bias, shift, eps, scale, offset, center)
         return x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, shift, after, group, transport, slot, wide, shard, borrow):
+    def wait(self, token, x, residual, weight, bias, shift, after, group, transport, slot, fp32_residual, sharded_residual, in_workspace):
         dtype, (norm, total) = self.pending.pop(slot)
-        return norm.to(dtype), total if wide else total.to(dtype)
+        return norm.to(dtype), total if fp32_residual else total.to(dtype)
 
     def fused(self, *site):
         group, transport, _, slot, _, *flags = site[9:]
@@ -277,17 +276,17 @@ class Plain:
 
 
 class _Run(Interpreter):
-    def __init__(self, graph, implementation, emulated):
+    def __init__(self, graph, transport, emulated):
         super().__init__(GraphModule(graph.owning_module, graph))
         self.replaced = {
             c10d.all_reduce.default: lambda x, *_: x * RANKS,
             c10d.wait_tensor.default: lambda x: x,
             c10d.all_gather_into_tensor.default: lambda x, ranks, _: torch.cat([x] * ranks),
-            ops.linear: implementation.linear,
-            ops.start: implementation.start,
-            ops.wait: implementation.wait,
-            ops.fused: implementation.fused,
-            lowering.layer: lambda gm, written, *operands: _Run(gm.graph, implementation, emulated).run(*operands),
+            ops.linear: transport.linear,
+            ops.start: transport.start,
+            ops.wait: transport.wait,
+            ops.fused: transport.fused,
+            lowering.layer: lambda gm, written, *operands: _Run(gm.graph, transport, emulated).run(*operands),
             **emulated,
         }
 

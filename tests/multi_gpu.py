@@ -26,11 +26,11 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 import tw_compile
-from tw_compile.ops import transport as transports
-from tw_compile.ops import tuning
-from tw_compile.ops.symmetric import Symmetric
-from tw_compile.ops.together import WorkspaceError
-from tw_compile.ops.tuning import LEAST_ROWS, Tuning
+from tw_compile.transports import choose
+from tw_compile.transports.symmetric import tuning
+from tw_compile.transports.symmetric.transport import Symmetric
+from tw_compile.transports.symmetric.tuning import LEAST_ROWS, Tuning
+from tw_compile.transports.together import WorkspaceError
 
 sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("examples", "benchmarks")]
 import llama  # noqa: E402
@@ -115,12 +115,12 @@ def try_model(model, path, name, batch, device):
 
     result = zoo.forward(path, batch, 64, dtype=torch.bfloat16, codegen=batch == 1, device=device)
     (report,) = result.reports
-    llama.say(f"models: {name}, batch {batch}: {report.mode}, {len(report.sites)} sites, {len(report.joins)} joins, "
+    llama.say(f"models: {name}, batch {batch}: {report.mode}, {len(report.sites)} sites, {len(report.joins)} unsplit ops, "
               f"error {result.error:.2e}, eager's {result.eager_error:.2e}")  # fmt: skip
     zoo.check_report(report, model, result.all_reduces)
     assert report.transport == "peer"
     # A token whose best experts are nearly equal may go to another one than in eager mode.
-    assert result.error <= (1.5 if model.joins else 1.1) * result.eager_error < 0.03
+    assert result.error <= (1.5 if model.unsplit else 1.1) * result.eager_error < 0.03
 
 
 def error(result, right):
@@ -139,7 +139,7 @@ def check_agreement(device):
         right = exact(ids)[0]
         errors = {}
         for name, run in runs.items():
-            run(ids)  # with whatever is rehearsed and tuned first
+            run(ids)  # with whatever is tuned first
             EVENTS.clear()
             hidden = run(ids)[0]
             errors[name] = error(hidden, right)
@@ -199,29 +199,29 @@ def check_stress(device, calls=1_000_000):
         for result, bits in zip(results, first):
             wrong.add_((result.view(torch.int64) != bits[begin : begin + len(result)].view(torch.int64)).any())
 
-    def fused(begin, rows, slot, ctas, borrow):
+    def fused(begin, rows, slot, ctas, in_workspace):
         delay()
-        compare(symmetric.fused(*site.arguments(begin, rows), ctas, slot, 0, False, False, borrow), begin)
+        compare(symmetric.fused(*site.arguments(begin, rows), ctas, slot, 0, False, False, in_workspace), begin)
 
-    def overlapped(begins, rows, ctas, borrow):
+    def overlapped(begins, rows, ctas, in_workspace):
         """Both slots, as a woven model has them."""
         for slot in (0, 1):
             delay()
             symmetric.start(*site.arguments(begins[slot], rows[slot]), ctas, slot, 0, False, False)
         for slot in (0, 1):
             delay()
-            compare(symmetric.wait(slot, borrow), begins[slot])
+            compare(symmetric.wait(slot, in_workspace), begins[slot])
 
     def capture(calls, sizes, grids):
         graph, captured = torch.cuda.CUDAGraph(), 0
         with torch.cuda.graph(graph):
             while captured < calls:
-                ctas, borrow = plan.choice(grids), plan.random() < 0.5
+                ctas, in_workspace = plan.choice(grids), plan.random() < 0.5
                 if plan.random() < 0.8:
-                    fused(*draw(sizes), plan.randrange(2), ctas, borrow)
+                    fused(*draw(sizes), plan.randrange(2), ctas, in_workspace)
                     captured += 1
                 else:
-                    overlapped(*zip(draw(sizes), draw(sizes)), ctas, borrow)
+                    overlapped(*zip(draw(sizes), draw(sizes)), ctas, in_workspace)
                     captured += 2
         return graph, captured
 
@@ -416,8 +416,8 @@ def check_transports(device):
             raise AssertionError("multimem was not refused")
 
 
-def told():
-    """What GEMMs are told, for the whole process."""
+def carveout():
+    """The BLAS library and the SM carveout of GEMMs, for the whole process."""
     return torch._C._get_blas_preferred_backend(), torch._C._get_sm_carveout_experimental()
 
 
@@ -476,7 +476,7 @@ THREADED_CALLS = 50
 
 def check_threads(device):
     """Two threads with one model, with two, and with two that have a group of their own, each on a stream of its own."""
-    before, groups = told(), [dist.group.WORLD, dist.group.WORLD, dist.new_group(range(dist.get_world_size()))]
+    before, groups = carveout(), [dist.group.WORLD, dist.group.WORLD, dist.new_group(range(dist.get_world_size()))]
     models = [build(device, size="8B", layers=2, group=group) for group in groups]
     for mode in ("fuse", "weave"):
         torch._dynamo.reset()
@@ -490,12 +490,12 @@ def check_threads(device):
             wrong, kind = wrong_of(done), {0: "one model", 1: "two models", 2: "two groups"}[which[1]]
             llama.say(f"threads: {mode}, {kind}: {wrong} wrong of {len(done)}")
             assert wrong == 0
-    assert told() == before
+    assert carveout() == before
 
 
 def check_state(device):
     """What a failed run leaves behind: nothing. And two groups woven into each other."""
-    site, before = Site(device), told()
+    site, before = Site(device), carveout()
     groups = [dist.group.WORLD.group_name, dist.new_group(range(dist.get_world_size())).group_name]
     one, other = (Symmetric(group, device, False, 60.0, tuning.by_rule(dist.get_world_size())) for group in groups)
     for symmetric in (one, other):
@@ -504,16 +504,16 @@ def check_state(device):
         with one.call(), other.call():
             one.start(*site.arguments(0, 512), 4, 0, 0, False, False)
             other.start(*site.arguments(100, 512), 8, 1, 0, False, False)
-            assert told()[1] == 4
+            assert carveout()[1] == 4
             raise KeyError
     except KeyError:
-        assert told() == before
+        assert carveout() == before
     for begin in (0, 200):
         one.start(*site.arguments(begin, 512), 4, 0, 1, False, False)
         other.start(*site.arguments(begin + 300, 512), 8, 0, 1, False, False)
-        assert site.is_right(one.wait(0, True), begin) and told() != before
+        assert site.is_right(one.wait(0, True), begin) and carveout() != before
         assert site.is_right(other.wait(0, True), begin + 300)
-        assert told() == before
+        assert carveout() == before
     dist.barrier()
     llama.say("state: nothing is left behind by an exception, nor by two groups")
 
@@ -521,17 +521,17 @@ def check_state(device):
 def check_empty(device):
     """No tokens, on every transport; compiled, and by hand."""
     model, config = build(device, size="8B", layers=2)
-    for transport in ("peer", "process_group"):
+    for name in ("peer", "process_group"):
         torch._dynamo.reset()
-        run = compiled(model, **{"tokenweave.transport": transport})
+        run = compiled(model, **{"tokenweave.transport": name})
         hidden = run(inputs(config, device, 64))[0]
         assert run(inputs(config, device, 0))[0].shape == (1, 0, hidden.shape[-1])
         assert torch.equal(run(inputs(config, device, 64))[0], hidden)
-        implementation, _ = transports.choose(transport, dist.group.WORLD.group_name, device)
+        transport, _ = choose.choose(name, dist.group.WORLD.group_name, device)
         x, site = hidden[0, :0], (None, None, None, None, 1e-5, 1.0, 0.0, False)
-        for wide in (False, True):
-            implementation.start(x, *site, 8, 0, 0, wide, wide)
-            pairs = implementation.wait(0, True), implementation.fused(x, *site, 0, 2, 0, wide, wide, False)
+        for fp32_residual in (False, True):
+            transport.start(x, *site, 8, 0, 0, fp32_residual, fp32_residual)
+            pairs = transport.wait(0, True), transport.fused(x, *site, 0, 2, 0, fp32_residual, fp32_residual, False)
             assert all(t.shape == x.shape for pair in pairs for t in pair)
     torch.cuda.synchronize()
     llama.say("empty: no tokens are none, on all transports")
@@ -549,39 +549,39 @@ def check_together(device):
         with mock.patch.object(owner, name, raises) if rank == 1 else contextlib.nullcontext():
             return do()
 
-    def choose(requested):
-        transports.chosen.clear()
-        return transports.choose(requested, group, device)
+    def settle(requested):
+        choose.chosen.clear()
+        return choose.choose(requested, group, device)
 
     for owner, name in ((Symmetric, "_kernel"), (symm_mem, "empty"), (Symmetric, "__init__")):
-        implementation, why_not = on_rank_1(owner, name, lambda: choose("auto"))
-        assert implementation.name == "process_group" and "made to fail" in why_not and "on rank 1" in why_not, why_not
+        transport, why_not = on_rank_1(owner, name, lambda: settle("auto"))
+        assert transport.name == "process_group" and "made to fail" in why_not and "on rank 1" in why_not, why_not
     begin = time.perf_counter()
-    implementation, why_not = choose("auto")
-    llama.say(f"together: {implementation.name} after a self-test and a comparison of {time.perf_counter() - begin:.1f} s; {why_not}")
-    assert implementation.name == "peer"
+    transport, why_not = settle("auto")
+    llama.say(f"together: {transport.name} after a self-test and a comparison of {time.perf_counter() - begin:.1f} s; {why_not}")
+    assert transport.name == "peer"
     torch.cuda.synchronize()
-    free, held = torch.cuda.mem_get_info()[0], implementation.workspace_bytes()
+    free, held = torch.cuda.mem_get_info()[0], transport.workspace_bytes()
     for owner, name in ((symm_mem, "empty"), (Symmetric, "_kernel")):
         try:
-            on_rank_1(owner, name, lambda: implementation.prepare(calls))
+            on_rank_1(owner, name, lambda: transport.prepare(calls))
         except WorkspaceError as error:
             assert "failed on rank 1" in str(error) and "made to fail" in str(error), error
         else:
             raise AssertionError("it was made")
-        assert implementation.workspace_bytes() == held
+        assert transport.workspace_bytes() == held
     assert torch.cuda.mem_get_info()[0] >= free - (64 << 20), "memory is not given back"
-    implementation.prepare(calls)
-    assert tw_compile.ops.transport.workspace_bytes() == {device: implementation.workspace_bytes()} and implementation.workspace_bytes() > held
+    transport.prepare(calls)
+    assert choose.workspace_bytes() == {device: transport.workspace_bytes()} and transport.workspace_bytes() > held
     site = Site(device)
-    assert site.is_right(implementation.fused(*site.arguments(0, 512), 0, 0, 0, False, False, False), 0)
-    transports.chosen.clear()
+    assert site.is_right(transport.fused(*site.arguments(0, 512), 0, 0, 0, False, False, False), 0)
+    choose.chosen.clear()
     dist.barrier()
     llama.say("together: all ranks, or none")
 
 
 def check_models(device):
-    """Hugging Face models by their own plan, with CUDA's attention kernels: sites, joins and error as on CPU ranks."""
+    """Hugging Face models by their own plan, with CUDA's attention kernels: sites, unsplit ops and error as on CPU ranks."""
     import zoo
 
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from multi_gpu import Site
 
-from tw_compile.ops.symmetric import Symmetric
-from tw_compile.ops.tuning import by_rule
+from tw_compile.transports.symmetric.transport import Symmetric
+from tw_compile.transports.symmetric.tuning import by_rule
 
 TIMEOUT_S, LATE_S, SLACK_S, PATIENCE_S = 4.0, 2.0, 5.0, 120.0
 CALLS, FAILS_AT = 8, 5

@@ -1,4 +1,4 @@
-/* The protocol of the kernels, for spin: csrc/sync.cuh, two_shot.cuh, one_shot.cuh, and the calls of ops/symmetric.py around
+/* The protocol of the kernels, for spin: csrc/sync.cuh, two_shot.cuh, one_shot.cuh, and the calls of transports/symmetric/transport.py around
  * them. The names are theirs. tests/test_protocol.py runs it, whole and with mistakes put in: the macros after #ifdef.
  *
  * All ranks make the same CALLS calls in one workspace. A call is a GEMM that writes the partial sums, the kernel's CTAs, and

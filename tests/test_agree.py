@@ -8,7 +8,7 @@ from sites import H, all_reduce
 
 import tw_compile
 from tw_compile import TokenWeaveError, backend, context
-from tw_compile.ops import agree, transport
+from tw_compile.transports import agree, choose
 
 
 def say(*messages):
@@ -39,7 +39,7 @@ def of_another_version():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agree, "version", lambda: f"version {dist.get_rank()}")
         try:
-            transport._agree(dist.group.WORLD.group_name, ["peer"], {})
+            choose._agree(dist.group.WORLD.group_name, ["peer"], {})
         except TokenWeaveError as error:
             return str(error)
 

@@ -30,13 +30,13 @@ def block(x, residual, weight, *inputs, attend):
     return hf_norm(residual + all_reduce(out), weight)
 
 
-def split(attend, *inputs, batch=1, tokens=6, joins=(), dynamic=False, **options) -> Rewritten:
-    """Weave it, and assert that the results are right and which ops were joined."""
+def split(attend, *inputs, batch=1, tokens=6, unsplit=(), dynamic=False, **options) -> Rewritten:
+    """Weave it, and assert that the results are right and which ops are not split."""
     shape = (batch, tokens, H)
     arguments = values(*shape), values(*shape), values(H), *inputs
     new = rewrite(functools.partial(block, attend=attend), *arguments, mode="weave", dynamic=dynamic, **options)
     assert new.report.mode == "weave"
-    assert [join.op for join in new.report.joins] == list(joins)
+    assert [each.op for each in new.report.joins] == list(unsplit)
     new.check()
     return new
 
@@ -90,7 +90,7 @@ def test_keys_from_elsewhere(batch):
 
 def test_causal_over_keys_that_are_not_cut_is_done_whole():
     shape = (1, HEADS, 6, D)
-    split(lambda q, k, v, key, val: SDPA(q, key, val, is_causal=True), values(*shape), values(*shape), joins=[str(CPU)])
+    split(lambda q, k, v, key, val: SDPA(q, key, val, is_causal=True), values(*shape), values(*shape), unsplit=[str(CPU)])
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
@@ -103,7 +103,7 @@ def test_two_queries_for_each_token(masked):
         out = SDPA(q, k[:, :2], v[:, :2], attn_mask=mask if masked else None, is_causal=not masked)
         return out.transpose(1, 2).reshape(1, 6, HEADS, D).transpose(1, 2)
 
-    split(attend, joins=[] if masked else [str(CPU)])
+    split(attend, unsplit=[] if masked else [str(CPU)])
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

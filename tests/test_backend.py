@@ -15,7 +15,7 @@ from test_split import mlp, mlp_inputs
 
 import tw_compile
 from tw_compile import backend, ops
-from tw_compile.passes.find import c10d
+from tw_compile.passes.graph_utils import c10d
 
 
 def compiled(function, **kwargs):

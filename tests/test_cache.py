@@ -30,13 +30,13 @@ def block(x, residual, weight, *inputs, attend):
     return hf_norm(residual + all_reduce(out.transpose(1, 2).reshape(batch, tokens, H)), weight), *caches
 
 
-def cut(attend, *inputs, batch=1, tokens=6, joins=0, dynamic=False, **options):
-    """Weave it, and assert that the results are right, the caches included, and how many writes were joined."""
+def cut(attend, *inputs, batch=1, tokens=6, unsplit=0, dynamic=False, **options):
+    """Weave it, and assert that the results are right, the caches included, and how many writes are not split."""
     shape = (batch, tokens, H)
     arguments = values(*shape), values(*shape), values(H), *inputs
     new = rewrite(functools.partial(block, attend=attend), *arguments, mode="weave", dynamic=dynamic, **options)
-    assert new.report.mode == "weave" and len(new.report.joins) == joins
-    assert all("no mask is known to hide" in join.reason for join in new.report.joins)
+    assert new.report.mode == "weave" and len(new.report.joins) == unsplit
+    assert all("no mask is known to hide" in each.reason for each in new.report.joins)
     new.check()
     return new
 
@@ -109,7 +109,7 @@ NOT_HIDDEN = {
 @pytest.mark.parametrize("mask", NOT_HIDDEN)
 def test_a_mask_that_shows_later_rows(mask):
     """The first half reads what the second half writes, not what was there before."""
-    new = cut(functools.partial(static, allowed=NOT_HIDDEN[mask]), *caches(), torch.tensor(2), joins=2)
+    new = cut(functools.partial(static, allowed=NOT_HIDDEN[mask]), *caches(), torch.tensor(2), unsplit=2)
     assert keys_of_first_half(new).meta["half"] == 1
 
 
@@ -117,14 +117,14 @@ def test_no_mask():
     def attend(q, k, v, keys, vals, at):
         return (SDPA(q, keys.index_copy(2, at, k), vals.index_copy(2, at, v)),)
 
-    cut(attend, *caches(), torch.arange(6) + 2, joins=2)
+    cut(attend, *caches(), torch.arange(6) + 2, unsplit=2)
 
 
 def test_a_mask_from_elsewhere():
     def attend(q, k, v, keys, vals, at, mask):
         return (SDPA(q, keys.index_copy(2, at, k), vals.index_copy(2, at, v), attn_mask=mask),)
 
-    cut(attend, *caches(), torch.arange(6) + 2, torch.rand(1, 1, 6, ROWS) > 0.3, joins=2)
+    cut(attend, *caches(), torch.arange(6) + 2, torch.rand(1, 1, 6, ROWS) > 0.3, unsplit=2)
     cut(attend, *caches(4), torch.arange(6) + 2, torch.rand(4, 1, 6, ROWS) > 0.3, batch=4)
 
 
@@ -136,7 +136,7 @@ def test_positions_in_any_order():
         return (SDPA(q, keys.index_copy(2, at, k), vals.index_copy(2, at, v), attn_mask=mask),)
 
     at = torch.tensor([5, 4, 3, 2, 1, 0])
-    cut(attend, *caches(), at, joins=2)
+    cut(attend, *caches(), at, unsplit=2)
     cut(attend, *caches(3), at, batch=3)
 
 
@@ -148,7 +148,7 @@ def test_a_mask_that_begins_elsewhere():
         at = torch.arange(6) + start
         return (SDPA(q, keys.index_copy(2, at, k), vals.index_copy(2, at, v), attn_mask=mask),)
 
-    cut(attend, *caches(), torch.tensor(0), torch.tensor(4), joins=2)
+    cut(attend, *caches(), torch.tensor(0), torch.tensor(4), unsplit=2)
 
 
 def test_values_at_other_positions_than_keys():
@@ -157,7 +157,7 @@ def test_values_at_other_positions_than_keys():
         mask = torch.arange(ROWS)[None, :] <= at[:, None]
         return (SDPA(q, keys.index_copy(2, at, k), vals.index_copy(2, torch.arange(6), v), attn_mask=mask),)
 
-    cut(attend, *caches(), torch.tensor(2), joins=2)
+    cut(attend, *caches(), torch.tensor(2), unsplit=2)
 
 
 def test_a_cache_that_is_read_by_another_op_too():
@@ -165,7 +165,7 @@ def test_a_cache_that_is_read_by_another_op_too():
         out, keys, vals = static(q, k, v, keys, vals, start, in_place=False)
         return out + keys.mean(2, keepdim=True), keys, vals
 
-    cut(attend, *caches(), torch.tensor(2), joins=1)
+    cut(attend, *caches(), torch.tensor(2), unsplit=1)
     cut(attend, *caches(2), torch.tensor(2), batch=2)
 
 
@@ -209,7 +209,7 @@ def test_a_dynamic_cache(batch, dynamic):
 
 @pytest.mark.parametrize("mask", NOT_HIDDEN)
 def test_a_mask_that_shows_later_keys(mask):
-    new = cut(functools.partial(appended, allowed=NOT_HIDDEN[mask]), *past(), joins=2)
+    new = cut(functools.partial(appended, allowed=NOT_HIDDEN[mask]), *past(), unsplit=2)
     assert keys_of_first_half(new).meta["val"].shape[2] == PAST + 6
 
 
@@ -223,7 +223,7 @@ def test_tokens_in_front_of_others_are_not_a_cache():
         return SDPA(q, torch.cat((k, keys), 2), torch.cat((v, vals), 2)), keys
 
     new = rewrite(functools.partial(block, attend=attend), values(1, 6, H), values(1, 6, H), values(H), *past(), mode="weave")
-    assert [join.op for join in new.report.joins] == ["aten.cat.default"] * 2
+    assert [each.op for each in new.report.joins] == ["aten.cat.default"] * 2
     new.check()
 
 
@@ -235,8 +235,8 @@ class Snapshot(expecttest.TestCase):
         shape = (batch, 4, H)
         graph = capture(functools.partial(block, attend=attend), values(*shape), values(*shape), values(H), *inputs)
         sites = passes.fuse(graph, passes.find(graph), "auto", 0)
-        graph, _, joins, _ = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
-        assert not joins
+        graph, _, unsplit, _ = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
+        assert not unsplit
         graph.eliminate_dead_code()
         lines = text(graph, names).splitlines()
         kept = ("index_put", "flash", "copy_", "iota", "return", "cat")

@@ -78,9 +78,9 @@ def shifting(tokens=8):
     return new.report
 
 
-def test_an_op_without_a_rule_is_joined():
-    (join,) = shifting().joins
-    assert (join.op, join.reason) == ("tests_extending.shift.default", "no token-axis rule for this op")
+def test_an_op_without_a_rule_is_not_split():
+    (unsplit,) = shifting().joins
+    assert (unsplit.op, unsplit.reason) == ("tests_extending.shift.default", "no token-axis rule for this op")
 
 
 def test_an_op_with_a_rule_stays_cut():

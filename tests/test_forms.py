@@ -17,7 +17,7 @@ aten = torch.ops.aten
 HEADS = 4
 
 
-def check(layer, *inputs, batch=1, tokens=8, sites=3, joins=(), dynamic=False):
+def check(layer, *inputs, batch=1, tokens=8, sites=3, unsplit=(), dynamic=False):
     """layer(x, weight, *inputs) -> x, twice, then a norm; without a woven half or with one left whole the test fails."""
 
     def block(x, weight, *inputs):
@@ -28,7 +28,7 @@ def check(layer, *inputs, batch=1, tokens=8, sites=3, joins=(), dynamic=False):
 
     new = rewrite(block, values(batch, tokens, H), values(H), *inputs, mode="weave", dynamic=dynamic, symmetric=True)
     assert len(new.report.sites) == sites and all(site.woven for site in new.report.sites)
-    assert [join.op for join in new.report.joins] == list(joins)
+    assert [each.op for each in new.report.joins] == list(unsplit)
     new.check(Workspace())
     return new
 
@@ -160,4 +160,4 @@ def test_flex_attention_is_done_whole():
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 8, 8, device="cpu")
         return flex_attention(q, k, v, block_mask=mask)
 
-    check(attention(attend), joins=["flex_attention"] * 2)
+    check(attention(attend), unsplit=["flex_attention"] * 2)

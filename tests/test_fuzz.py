@@ -19,7 +19,7 @@ from workspace import Workspace
 
 from tw_compile import TokenWeaveError
 from tw_compile.ops import lowering
-from tw_compile.passes.find import c10d
+from tw_compile.passes.graph_utils import c10d
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402

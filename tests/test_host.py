@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tw_compile.ops import gemms, host, symmetric
-from tw_compile.ops.symmetric import Arguments, Symmetric
-from tw_compile.ops.together import WorkspaceError
-from tw_compile.ops.tuning import by_rule
+from tw_compile.transports.symmetric import gemms, host
+from tw_compile.transports.symmetric import transport as symmetric
+from tw_compile.transports.symmetric.transport import Arguments, Symmetric
+from tw_compile.transports.symmetric.tuning import by_rule
+from tw_compile.transports.together import WorkspaceError
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -181,7 +182,7 @@ def symmetric_sites(driver, world, monkeypatch):
     driver.captures[:] = [0] * 64
     driver.fail("")
     with sites.call():
-        pass  # forgets what is still under way, which GEMMs of this process are told of
+        pass  # forgets what is still under way, for which GEMMs of this process have an SM carveout
 
 
 def packed(sites, x):
@@ -211,7 +212,7 @@ def test_a_start_and_a_wait(symmetric_sites, driver):
     assert packed(symmetric_sites, x).rows == 64 and packed(symmetric_sites, x).site == 7
 
 
-def test_gemms_are_told_while_kernels_may_run_beside_them(symmetric_sites, monkeypatch):
+def test_gemms_have_a_carveout_while_kernels_may_run_beside_them(symmetric_sites, monkeypatch):
     log, x = [], torch.randn(64, H)
     monkeypatch.setattr(symmetric.gemms, "leave_out", lambda ctas: log.append(ctas) or True)
     monkeypatch.setattr(symmetric.gemms, "as_before", lambda: log.append("before"))
@@ -387,10 +388,10 @@ def test_threads_take_turns_by_whole_calls(symmetric_sites):
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """What GEMMs are told, in place of PyTorch."""
+def blas(monkeypatch):
+    """The SM carveout of GEMMs, in place of PyTorch's."""
     state = {"backend": "cublas", "carveout": None}
-    monkeypatch.setattr(gemms, "_CAN_BE_TOLD", True)
+    monkeypatch.setattr(gemms, "_HAS_CARVEOUT", True)
     for name, key in (("blas_preferred_backend", "backend"), ("sm_carveout", "carveout")):
         monkeypatch.setattr(gemms, f"get_{name}", lambda key=key: state[key])
         monkeypatch.setattr(gemms, f"set_{name}", lambda value, key=key: state.update({key: value}))
@@ -399,50 +400,50 @@ def told(monkeypatch):
     assert state == {"backend": "cublas", "carveout": None} and gemms._askers == 0
 
 
-def test_an_exception_between_start_and_wait_leaves_nothing_behind(symmetric_sites, driver, told):
+def test_an_exception_between_start_and_wait_leaves_nothing_behind(symmetric_sites, driver, blas):
     x = torch.zeros(64, H)
     for error in (ValueError, KeyboardInterrupt):
         with pytest.raises(error), symmetric_sites.call():
             symmetric_sites.start(x, None, *site(), 4, 0, 0, False, False)
             symmetric_sites.start(x, None, *site(), 4, 1, 0, False, False)
-            assert told == {"backend": "cublaslt", "carveout": 4}
+            assert blas == {"backend": "cublaslt", "carveout": 4}
             driver.noted()
             raise error
         dones = [symmetric_sites._events[slot][1] for slot in range(2)]
         assert driver.noted() == [("wait", CURRENT, done, 0, 0) for done in dones], "the kernels may still read their inputs"
-        assert told["carveout"] is None and not symmetric_sites._pending
+        assert blas["carveout"] is None and not symmetric_sites._pending
     with pytest.raises(RuntimeError, match="nothing was started"):
         symmetric_sites.wait(0, True)
     begin_and_end(symmetric_sites)
 
 
-def test_two_groups_woven_in_one_graph(symmetric_sites, world, told):
+def test_two_groups_woven_in_one_graph(symmetric_sites, world, blas):
     other, x = Symmetric(world.group_name, torch.device("cuda", 0), multicast=False), torch.zeros(64, H)
     for first, last in itertools.product((symmetric_sites, other), repeat=2):
         for sites, ctas in ((symmetric_sites, 4), (other, 8)):
             sites.start(x, None, *site(), ctas, SLOT, 0, False, False)
-            assert told == {"backend": "cublaslt", "carveout": 4}
+            assert blas == {"backend": "cublaslt", "carveout": 4}
         for sites in (first, other if first is symmetric_sites else symmetric_sites):
-            assert told["carveout"] == 4
+            assert blas["carveout"] == 4
             sites.wait(SLOT, True)
-        assert told["carveout"] is None
+        assert blas["carveout"] is None
 
 
-def test_a_kernel_that_leaves_no_sms_to_others_tells_nothing(symmetric_sites, told):
+def test_a_kernel_that_leaves_no_sms_to_others_sets_no_carveout(symmetric_sites, blas):
     symmetric_sites.start(torch.zeros(64, H), None, *site(), 16, 0, 0, False, False)
-    assert told["carveout"] is None
+    assert blas["carveout"] is None
     symmetric_sites.start(torch.zeros(64, H), None, *site(), 4, 1, 0, False, False)
-    assert told["carveout"] == 4
+    assert blas["carveout"] == 4
     symmetric_sites.wait(1, True), symmetric_sites.wait(0, True)
 
 
 @pytest.mark.parametrize("name", ("record", "wait", "launch"))
-def test_a_start_that_fails_leaves_nothing_behind(symmetric_sites, driver, told, name):
+def test_a_start_that_fails_leaves_nothing_behind(symmetric_sites, driver, blas, name):
     begin_and_end(symmetric_sites)
     driver.fail(name)
     with pytest.raises(RuntimeError, match="CUDA_ERROR_LAUNCH_FAILED"):
         symmetric_sites.start(torch.zeros(64, H), None, *site(), 4, SLOT, 0, False, False)
-    assert not symmetric_sites._pending and told["carveout"] is None
+    assert not symmetric_sites._pending and blas["carveout"] is None
 
 
 def test_shapes_are_forgotten_and_workspaces_are_not(symmetric_sites, monkeypatch):

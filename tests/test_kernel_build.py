@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tw_compile.ops import nvrtc, symmetric
-from tw_compile.ops.reference import all_reduce_add_norm
-from tw_compile.ops.symmetric import Arguments, Layout, own_rows
-from tw_compile.ops.tuning import by_rule
+from tw_compile.site import all_reduce_add_norm
+from tw_compile.transports.symmetric import nvrtc
+from tw_compile.transports.symmetric import transport as symmetric
+from tw_compile.transports.symmetric.transport import Arguments, Layout, own_rows
+from tw_compile.transports.symmetric.tuning import by_rule
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402

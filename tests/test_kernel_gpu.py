@@ -23,9 +23,10 @@ import torch
 import torch.distributed._symmetric_memory as symm_mem
 
 from tw_compile import files
-from tw_compile.ops import gemms, nvrtc, symmetric
-from tw_compile.ops.symmetric import Symmetric, own_rows
-from tw_compile.ops.tuning import by_rule
+from tw_compile.transports.symmetric import gemms, nvrtc
+from tw_compile.transports.symmetric import transport as symmetric
+from tw_compile.transports.symmetric.transport import Symmetric, own_rows
+from tw_compile.transports.symmetric.tuning import by_rule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,12 +109,12 @@ class Ranks:
         """
         caller, results = torch.cuda.current_stream(), []
         with self.stand_ins():
-            for rank, (implementation, stream) in enumerate(zip(self.ranks, self.streams)):
+            for rank, (transport, stream) in enumerate(zip(self.ranks, self.streams)):
                 self.here = rank
                 if begin:
                     stream.wait_stream(caller)
                 with torch.cuda.stream(stream):
-                    results.append(do(implementation, rank))
+                    results.append(do(transport, rank))
         if end:
             for stream in self.streams:
                 caller.wait_stream(stream)
@@ -126,23 +127,23 @@ class Ranks:
     def poison(self):
         """NaN over everything but the epochs."""
         torch.cuda.synchronize()
-        for implementation in self.ranks:
-            for workspace in implementation._workspaces.values():
+        for transport in self.ranks:
+            for workspace in transport._workspaces.values():
                 workspace.memory[: workspace.bytes - 4 * workspace.max_ctas].fill_(255)
 
-    def fused(self, x, residual, weight, bias, shard=False, borrow=False, ctas=CTAS, slot=2, **numerics):
+    def fused(self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=2, **numerics):
         """x: [W, T, H]; numerics: what ``site`` takes. Returns [(norm, residual)] of all ranks."""
         shift, *rest = site(**numerics)
         self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1])
         return self.each(
-            lambda s, rank: s.fused(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, shard, shard, borrow)
+            lambda s, rank: s.fused(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual, in_workspace)
         )
 
-    def overlapped(self, x, residual, weight, bias, shard=False, borrow=False, ctas=CTAS, slot=0, **numerics):
+    def overlapped(self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=0, **numerics):
         shift, *rest = site(**numerics)
         self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1])
-        self.each(lambda s, rank: s.start(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, shard, shard))
-        return self.each(lambda s, rank: s.wait(slot, borrow))
+        self.each(lambda s, rank: s.start(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual))
+        return self.each(lambda s, rank: s.wait(slot, in_workspace))
 
 
 @functools.cache
@@ -268,18 +269,18 @@ def check_numbers(dtype, hidden, world, center):
         options = dict(scale=(1.0, 0.25)[i // 2 % 2], offset=(0.0, 1.0)[i % 2], center=center)
         if center:
             options["shift"] = (d["shift"], d["shift"], d["float_shift"], None)[i % 4]
-        shard, borrow = i % 3 == 0, i % 2 == 0
+        sharded_residual, in_workspace = i % 3 == 0, i % 2 == 0
         x = d["x"][:, :rows]
         norm, r = expected(x, residual, weight, bias, **options)
         for run in (group.fused, group.overlapped):
             group.workspaces(dtype, hidden, rows, 2 if run == group.fused else 0, center)
             group.poison()
-            results = run(x, residual, weight, bias, **options, shard=shard, borrow=borrow)
+            results = run(x, residual, weight, bias, **options, sharded_residual=sharded_residual, in_workspace=in_workspace)
             assert_close(results[0][0], norm)
             for rank, (norm_of_rank, residual_of_rank) in enumerate(results):
                 assert_same(norm_of_rank, results[0][0])
-                assert_carried_or_whole(residual_of_rank, r, shard, rank, world, dtype.itemsize)
-                if not shard:
+                assert_carried_or_whole(residual_of_rank, r, sharded_residual, rank, world, dtype.itemsize)
+                if not sharded_residual:
                     assert_same(residual_of_rank, results[0][1])
 
 
@@ -430,12 +431,12 @@ def test_any_strides_and_alignment():
             assert batched[rank][0].shape == batched[rank][1].shape == (1, rows, hidden)
 
 
-@pytest.mark.parametrize("shard", (False, True), ids=("whole", "shard"))
-def test_no_tokens(shard):
+@pytest.mark.parametrize("sharded_residual", (False, True), ids=("whole", "sharded_residual"))
+def test_no_tokens(sharded_residual):
     group = ranks(2)
     x = torch.empty(2, 0, 8192, dtype=BF16, device="cuda")
-    for norm, residual in (*group.fused(x, None, None, None, shard), *group.overlapped(x, None, None, None, shard)):
-        assert norm.shape == residual.shape == (0, 8192) and residual.dtype == (FP32 if shard else BF16)
+    for norm, residual in (*group.fused(x, None, None, None, sharded_residual), *group.overlapped(x, None, None, None, sharded_residual)):
+        assert norm.shape == residual.shape == (0, 8192) and residual.dtype == (FP32 if sharded_residual else BF16)
     a, b = torch.empty(0, 64, dtype=BF16, device="cuda"), torch.empty(64, 8192, dtype=BF16, device="cuda")
     assert all(x.shape == (0, 8192) for x in group.each(lambda s, rank: s.linear(a, b, None, 0)))
 
@@ -464,12 +465,12 @@ def test_calls_from_two_streams(rows):
     # All GEMMs first without kernels that wait: what is loaded or allocated for them would wait for these.
     for stream, ctas in itertools.product(streams()[: 2 * world], (0, CTAS)):
         torch.cuda.synchronize()
-        told = ctas and gemms.leave_out(ctas)
+        carveout = ctas and gemms.leave_out(ctas)
         with torch.cuda.stream(stream):
             norm, out = a[0, 0] @ b, torch.empty(rows, hidden, dtype=BF16, device="cuda")
             torch.mm(norm @ c, b, out=out)
             [t.clone() for t in (norm, out)]
-        if told:
+        if carveout:
             gemms.as_before()
     torch.cuda.synchronize()
 
@@ -537,17 +538,17 @@ def test_an_exception_between_start_and_wait_leaves_nothing_behind():
     world, rows = 2, 40
     group, d = ranks(world), data(BF16, 8192, 2, rows)
     group.workspaces(BF16, 8192, rows, 0)
-    told = lambda: (torch._C._get_blas_preferred_backend(), torch._C._get_sm_carveout_experimental())  # noqa: E731
-    before, during = told(), []
+    carveout = lambda: (torch._C._get_blas_preferred_backend(), torch._C._get_sm_carveout_experimental())  # noqa: E731
+    before, during = carveout(), []
 
     def fail(s, rank):
         with contextlib.suppress(ZeroDivisionError), s.call():
             s.start(d["x"][rank], None, None, None, *site(), CTAS, 0, 0, False, False)
-            during.append(told())
+            during.append(carveout())
             1 / 0
 
     group.each(fail)
-    assert told() == before and all(now[1] == CTAS for now in during)
+    assert carveout() == before and all(now[1] == CTAS for now in during)
     results = group.overlapped(d["x"], d["residual"], d["weight"], None)
     assert_close(results[0][0], expected(d["x"], d["residual"], d["weight"], None)[0])
 
@@ -586,7 +587,7 @@ def test_what_it_refuses():
         ("shift is", dict(shift=torch.zeros(8192, dtype=FP16, device="cuda"), center=True)),
         ("only a LayerNorm has a shift", dict(shift=torch.zeros(8192, dtype=BF16, device="cuda"))),
         ("signal pad", dict(ctas=100_000)),
-        ("residual is", dict(residual=torch.zeros(40, 8192, device="cuda"), shard=True)),
+        ("residual is", dict(residual=torch.zeros(40, 8192, device="cuda"), sharded_residual=True)),
     ]:
         with pytest.raises(RuntimeError, match=match):
             group.fused(x, **{"residual": None, "weight": None, "bias": None, **change})

@@ -66,13 +66,13 @@ def test_dynamic_shapes(ranks, checkpoint):
 def check_generate(ranks, path, *arguments, **how):
     """A prompt is woven, decoding is fused, in at most three graphs and none of them broken; the ranks agree.
 
-    Writing to a cache joins nothing.
+    Writing to a cache leaves nothing unsplit.
     """
     results = ranks(functools.partial(zoo.generate, **how), path, *arguments)
     modes = [report.mode for report in results[0].reports]
     assert modes[0] == "weave" and set(modes[1:]) == {"fuse"} and len(modes) <= 3
     assert all(torch.equal(result.tokens, results[0].tokens) for result in results)
-    assert {join.op for join in results[0].reports[0].joins} <= set(zoo.BY_EXPERT)
+    assert {each.op for each in results[0].reports[0].joins} <= set(zoo.BY_EXPERT)
     return results[0]
 
 
@@ -97,8 +97,8 @@ def test_generate_in_bfloat16(ranks, checkpoint, cache):
     assert result.error <= 1.1 * result.eager_error < 0.03
 
 
-@pytest.mark.parametrize("cache, joined", [("dynamic", set()), ("static", {"aten.index_put.default"})])
-def test_a_prompt_in_chunks(ranks, checkpoint, cache, joined):
+@pytest.mark.parametrize("cache, unsplit", [("dynamic", set()), ("static", {"aten.index_put.default"})])
+def test_a_prompt_in_chunks(ranks, checkpoint, cache, unsplit):
     """One sequence, cut along its tokens: those before it are in the cache.
 
     A static cache has a length in each layer, as a tensor, and the mask goes by the first layer's alone.
@@ -106,5 +106,5 @@ def test_a_prompt_in_chunks(ranks, checkpoint, cache, joined):
     first, *others = ranks(zoo.chunks, checkpoint("Llama"), cache)
     assert first.difference < 2e-6
     assert {report.mode for report in first.reports} == {"weave"}
-    assert {join.op for report in first.reports for join in report.joins} <= joined
+    assert {each.op for report in first.reports for each in report.joins} <= unsplit
     assert all(other.reports == first.reports for other in others)

@@ -6,9 +6,9 @@ import torch.distributed as dist
 from sites import H, values
 
 from tw_compile import ops
-from tw_compile.ops import transport
-from tw_compile.ops.process_group import ProcessGroup
-from tw_compile.ops.reference import add_norm, all_reduce_add_norm
+from tw_compile.site import add_norm, all_reduce_add_norm
+from tw_compile.transports import choose
+from tw_compile.transports.process_group import ProcessGroup
 
 EPS = 1e-5
 
@@ -17,9 +17,9 @@ def site(x, residual=None, weight=None, bias=None, scale=1.0, offset=0.0, shift=
     return x, residual, weight, bias, shift, EPS, scale, offset, center
 
 
-def where(slot=0, wide=False):
-    """group, transport, ctas, slot, site, wide, shard"""
-    return dist.group.WORLD.group_name, "process_group", 0, slot, 0, wide, False
+def where(slot=0, fp32_residual=False):
+    """group, transport, ctas, slot, site, fp32_residual, sharded_residual"""
+    return dist.group.WORLD.group_name, "process_group", 0, slot, 0, fp32_residual, False
 
 
 SITES = {
@@ -34,7 +34,7 @@ SITES = {
     "no tokens": lambda d: site(values(0, H, dtype=d), values(0, H, dtype=d), values(H, dtype=d)),
 }
 every_site = pytest.mark.parametrize("inputs", SITES.values(), ids=SITES)
-either_residual = pytest.mark.parametrize("wide", [False, True], ids=["rounded", "wide"])
+either_residual = pytest.mark.parametrize("fp32_residual", [False, True], ids=["rounded", "fp32_residual"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
 
@@ -48,34 +48,34 @@ class Repeatable(dict):
 
 
 @pytest.fixture
-def implementation(world):
-    chosen, _ = transport.choose("process_group", world.group_name, torch.device("cpu"))
+def transport(world):
+    chosen, _ = choose.choose("process_group", world.group_name, torch.device("cpu"))
     chosen.pending = Repeatable()
     return chosen
 
 
 @every_site
 @either_residual
-def test_opcheck_fused(implementation, inputs, wide):
-    torch.library.opcheck(ops.fused, (*inputs(torch.bfloat16), *where(wide=wide), False))
+def test_opcheck_fused(transport, inputs, fp32_residual):
+    torch.library.opcheck(ops.fused, (*inputs(torch.bfloat16), *where(fp32_residual=fp32_residual), False))
 
 
 @every_site
-def test_opcheck_start(implementation, inputs):
+def test_opcheck_start(transport, inputs):
     torch.library.opcheck(ops.start, (*inputs(torch.bfloat16), *where()))
 
 
 @every_site
 @either_residual
-def test_opcheck_wait(implementation, inputs, wide):
+def test_opcheck_wait(transport, inputs, fp32_residual):
     given = inputs(torch.bfloat16)
-    token = ops.start(*given, *where(wide=wide))
-    group, name, _, slot, _, *flags = where(wide=wide)
+    token = ops.start(*given, *where(fp32_residual=fp32_residual))
+    group, name, _, slot, _, *flags = where(fp32_residual=fp32_residual)
     torch.library.opcheck(ops.wait, (token, *given[:5], None, group, name, slot, *flags, False))
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(5)], ids=["no bias", "bias"])
-def test_opcheck_linear(implementation, bias):
+def test_opcheck_linear(transport, bias):
     group, name, _, slot, *_ = where()
     torch.library.opcheck(ops.linear, (values(6, H), values(H, 5), bias, group, name, slot))
 
@@ -143,15 +143,15 @@ def test_the_reference_sums_in_rank_order():
 # --- the process group, on two ranks ---------------------------------------------------------------------------------
 
 
-def site_on_a_rank(name, dtype, wide):
+def site_on_a_rank(name, dtype, fp32_residual):
     """(fused, start and wait, what every rank contributed and the rest of the inputs)"""
     torch.manual_seed(3)
     x, *rest = SITES[name](dtype)
     x = x * (dist.get_rank() + 1)
     before = x.clone()
-    fused = ops.fused(x, *rest, *where(ops.SLOT_WHOLE, wide), False)
-    token = ops.start(x, *rest, *where(wide=wide))
-    group, transport_name, _, slot, _, *flags = where(wide=wide)
+    fused = ops.fused(x, *rest, *where(ops.SLOT_WHOLE, fp32_residual), False)
+    token = ops.start(x, *rest, *where(fp32_residual=fp32_residual))
+    group, transport_name, _, slot, _, *flags = where(fp32_residual=fp32_residual)
     waited = ops.wait(token, x, *rest[:4], None, group, transport_name, slot, *flags, False)
     assert torch.equal(x, before), "the inputs are left alone"
     return fused, waited, x, rest
@@ -160,13 +160,13 @@ def site_on_a_rank(name, dtype, wide):
 @every_dtype
 @either_residual
 @pytest.mark.parametrize("name", SITES)
-def test_a_site_over_the_process_group(ranks, name, wide, dtype):
-    results = ranks(site_on_a_rank, name, dtype, wide)
+def test_a_site_over_the_process_group(ranks, name, fp32_residual, dtype):
+    results = ranks(site_on_a_rank, name, dtype, fp32_residual)
     partials = [x for _, _, x, _ in results]
     rest = results[0][3]
     expected = all_reduce_add_norm(partials, *rest)
     for fused, waited, _, _ in results:
-        assert (fused[0].dtype, fused[1].dtype) == (dtype, torch.float32 if wide else dtype)
+        assert (fused[0].dtype, fused[1].dtype) == (dtype, torch.float32 if fp32_residual else dtype)
         for actual, again, right in zip(fused, waited, expected):
             assert torch.equal(actual, again), "start and wait give what fused gives"
             assert actual.is_contiguous()
@@ -203,11 +203,11 @@ def test_linear_is_the_gemm(world):
 
 
 def test_auto_on_the_cpu_is_the_process_group_and_says_why(world):
-    chosen, why_not = transport.choose("auto", world.group_name, torch.device("cpu"))
+    chosen, why_not = choose.choose("auto", world.group_name, torch.device("cpu"))
     assert isinstance(chosen, ProcessGroup)
     assert why_not.startswith("multimem: ") and "; peer: " in why_not
 
 
-def test_a_group_has_one_implementation(world):
-    first, _ = transport.choose("auto", world.group_name, torch.device("cpu"))
-    assert transport.choose("auto", world.group_name, torch.device("cpu"))[0] is first
+def test_a_group_has_one_transport(world):
+    first, _ = choose.choose("auto", world.group_name, torch.device("cpu"))
+    assert choose.choose("auto", world.group_name, torch.device("cpu"))[0] is first

@@ -16,7 +16,8 @@ from torch._inductor.virtualized import V
 import tw_compile
 from tw_compile import backend, ops, passes
 from tw_compile.options import Options
-from tw_compile.passes.find import c10d, collectives
+from tw_compile.passes.find import collectives
+from tw_compile.passes.graph_utils import c10d
 from tw_compile.passes.unshard import unshard
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -133,11 +134,11 @@ def test_collectives_that_are_kept_whole_and_what_was_done():
         sites = passes.fuse(graph, [m for m in passes.find(graph) if isinstance(m, passes.find.__globals__["Match"])], "auto", 0)
         cut = passes.choose_cut(sites, Options(mode="weave"))
         first, last = [n for n in collectives(graph) if n not in sites]
-        *_, joins, done = passes.split(graph, sites, cut)
-        assert (joins, done) == ([], {first: "cut", last: "whole"})
-        new, _, (join,), done = passes.split(graph, sites, cut, {first: "the other ranks do not cut it"})
+        *_, unsplit, done = passes.split(graph, sites, cut)
+        assert (unsplit, done) == ([], {first: "cut", last: "whole"})
+        new, _, (unsplit,), done = passes.split(graph, sites, cut, {first: "the other ranks do not cut it"})
     assert done == {first: "whole", last: "whole"} and order_of(new) == "S0 S1 R S0 S1 R"
-    assert (join.op, join.reason) == ("_c10d_functional.all_reduce.default", "the other ranks do not cut it")
+    assert (unsplit.op, unsplit.reason) == ("_c10d_functional.all_reduce.default", "the other ranks do not cut it")
 
 
 # --- in the code of Inductor -----------------------------------------------------------------------------------------

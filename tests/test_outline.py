@@ -5,24 +5,24 @@ import pytest
 import torch
 import torch._inductor.config
 from graphs import rewrite, run, shuffled, text, without_codegen
+from models import STYLES, VOCAB, parallel
+from sites import INNER, H, all_reduce, hf_norm, values
+from test_weave import Logging, designed
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from models import STYLES, VOCAB, parallel
-from sites import INNER, H, all_reduce, hf_norm, values
-from test_weave import Logging, designed
 from workspace import Workspace
 
 import tw_compile
 from tw_compile import backend, forms, ops, passes
 from tw_compile.ops import lowering
-from tw_compile.ops.symmetric import Symmetric
 from tw_compile.options import Options
 from tw_compile.passes import outline
 from tw_compile.passes.graph_utils import arguments, aten, prims
+from tw_compile.transports.symmetric.transport import Symmetric
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -71,7 +71,7 @@ class Snapshot(expecttest.TestCase):
         _, body = calls(outlined)
         names = "x residual " + " ".join(f"norm{i} up{i} down{i}" for i in range(4))
         self.assertExpectedInline(text(outlined.after, names), """\
-%0 = tokenweave.fused(x, residual, norm0, slot=2, wide=True, shard=True, borrow=True) : (f32[8, 16], f32[8, 16])
+%0 = tokenweave.fused(x, residual, norm0, slot=2, fp32_residual=True, sharded_residual=True, in_workspace=True) : (f32[8, 16], f32[8, 16])
 %1 = getitem(%0, 1) : f32[8, 16]
 %2 = getitem(%0, 0) : f32[8, 16]
 %3 = aten.mm(%2, up0) : f32[8, 24]
@@ -83,7 +83,7 @@ class Snapshot(expecttest.TestCase):
 %9 = layer(tokenweave_layer, [], %8, %7, norm2, up2, down2) : (f32[8, 16], f32[8, 16])
 %10 = getitem(%9, 0) : f32[8, 16]
 %11 = getitem(%9, 1) : f32[8, 16]
-%12 = tokenweave.fused(%11, %10, norm3, slot=2, borrow=True) : (f32[8, 16], f32[8, 16])
+%12 = tokenweave.fused(%11, %10, norm3, slot=2, in_workspace=True) : (f32[8, 16], f32[8, 16])
 %13 = getitem(%12, 1) : f32[8, 16]
 %14 = getitem(%12, 0) : f32[8, 16]
 %15 = aten.mm(%14, up3) : f32[8, 24]
@@ -93,7 +93,7 @@ class Snapshot(expecttest.TestCase):
 return %18
 """)
         self.assertExpectedInline(text(body.graph, "x residual norm up down"), """\
-%0 = tokenweave.fused(x, residual, norm, slot=2, wide=True, shard=True, borrow=True) : (f32[8, 16], f32[8, 16])
+%0 = tokenweave.fused(x, residual, norm, slot=2, fp32_residual=True, sharded_residual=True, in_workspace=True) : (f32[8, 16], f32[8, 16])
 %1 = getitem(%0, 1) : f32[8, 16]
 %2 = getitem(%0, 0) : f32[8, 16]
 %3 = aten.mm(%2, up) : f32[8, 24]
@@ -106,15 +106,15 @@ return %1, %5
         """It takes the number of tokens, of which the sizes of its halves are made, and what its first waits are for."""
         _, body = calls(rewrite(mlps(4), *mlps_inputs(4, 8), mode="weave", dynamic=True).outlined())
         self.assertExpectedInline(text(body.graph, "a b c d e f g h i j k l"), """\
-0 %0 = tokenweave.start(a, b, c, slot=0, wide=True) : f32[0]
-1 %1 = tokenweave.wait(d, e, f, g, after=%0, slot=1, wide=True) : (f32[s0 - ((s0//2)), 16], f32[s0 - ((s0//2)), 16])
+0 %0 = tokenweave.start(a, b, c, slot=0, fp32_residual=True) : f32[0]
+1 %1 = tokenweave.wait(d, e, f, g, after=%0, slot=1, fp32_residual=True) : (f32[s0 - ((s0//2)), 16], f32[s0 - ((s0//2)), 16])
 1 %2 = getitem(%1, 1) : f32[s0 - ((s0//2)), 16]
 1 %3 = getitem(%1, 0) : f32[s0 - ((s0//2)), 16]
 1 %4 = aten.mm(%3, h) : f32[s0 - ((s0//2)), 24]
 1 %5 = aten.relu(%4) : f32[s0 - ((s0//2)), 24]
 1 %6 = aten.mm(%5, i) : f32[s0 - ((s0//2)), 16]
-1 %7 = tokenweave.start(%6, %2, c, slot=1, wide=True) : f32[0]
-0 %8 = tokenweave.wait(%0, a, b, c, after=%7, slot=0, wide=True) : (f32[(s0//2), 16], f32[(s0//2), 16])
+1 %7 = tokenweave.start(%6, %2, c, slot=1, fp32_residual=True) : f32[0]
+0 %8 = tokenweave.wait(%0, a, b, c, after=%7, slot=0, fp32_residual=True) : (f32[(s0//2), 16], f32[(s0//2), 16])
 0 %9 = getitem(%8, 1) : f32[(s0//2), 16]
 0 %10 = getitem(%8, 0) : f32[(s0//2), 16]
 0 %11 = aten.mm(%10, j) : f32[(s0//2), 24]
@@ -227,12 +227,12 @@ def test_layers_round_for_themselves(mode, view):
 def test_sites_are_numbered_on():
     outlined, body = check(mlps(6), *mlps_inputs(6, 8), count=4)
     assert {arguments(node)["site"] for node in body.graph.nodes if node.target is ops.start} == {ops.NEXT_SITE}
-    counted, carrier = [], Symmetric.__new__(Symmetric)
-    carrier._sites = {}
+    counted, transport = [], Symmetric.__new__(Symmetric)
+    transport._sites = {}
 
     class Numbering(Logging):
         def start(self, x, *site):
-            counted.append((site[11], carrier._number(*site[11:13])))
+            counted.append((site[11], transport._number(*site[11:13])))
             return super().start(x, *site)
 
     outlined.outputs(Numbering())
@@ -284,9 +284,9 @@ def test_layers_that_write_to_inputs_of_their_own():
     writes = [sum(node.target is aten.copy_.default for node in graph.nodes) for graph in (body.graph, outlined.after)]
     assert len(taken) == 3 and writes == [1, 2]
 
-    def outcome(graph, implementation=None):
+    def outcome(graph, transport=None):
         inputs = [x.clone() for x in rewritten.inputs]
-        return run(graph, inputs, implementation), inputs
+        return run(graph, inputs, transport), inputs
 
     for order in range(5):
         got = outcome(shuffled(outlined.after, order), Workspace())

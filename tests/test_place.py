@@ -15,13 +15,13 @@ pytestmark = pytest.mark.usefixtures("world")
 
 MODES = pytest.mark.parametrize("mode", ["fuse", "weave"])
 
-def check(function, *inputs, mode="fuse", linear=None, borrow=None, shard=None, orders=20, **kwargs):
+def check(function, *inputs, mode="fuse", linear=None, in_workspace=None, sharded_residual=None, orders=20, **kwargs):
     """Assert that the results are right, and how many values live in the workspace where that is given."""
     placed = rewrite(function, *inputs, symmetric=True, mode=mode, **kwargs)
     for order in [None, *range(orders)]:
         workspace = Workspace()
         placed.check(workspace, shuffle=order)
-        expected = {"linear": linear, "borrow": borrow, "shard": shard}
+        expected = {"linear": linear, "in_workspace": in_workspace, "sharded_residual": sharded_residual}
         assert all(workspace.lent[name] == n for name, n in expected.items() if n is not None), workspace.lent
     return placed
 
@@ -41,13 +41,13 @@ def test_a_llama_copies_nothing_between_its_sites(style, batch, mode):
         norms -= 1  # the last one is joined before the head
         gemms -= not embedding  # what comes before the first site is not cut: its GEMM is sliced
     model, n = parallel(style, layers, dtype=torch.float32), halves(mode)
-    check(model, torch.randint(0, VOCAB, (batch, 12)), mode=mode, linear=gemms * n, borrow=norms * n, shard=sites * n, orders=3)
+    check(model, torch.randint(0, VOCAB, (batch, 12)), mode=mode, linear=gemms * n, in_workspace=norms * n, sharded_residual=sites * n, orders=3)
 
 
 def test_a_dynamic_llama_copies_nothing_either():
     check(
         parallel("functional", 1, dtype=torch.float32), torch.randint(0, VOCAB, (1, 12)),
-        mode="weave", dynamic=True, linear=4, borrow=4, shard=6, orders=3,
+        mode="weave", dynamic=True, linear=4, in_workspace=4, sharded_residual=6, orders=3,
     )  # fmt: skip
 
 
@@ -75,19 +75,19 @@ def chain(between, *inputs, ends=lambda norm, residual: norm, mode="fuse", **kwa
 @MODES
 def test_a_norm_that_only_gemms_read_is_borrowed(mode):
     up, down = values(H, INNER), values(INNER, H)
-    chain(lambda norm, _, up, down: (norm @ up).relu() @ down, up, down, mode=mode, borrow=halves(mode), linear=halves(mode))
+    chain(lambda norm, _, up, down: (norm @ up).relu() @ down, up, down, mode=mode, in_workspace=halves(mode), linear=halves(mode))
 
 
 @MODES
 def test_a_norm_whose_gemm_is_the_next_sites_is_not(mode):
     """The GEMM would read the memory that it writes."""
-    chain(lambda norm, _, w: norm @ w, values(H, H), mode=mode, borrow=0, linear=halves(mode))
+    chain(lambda norm, _, w: norm @ w, values(H, H), mode=mode, in_workspace=0, linear=halves(mode))
 
 
 @MODES
 def test_a_norm_that_something_else_reads_is_not(mode):
     up, down = values(H, INNER), values(INNER, H)
-    chain(lambda norm, _, up, down: (norm @ up).relu() @ down + norm, up, down, mode=mode, borrow=0)
+    chain(lambda norm, _, up, down: (norm @ up).relu() @ down + norm, up, down, mode=mode, in_workspace=0)
 
 
 @MODES
@@ -98,7 +98,7 @@ def test_a_norm_that_leaves_the_graph_is_not(mode):
         second = residual + all_reduce((norm @ up).relu() @ down)
         return norm, hf_norm(second, weight)
 
-    check(block, *mlp_inputs(8), mode=mode, borrow=0)
+    check(block, *mlp_inputs(8), mode=mode, in_workspace=0)
 
 
 @MODES
@@ -109,7 +109,7 @@ def test_a_norm_whose_reshape_leaves_the_graph_is_not(mode):
         second = residual + all_reduce(((norm @ up).relu() @ down).view(1, 8, H))
         return norm, hf_norm(second, weight)
 
-    check(block, *mlp_inputs(1, 8), mode=mode, borrow=0)
+    check(block, *mlp_inputs(1, 8), mode=mode, in_workspace=0)
 
 
 @MODES
@@ -120,7 +120,7 @@ def test_a_norm_that_is_read_after_the_next_site_is_not(mode):
         second = residual + all_reduce((norm @ up).relu() @ down)
         return hf_norm(second, weight) * (norm @ up).sum(-1, keepdim=True)
 
-    check(block, *mlp_inputs(8), mode=mode, borrow=0)
+    check(block, *mlp_inputs(8), mode=mode, in_workspace=0)
 
 
 # --- what is reduced -------------------------------------------------------------------------------------------------
@@ -164,17 +164,17 @@ def test_a_gemm_that_may_run_before_the_last_site_is_done_does_not():
 
 @MODES
 def test_a_residual_for_the_next_site_alone_stays(mode):
-    chain(lambda norm, _: norm.relu(), mode=mode, shard=2 * halves(mode))
+    chain(lambda norm, _: norm.relu(), mode=mode, sharded_residual=2 * halves(mode))
 
 
 @MODES
 def test_a_residual_that_something_between_reads_is_made_whole(mode):
-    chain(lambda norm, residual: norm.relu() + residual.sin(), mode=mode, shard=halves(mode))
+    chain(lambda norm, residual: norm.relu() + residual.sin(), mode=mode, sharded_residual=halves(mode))
 
 
 @MODES
 def test_a_residual_that_leaves_the_graph_is_made_whole(mode):
-    chain(lambda norm, _: norm.relu(), ends=lambda norm, residual: (norm, residual), mode=mode, shard=halves(mode))
+    chain(lambda norm, _: norm.relu(), ends=lambda norm, residual: (norm, residual), mode=mode, sharded_residual=halves(mode))
 
 
 @MODES
@@ -184,12 +184,12 @@ def test_a_residual_that_is_read_after_the_next_site_is_made_whole(mode):
         second = first + all_reduce(hf_norm(first, weight).relu())
         return hf_norm(second, weight), first.cos()
 
-    check(block, values(8, H), values(8, H), values(H), mode=mode, shard=halves(mode))
+    check(block, values(8, H), values(8, H), values(H), mode=mode, sharded_residual=halves(mode))
 
 
 @MODES
 def test_a_residual_that_is_reduced_itself_is_made_whole(mode):
-    chain(lambda _, residual: residual, mode=mode, shard=halves(mode))
+    chain(lambda _, residual: residual, mode=mode, sharded_residual=halves(mode))
 
 
 @MODES
@@ -200,7 +200,7 @@ def test_a_residual_that_skips_a_site_is_made_whole(mode):
         third = first + all_reduce(torch_norm(second, w).relu())
         return hf_norm(third, w)
 
-    check(block, values(8, H), values(8, H), values(H), mode=mode, shard=2 * halves(mode))
+    check(block, values(8, H), values(8, H), values(H), mode=mode, sharded_residual=2 * halves(mode))
 
 
 def test_a_residual_in_another_shape_is_made_whole():

@@ -14,7 +14,7 @@ from test_weave import designed
 
 import tw_compile
 from tw_compile import backend
-from tw_compile.ops.process_group import ProcessGroup
+from tw_compile.transports.process_group import ProcessGroup
 
 LAYERS, TOKENS = 2, 64
 

@@ -15,7 +15,7 @@ from sites import H, all_reduce, hf_norm, values
 from test_split import mlp, mlp_inputs
 
 import tw_compile
-from tw_compile.report import Join, Refusal, Report, Site
+from tw_compile.report import Refusal, Report, Site, UnsplitOp
 
 
 def a_report():
@@ -30,7 +30,7 @@ def a_report():
             Site("all_reduce_1", shape=(1, "s27", 8192), residual=False, norm="LayerNorm", woven=False, **site),
         ],
         refusals=[Refusal("all_reduce_2", "model.py:9, in forward: y = reduce(z)", "no RMSNorm or LayerNorm follows")],
-        joins=[Join("aten.fft", "model.py:8, in forward: f(x)", "no token-axis rule for this op")],
+        joins=[UnsplitOp("aten.fft", "model.py:8, in forward: f(x)", "no token-axis rule for this op")],
         reasons=["multimem: no multicast"],
     )
 
@@ -39,29 +39,29 @@ class AsText(expecttest.TestCase):
     def test_a_table(self):
         self.assertExpectedInline(str(a_report()), """\
 tokenweave: weave (requested: mode=weave, split=512), transport peer, split 512 | 1536
-  2 sites, 1 refused, 1 joins
+  2 sites, 1 refused, 1 unsplit ops
   because multimem: no multicast
   woven    1×2048×8192 bfloat16  model.py:7, in forward: x = x + self.attention(h)  all-reduce + add + RMSNorm
   fused    1×s27×8192 bfloat16   model.py:7, in forward: x = x + self.attention(h)  all-reduce + LayerNorm
   refused  all_reduce_2          model.py:9, in forward: y = reduce(z)              no RMSNorm or LayerNorm follows
-  joined   aten.fft              model.py:8, in forward: f(x)                       no token-axis rule for this op""")
+  unsplit  aten.fft              model.py:8, in forward: f(x)                       no token-axis rule for this op""")
 
-    def test_a_rehearsal(self):
+    def test_a_tuned_schedule(self):
         def line(**plan):
-            report = Report(requested={}, rehearsal={"section": {}, "plan": {"min_tokens": None, "ctas": 0, "eighths": 4, "gain": None} | plan})
+            report = Report(requested={}, rehearsal={"section": {}, "plan": {"min_tokens": None, "ctas": 0, "split_ratio": 0.5, "gain": None} | plan})
             return str(report).splitlines()[2]
 
-        lines = line(min_tokens=1024, ctas=6, eighths=5, gain=1.1234), line(ctas=8, gain=0.9), line(min_tokens=2048)
+        lines = line(min_tokens=1024, ctas=6, split_ratio=0.625, gain=1.1234), line(ctas=8, gain=0.9), line(min_tokens=2048)
         self.assertExpectedInline("\n".join(lines), """\
-  rehearsed: woven from 1024 tokens on, with 5/8 of the tokens in front, 6 CTAs: 1.12 times as fast as fused at the most tokens
-  rehearsed: not woven at any number of tokens; at best 0.90 times as fast as fused at the most tokens, with 4/8 of the tokens in front, 8 CTAs
-  rehearsed: no, for lack of memory; it is woven from 2048 tokens on by a rule""")
+  tuned: woven from 1024 tokens on, with split ratio 0.625, 6 CTAs: 1.12 times as fast as fused at the most tokens
+  tuned: not woven at any number of tokens; at best 0.90 times as fast as fused at the most tokens, with split ratio 0.5, 8 CTAs
+  tuned: no, for lack of memory; it is woven from 2048 tokens on by a rule""")
 
     def test_nothing_found(self):
         report = Report(requested={"mode": "auto"}, reasons=["it contains no all-reduce"])
         self.assertExpectedInline(str(report), """\
 tokenweave: off (requested: auto)
-  0 sites, 0 refused, 0 joins
+  0 sites, 0 refused, 0 unsplit ops
   because it contains no all-reduce""")
 
 
@@ -195,5 +195,5 @@ print(len(tw_compile.reports()[-1].joins))
 
 
 def test_a_rule_that_is_registered_later_is_not_hidden_by_a_cache(tmp_path):
-    joins = [run_in_a_process(tmp_path, True, "-c", RULE, which) for which in ("without", "with", "without")]
-    assert joins == ["1\n", "0\n", "1\n"]
+    unsplit = [run_in_a_process(tmp_path, True, "-c", RULE, which) for which in ("without", "with", "without")]
+    assert unsplit == ["1\n", "0\n", "1\n"]

@@ -17,12 +17,12 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from tw_compile import ops
-from tw_compile.passes import split, token_axis, weave
+from tw_compile.passes import split, weave
 from tw_compile.passes.cut import Cut
 from tw_compile.passes.emit import Emitter
-from tw_compile.passes.find import c10d
-from tw_compile.passes.graph_utils import in_order, value
-from tw_compile.passes.token_axis import Split, TokenAxis, register_token_rule
+from tw_compile.passes.graph_utils import c10d, in_order, value
+from tw_compile.passes.rules import token_axis
+from tw_compile.passes.rules.token_axis import Split, TokenAxis, register_token_rule
 
 pytestmark = pytest.mark.usefixtures("world")
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -205,7 +205,7 @@ def graph_of(sample, shape):
 
     x, same, m, v = placeholder("x", *shape), placeholder("same", *shape), placeholder("m", H, H), placeholder("v", H)
     named = dict(residual=None, bias=None, shift=None, eps=1e-5, scale=1.0, offset=0.0, center=False, group=group(),
-                 transport="auto", ctas=0, slot=ops.SLOT_WHOLE, wide=False, shard=False, borrow=False)  # fmt: skip
+                 transport="auto", ctas=0, slot=ops.SLOT_WHOLE, fp32_residual=False, sharded_residual=False, in_workspace=False)  # fmt: skip
     site = lambda x, i: emit(ops.fused, *in_order(ops.fused, named | {"x": x, "weight": v, "site": i}))  # noqa: E731
     first = site(x, 0)
     n, results = emit(operator.getitem, first, 0), []
@@ -232,12 +232,12 @@ def test_what_a_rule_makes_is_what_the_whole_gives(op):
     for shape, dim, first in SHAPES:
         graph, sites, mode = graph_of(SAMPLES[op], shape)
         with mode:
-            new, woven, joins, _ = split(graph, sites, Cut(dim, shape[dim], first))
+            new, woven, unsplit, _ = split(graph, sites, Cut(dim, shape[dim], first))
             new = weave(new)
         assert woven == sites
-        joined = [join for join in joins if join.op == str(op)]
-        was_cut |= len(joined) < sum(node.target is op for node in graph.nodes)
-        assert not any("raises" in join.reason for join in joins), joins
+        whole = [each for each in unsplit if each.op == str(op)]
+        was_cut |= len(whole) < sum(node.target is op for node in graph.nodes)
+        assert not any("raises" in each.reason for each in unsplit), unsplit
         inputs = values(*shape), values(*shape), values(H, H), values(H)
         whole, halves = run(graph, inputs, emulated=emulated), run(new, inputs, emulated=emulated)
         torch.testing.assert_close(halves, whole, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda said: f"{shape}, {dim}, {first}: {said}")
@@ -270,7 +270,7 @@ def test_a_rule_that_is_wrong_is_a_join(name, monkeypatch):
     rule, reason = WRONG[name]
     monkeypatch.setattr(token_axis, "_RULES", dict(token_axis._RULES))
     register_token_rule(aten.sinh.default)(rule)
-    new = between(lambda x: x.sinh().cos(), joins=["aten.sinh.default"], tokens=H)
+    new = between(lambda x: x.sinh().cos(), unsplit=["aten.sinh.default"], tokens=H)
     assert new.report.joins[0].reason.startswith(reason)
 
 

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 import tw_compile
 from tw_compile import backend, ops
 from tw_compile.passes import find, unshard
-from tw_compile.passes.find import Match, c10d
+from tw_compile.passes.find import Match
+from tw_compile.passes.graph_utils import c10d
 from tw_compile.report import Refusal
 
 pytestmark = pytest.mark.usefixtures("world")

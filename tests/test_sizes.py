@@ -13,6 +13,7 @@ from torch.fx.experimental import _config as symbolic_config
 
 import tw_compile
 from tw_compile import backend, context, forms, ops
+from tw_compile.transports import choose, process_group
 
 
 @pytest.fixture(autouse=True)
@@ -193,8 +194,8 @@ def test_transports_are_chosen_and_prepared_with_real_tensors(monkeypatch):
 
         return checked
 
-    monkeypatch.setattr(ops.transport, "_make", real(ops.transport._make))
-    monkeypatch.setattr(ops.process_group.ProcessGroup, "prepare", real(ops.process_group.ProcessGroup.prepare))
+    monkeypatch.setattr(choose, "_make", real(choose._make))
+    monkeypatch.setattr(process_group.ProcessGroup, "prepare", real(process_group.ProcessGroup.prepare))
     for mark in (None, MARKS["dynamic"]):
         run(compiled(mlp), 48, mark=mark)
     assert set(seen) == {3.0} and len(seen) >= 3
@@ -207,8 +208,8 @@ def test_what_was_known_of_a_group_is_forgotten_with_it():
     group = dist.new_group([0, 1], backend="fake")
     name = group.group_name
     context.of(name).left = "for a reason"
-    ops.transport.choose("auto", name, torch.device("cpu"))
-    assert any(key[0] == name for key in ops.transport.chosen)
+    choose.choose("auto", name, torch.device("cpu"))
+    assert any(key[0] == name for key in choose.chosen)
     dist.destroy_process_group(group)
     del group
-    assert name not in context._contexts and not any(key[0] == name for key in ops.transport.chosen)
+    assert name not in context._contexts and not any(key[0] == name for key in choose.chosen)

@@ -11,8 +11,8 @@ from sites import INNER, H, all_reduce, hf_norm, torch_norm, values
 
 from tw_compile import ops, passes
 from tw_compile.options import Options, TokenWeaveError
-from tw_compile.passes.find import c10d
-from tw_compile.passes.token_axis import Split, register_token_rule
+from tw_compile.passes.graph_utils import c10d
+from tw_compile.passes.rules.token_axis import Split, register_token_rule
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -30,11 +30,11 @@ def mlp_inputs(*shape, dtype=torch.float32):
     return [values(*s, dtype=dtype) for s in shapes]
 
 
-def woven(function, *inputs, joins=(), **kwargs):
-    """Weave, and assert that the results are right and which ops were joined."""
+def woven(function, *inputs, unsplit=(), **kwargs):
+    """Weave, and assert that the results are right and which ops are not split."""
     new = rewrite(function, *inputs, **{"mode": "weave", **kwargs})
     assert new.report.mode == "weave"
-    assert [join.op for join in new.report.joins] == list(joins)
+    assert [each.op for each in new.report.joins] == list(unsplit)
     new.check()
     return new
 
@@ -45,8 +45,8 @@ class Snapshot(expecttest.TestCase):
     def split(self, *inputs, dynamic=False):
         graph = capture(mlp, *inputs, dynamic=dynamic)
         sites = passes.fuse(graph, passes.find(graph), "auto", 0)
-        graph, _, joins, _ = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
-        assert not joins
+        graph, _, unsplit, _ = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
+        assert not unsplit
         return text(graph, self.names)
 
     def test_two_sites_between_tokens(self):
@@ -200,7 +200,7 @@ def test_at_the_threshold_it_is_woven():
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("style, norm", [("functional", "hf"), ("in_place", "torch")])
-def test_nothing_of_a_llama_is_joined(style, norm, batch, dynamic):
+def test_all_of_a_llama_is_split(style, norm, batch, dynamic):
     """And the halves give what the whole does."""
     model = parallel(style, layers=1, norm=norm, dtype=torch.float32)
     new = woven(model, torch.randint(0, VOCAB, (batch, 16)), dynamic=dynamic)
@@ -209,7 +209,7 @@ def test_nothing_of_a_llama_is_joined(style, norm, batch, dynamic):
     assert new.count(ops.start) == new.count(ops.wait) == 2 * len(new.report.sites)
 
 
-def between(middle, *inputs, joins=(), tokens=6, **kwargs):
+def between(middle, *inputs, unsplit=(), tokens=6, **kwargs):
     """Put an op between two sites. middle: (the norm [tokens, H], *inputs) -> [tokens, H]"""
 
     def block(x, residual, weight, *inputs):
@@ -219,32 +219,32 @@ def between(middle, *inputs, joins=(), tokens=6, **kwargs):
         return hf_norm(residual, weight)
 
     shape = tokens if isinstance(tokens, tuple) else (tokens,)
-    return woven(block, values(*shape, H), values(*shape, H), values(H), *inputs, joins=joins, **kwargs)
+    return woven(block, values(*shape, H), values(*shape, H), values(H), *inputs, unsplit=unsplit, **kwargs)
 
 
 def test_an_op_without_a_rule_is_done_whole():
-    new = between(lambda x: torch.fft.fft(x).real, joins=["aten._fft_r2c.default"])
-    (join,) = new.report.joins
-    assert join.reason == "no token-axis rule for this op" and "test_split.py" in join.source
+    new = between(lambda x: torch.fft.fft(x).real, unsplit=["aten._fft_r2c.default"])
+    (unsplit,) = new.report.joins
+    assert unsplit.reason == "no token-axis rule for this op" and "test_split.py" in unsplit.source
 
 
 def test_a_use_that_a_rule_does_not_cover_is_done_whole():
-    new = between(lambda x: x.cumsum(0), joins=["aten.cumsum.default"])
+    new = between(lambda x: x.cumsum(0), unsplit=["aten.cumsum.default"])
     assert new.report.joins[0].reason == "its token-axis rule does not cover this use"
 
 
 def test_after_a_join_the_tokens_are_cut_again():
-    new = between(lambda x: (x.flip(0) @ torch.ones(H, H)).relu(), joins=["prims.rev.default"])
+    new = between(lambda x: (x.flip(0) @ torch.ones(H, H)).relu(), unsplit=["prims.rev.default"])
     assert all(site.woven for site in new.report.sites)
 
 
 def test_a_join_is_cut_again_for_the_next_site():
-    new = between(lambda x: x + x.cumsum(0), joins=["aten.cumsum.default"])
+    new = between(lambda x: x + x.cumsum(0), unsplit=["aten.cumsum.default"])
     assert new.count(torch.ops.aten.cat.default) == 2, "one join in the middle, one at the end"
 
 
 def test_an_op_over_all_tokens_is_done_whole():
-    between(lambda x: x - x.mean(0, keepdim=True), joins=["aten.mean.dim"])
+    between(lambda x: x - x.mean(0, keepdim=True), unsplit=["aten.mean.dim"])
 
 
 def test_an_op_over_the_hidden_dimension_is_not():
@@ -269,7 +269,7 @@ def test_a_square_value_is_cut_along_its_tokens():
 
 
 def test_tokens_multiplied_with_tokens_need_them_all():
-    between(lambda x: (x @ x.t()) @ x, joins=["aten.mm.default"] * 2)
+    between(lambda x: (x @ x.t()) @ x, unsplit=["aten.mm.default"] * 2)
 
 
 def test_attention_written_out_is_cut_by_its_queries():
@@ -286,11 +286,11 @@ def test_heads_and_tokens_in_one_dimension():
 
 
 def test_reshape_that_mixes_tokens_is_done_whole():
-    between(lambda x: x.reshape(3, 2 * H).softmax(-1).reshape(6, H), joins=["aten.reshape.default"])
+    between(lambda x: x.reshape(3, 2 * H).softmax(-1).reshape(6, H), unsplit=["aten.reshape.default"])
 
 
 def test_a_random_permutation_of_the_tokens_is_done_whole():
-    between(lambda x, i: x[i], torch.randperm(6), joins=["aten.index.Tensor"])
+    between(lambda x, i: x[i], torch.randperm(6), unsplit=["aten.index.Tensor"])
 
 
 def test_an_all_reduce_without_a_norm_between_sites_is_cut():
@@ -318,16 +318,16 @@ def test_a_gather_along_another_dimension_than_the_first(batch, dynamic):
 
 
 def test_a_gather_along_the_first_dimension_is_done_whole():
-    between(lambda x: gathered(x, 0)[3:], joins=["_c10d_functional.all_gather_into_tensor.default"], tokens=(3, 6))
+    between(lambda x: gathered(x, 0)[3:], unsplit=["_c10d_functional.all_gather_into_tensor.default"], tokens=(3, 6))
     between(
         lambda x: torch.cat(c10d.wait_tensor(c10d.all_gather_into_tensor(x[..., :4], 2, dist.group.WORLD.group_name)).chunk(2)[::-1], -1)
         @ torch.ones(8, H),
-        joins=["_c10d_functional.all_gather_into_tensor.default"], tokens=(3, 6),
+        unsplit=["_c10d_functional.all_gather_into_tensor.default"], tokens=(3, 6),
     )  # fmt: skip
 
 
 def test_a_registered_rule_is_used(monkeypatch):
-    from tw_compile.passes import token_axis
+    from tw_compile.passes.rules import token_axis
 
     monkeypatch.setattr(token_axis, "_RULES", dict(token_axis._RULES))
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from tw_compile.ops.symmetric import LEAST_ROWS, _Call
-from tw_compile.ops.tuning import by_rule
+from tw_compile.transports.symmetric.transport import LEAST_ROWS, _Call
+from tw_compile.transports.symmetric.tuning import by_rule
 
 
 def call(rows, shape):

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from tw_compile import TokenWeaveError
-from tw_compile.ops import transport, tuning
-from tw_compile.ops.process_group import ProcessGroup
-from tw_compile.ops.together import WorkspaceError, together
+from tw_compile.transports import choose
+from tw_compile.transports.process_group import ProcessGroup
+from tw_compile.transports.symmetric import tuning
+from tw_compile.transports.together import WorkspaceError, together
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ class Stand(ProcessGroup):
     def linear(self, a, b, bias, slot):
         return super().linear(a, b, bias, slot) * (1.5 if self._is("linear") else 1.0)
 
-    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard):
+    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual):
         if self._is("no shift"):
             shift = None
         if self._is("no offset"):
@@ -56,10 +57,10 @@ class Stand(ProcessGroup):
             center, shift = False, None
         if self._is("rounds what it carries") and residual is not None:
             residual = residual.bfloat16()
-        return super().start(x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard)
+        return super().start(x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual)
 
-    def wait(self, slot, borrow):
-        norm, residual = super().wait(slot, borrow)
+    def wait(self, slot, in_workspace):
+        norm, residual = super().wait(slot, in_workspace)
         if self._is("a vector"):
             norm[-1, 16:24] = norm[0, 16:24]
         return norm, residual
@@ -69,18 +70,18 @@ class Stand(ProcessGroup):
         return norm * (1.5 if self._is("fused") or (self._is("33 tokens") and len(x) == 33) else 1.0), residual
 
 
-def choose(requested, missing=(), wrong=(), how="fused"):
+def settle(requested, missing=(), wrong=(), how="fused"):
     """(name, why not a better one) on this rank; or the error."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transport, "Symmetric", type("Stand", (Stand,), {"missing": missing, "wrong": wrong, "how": how}))
-        patch.setattr(transport, "chosen", {})
+        patch.setattr(choose, "Symmetric", type("Stand", (Stand,), {"missing": missing, "wrong": wrong, "how": how}))
+        patch.setattr(choose, "chosen", {})
         # CPU ranks agree only here: on real ones there is nothing to agree on.
-        patch.setattr(transport, "candidates", lambda *a, c=transport.candidates: transport._agree(a[1], *c(*a)))
+        patch.setattr(choose, "candidates", lambda *a, c=choose.candidates: choose._agree(a[1], *c(*a)))
         try:
-            implementation, why_not = transport.choose(requested, dist.group.WORLD.group_name, CPU)
+            transport, why_not = choose.choose(requested, dist.group.WORLD.group_name, CPU)
         except TokenWeaveError as error:
             return str(error)
-        return implementation.name, why_not
+        return transport.name, why_not
 
 
 @pytest.mark.parametrize(
@@ -93,33 +94,33 @@ def choose(requested, missing=(), wrong=(), how="fused"):
     ],
 )
 def test_all_ranks_take_the_best_that_all_have(ranks, requested, missing, wrong, expected):
-    assert ranks(choose, requested, missing, wrong) == [expected, expected]
+    assert ranks(settle, requested, missing, wrong) == [expected, expected]
 
 
 @pytest.mark.parametrize("wrong", ([0], [1]))
 def test_multimem_that_is_wrong_on_a_rank_is_not_taken_on_any(ranks, wrong):
-    for name, why_not in ranks(choose, "auto", (), wrong):
+    for name, why_not in ranks(settle, "auto", (), wrong):
         assert name == "peer"
         assert why_not.startswith("multimem: its self-test failed: the norm of ") and why_not.endswith(f"on rank {wrong[0]}")
 
 
 def test_a_forced_transport_never_falls_back(ranks):
-    for answer in ranks(choose, "peer", [("peer", 1)]):
+    for answer in ranks(settle, "peer", [("peer", 1)]):
         assert answer == "option 'tokenweave.transport' is 'peer', which is not possible here: peer: not here (rank 1)"
-    for answer in ranks(choose, "multimem", (), [1]):
+    for answer in ranks(settle, "multimem", (), [1]):
         assert "which is not possible here: multimem: its self-test failed" in answer
 
 
 @pytest.mark.parametrize("how", ("linear", "no shift", "no offset", "LayerNorm", "a vector", "33 tokens"))
 def test_whatever_is_wrong_is_noticed(ranks, how):
-    for name, why_not in ranks(choose, "auto", (), [1], how):
+    for name, why_not in ranks(settle, "auto", (), [1], how):
         assert name == "peer"
         assert why_not.startswith("multimem: its self-test failed: ")
         assert why_not.endswith("on rank 0" if how == "linear" else "on rank 1"), "what goes into the sum is wrong on all ranks"
 
 
 def test_a_self_test_that_fails_on_a_rank_leaves_nobody_waiting(ranks):
-    for name, why_not in ranks(choose, "auto", (), [1], "no memory"):
+    for name, why_not in ranks(settle, "auto", (), [1], "no memory"):
         assert name == "peer"
         assert "the allocation of a workspace failed on rank 1" in why_not and "MemoryError: none is left" in why_not
 
@@ -148,10 +149,10 @@ def test_all_ranks_do_it_or_none(ranks):
 
 def test_the_first_is_taken_unless_another_is_clearly_faster():
     names = ["multimem", "peer", "process_group"]
-    assert transport.fastest(names, {}) == "multimem"
-    assert transport.fastest(names, dict(zip(names, (1.0, 0.99, 0.99)))) == "multimem"
-    assert transport.fastest(names, dict(zip(names, (1.0, 0.97, 0.96)))) == "peer"
-    assert transport.fastest(names, dict(zip(names, (1.0, 0.99, 0.5)))) == "process_group"
+    assert choose.fastest(names, {}) == "multimem"
+    assert choose.fastest(names, dict(zip(names, (1.0, 0.99, 0.99)))) == "multimem"
+    assert choose.fastest(names, dict(zip(names, (1.0, 0.97, 0.96)))) == "peer"
+    assert choose.fastest(names, dict(zip(names, (1.0, 0.99, 0.5)))) == "process_group"
 
 
 def compare(kept, seconds, cannot=()):
@@ -165,20 +166,20 @@ def compare(kept, seconds, cannot=()):
 
         together(group, "a workspace", step, 60)
 
-    def take(carrier, *_):
-        measured.append(carrier.name)
-        return seconds[rank][carrier.name]
+    def take(transport, *_):
+        measured.append(transport.name)
+        return seconds[rank][transport.name]
 
-    carriers = {name: SimpleNamespace(name=name, prepare=prepare) for name in seconds[0]}
+    transports = {name: SimpleNamespace(name=name, prepare=prepare) for name in seconds[0]}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TW_COMPILE_CACHE_DIR", folder)
         patch.setattr(tuning, "_seconds", take)
         patch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
-        path = tuning.files.path("transports", ("GPU", 2, [*carriers], tuning.agree.version()), "json")
+        path = tuning.files.path("transports", ("GPU", 2, [*transports], tuning.agree.version()), "json")
         if kept[rank] is not None:
             path.write_text(kept[rank])
         try:
-            said = tuning.compare(carriers, group, CPU)
+            said = tuning.compare(transports, group, CPU)
         except WorkspaceError as error:
             return str(error), os.listdir(folder)
         return said, bool(measured), json.loads(path.read_text())
@@ -206,5 +207,5 @@ def test_a_comparison_that_a_rank_has_no_memory_for(ranks):
 def test_workspace_bytes_are_those_of_all_groups(monkeypatch):
     held = [(torch.device("cuda", 0), 5), (torch.device("cuda", 1), 7), (torch.device("cuda", 0), 10), (CPU, 0)]
     stands = {i: (SimpleNamespace(device=device, workspace_bytes=lambda n=n: n), "") for i, (device, n) in enumerate(held)}
-    monkeypatch.setattr(transport, "chosen", stands)
-    assert transport.workspace_bytes() == {torch.device("cuda", 0): 15, torch.device("cuda", 1): 7}
+    monkeypatch.setattr(choose, "chosen", stands)
+    assert choose.workspace_bytes() == {torch.device("cuda", 0): 15, torch.device("cuda", 1): 7}

@@ -18,9 +18,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
-from tw_compile.ops import symmetric, tuning
-from tw_compile.ops.process_group import ProcessGroup
-from tw_compile.ops.tuning import LEAST_ROWS, MARGIN, ONE_SHOT_SIZES, TWO_SHOT_SIZES, Tuning, by_rule, by_times, variants
+from tw_compile.transports.process_group import ProcessGroup
+from tw_compile.transports.symmetric import transport as symmetric
+from tw_compile.transports.symmetric import tuning
+from tw_compile.transports.symmetric.tuning import (
+    LEAST_ROWS,
+    MARGIN,
+    ONE_SHOT_SIZES,
+    TWO_SHOT_SIZES,
+    Tuning,
+    by_rule,
+    by_times,
+    variants,
+)
 
 WORLDS = range(2, 9)
 HIDDEN = 64

@@ -8,7 +8,7 @@ from sites import H, all_reduce, hf_norm, values
 from test_split import mlp, mlp_inputs
 
 import tw_compile
-from tw_compile.ops.process_group import ProcessGroup
+from tw_compile.transports.process_group import ProcessGroup
 
 WEAVE = {"tokenweave.mode": "weave"}
 
@@ -25,7 +25,7 @@ def test_what_is_right_is_the_same_but_for_rounding(world):
 
 def test_a_wrong_rule_is_found_with_the_op(world, monkeypatch):
     """One that says what holds of sizes and not of values."""
-    from tw_compile.passes import token_axis
+    from tw_compile.passes.rules import token_axis
 
     @torch.library.custom_op("tests::centred", mutates_args=())
     def centred(x: torch.Tensor) -> torch.Tensor:

@@ -20,27 +20,27 @@ class Snapshot(expecttest.TestCase):
         self.assertExpectedInline(text(woven.after, "x residual weight up down"), """\
 0 %0 = aten.slice.Tensor(x, 0, 0, 4) : bf16[4, 16]
 0 %1 = aten.slice.Tensor(residual, 0, 0, 4) : bf16[4, 16]
-0 %2 = tokenweave.start(%0, %1, weight, slot=0, wide=True) : bf16[0]
+0 %2 = tokenweave.start(%0, %1, weight, slot=0, fp32_residual=True) : bf16[0]
 1 %3 = aten.slice.Tensor(x, 0, 4, 8) : bf16[4, 16]
 1 %4 = aten.slice.Tensor(residual, 0, 4, 8) : bf16[4, 16]
-1 %5 = tokenweave.start(%3, %4, weight, slot=1, wide=True) : bf16[0]
-0 %6 = tokenweave.wait(%2, %0, %1, weight, after=%5, slot=0, wide=True) : (bf16[4, 16], f32[4, 16])
+1 %5 = tokenweave.start(%3, %4, weight, slot=1, fp32_residual=True) : bf16[0]
+0 %6 = tokenweave.wait(%2, %0, %1, weight, after=%5, slot=0, fp32_residual=True) : (bf16[4, 16], f32[4, 16])
 0 %7 = getitem(%6, 0) : bf16[4, 16]
 0 %8 = aten.mm(%7, up) : bf16[4, 24]
 0 %9 = aten.relu(%8) : bf16[4, 24]
 0 %10 = aten.mm(%9, down) : bf16[4, 16]
 0 %11 = getitem(%6, 1) : f32[4, 16]
-0 %12 = tokenweave.start(%10, %11, weight, slot=0, wide=True) : bf16[0]
-1 %13 = tokenweave.wait(%5, %3, %4, weight, after=%12, slot=1, wide=True) : (bf16[4, 16], f32[4, 16])
+0 %12 = tokenweave.start(%10, %11, weight, slot=0, fp32_residual=True) : bf16[0]
+1 %13 = tokenweave.wait(%5, %3, %4, weight, after=%12, slot=1, fp32_residual=True) : (bf16[4, 16], f32[4, 16])
 1 %14 = getitem(%13, 0) : bf16[4, 16]
 1 %15 = aten.mm(%14, up) : bf16[4, 24]
 1 %16 = aten.relu(%15) : bf16[4, 24]
 1 %17 = aten.mm(%16, down) : bf16[4, 16]
 1 %18 = getitem(%13, 1) : f32[4, 16]
-1 %19 = tokenweave.start(%17, %18, weight, slot=1, wide=True) : bf16[0]
-0 %20 = tokenweave.wait(%12, %10, %11, weight, after=%19, slot=0, wide=True) : (bf16[4, 16], f32[4, 16])
+1 %19 = tokenweave.start(%17, %18, weight, slot=1, fp32_residual=True) : bf16[0]
+0 %20 = tokenweave.wait(%12, %10, %11, weight, after=%19, slot=0, fp32_residual=True) : (bf16[4, 16], f32[4, 16])
 0 %21 = getitem(%20, 0) : bf16[4, 16]
-1 %22 = tokenweave.wait(%19, %17, %18, weight, after=%21, slot=1, wide=True) : (bf16[4, 16], f32[4, 16])
+1 %22 = tokenweave.wait(%19, %17, %18, weight, after=%21, slot=1, fp32_residual=True) : (bf16[4, 16], f32[4, 16])
 1 %23 = getitem(%22, 0) : bf16[4, 16]
   %24 = aten.cat([%21, %23], 0) : bf16[8, 16]
   return %24
@@ -69,9 +69,9 @@ def designed(sites):
 
 
 def order_of(graph, inputs):
-    implementation = Logging()
-    run(graph, inputs, implementation)
-    return " ".join(implementation.log)
+    transport = Logging()
+    run(graph, inputs, transport)
+    return " ".join(transport.log)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -126,7 +126,7 @@ def test_each_half_has_its_slot():
     assert all(arguments(n)["slot"] == n.meta["half"] for n in woven.after.nodes if n.target in (ops.start, ops.wait))
 
 
-def test_a_joined_op_waits_for_both_halves_and_both_for_it():
+def test_an_unsplit_op_waits_for_both_halves_and_both_for_it():
     def block(x, r, w):
         r = r + all_reduce(x)
         r = r + all_reduce(hf_norm(r, w).cumsum(0))

@@ -10,7 +10,7 @@ import math
 import torch
 from graphs import RANKS
 
-from tw_compile.ops.reference import add_norm
+from tw_compile.site import add_norm
 
 ENTRIES = 1 << 16
 NAN = float("nan")
@@ -19,7 +19,7 @@ NAN = float("nan")
 class Workspace:
     def __init__(self):
         self.slots = {}
-        self.lent = {"linear": 0, "borrow": 0, "shard": 0}
+        self.lent = {"linear": 0, "in_workspace": 0, "sharded_residual": 0}
 
     def _slot(self, group, slot, dtype):
         key = group, slot, dtype
@@ -31,15 +31,15 @@ class Workspace:
         self.lent["linear"] += 1
         return self._slot(group, slot, a.dtype).write(a @ b if bias is None else a @ b + bias)
 
-    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, wide, shard):
+    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, fp32_residual, sharded_residual):
         self._slot(group, slot, x.dtype).start(x, residual, (weight, bias, shift, eps, scale, offset, center))
         return x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, shift, after, group, transport, slot, wide, shard, borrow):
-        assert wide == shard
-        self.lent["borrow"] += borrow
-        self.lent["shard"] += shard
-        return self._slot(group, slot, x.dtype).finish(shard, borrow)
+    def wait(self, token, x, residual, weight, bias, shift, after, group, transport, slot, fp32_residual, sharded_residual, in_workspace):
+        assert fp32_residual == sharded_residual
+        self.lent["in_workspace"] += in_workspace
+        self.lent["sharded_residual"] += sharded_residual
+        return self._slot(group, slot, x.dtype).finish(sharded_residual, in_workspace)
 
     def fused(self, *site):
         group, transport, _, slot, _, *flags = site[9:]
@@ -64,15 +64,15 @@ class _Slot:
         self.buffer.fill_(NAN)  # the kernel may write from here on
         self.pending = x, residual, site
 
-    def finish(self, shard, borrow):
+    def finish(self, sharded_residual, in_workspace):
         x, residual, site = self.pending  # the residual is read as late as possible: it must still be there
         if residual is not None and residual.data_ptr() == self.own_rows.data_ptr():
             residual = self.every_row
         norm, total = add_norm(x * RANKS, residual, *site)
         self.pending = None
         norm = norm.to(x.dtype)
-        norm = self.write(norm) if borrow else norm
-        if shard:
+        norm = self.write(norm) if in_workspace else norm
+        if sharded_residual:
             self.every_row = total
             return norm, self._poisoned(total)
         return norm, total.to(x.dtype)

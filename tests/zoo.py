@@ -28,13 +28,13 @@ class Model:
     """A model of the library, and what is expected of it.
 
     embedding:   why the all-reduce of the embedding is none
-    joins:       op -> how many of it run whole where the model is woven, at most: versions of transformers differ
+    unsplit:     op -> how many of it run whole where the model is woven, at most: versions of transformers differ
     """
 
     config: str
     changes: dict = field(default_factory=dict)
     embedding: str = ""
-    joins: dict = field(default_factory=dict)
+    unsplit: dict = field(default_factory=dict)
 
 
 # An entry of the sorted tokens may come from either half.
@@ -58,8 +58,8 @@ MODELS = {
     "Seed-OSS": Model("SeedOssConfig", dict(head_dim=16, **BIAS)),
     "Ministral": Model("MinistralConfig", dict(head_dim=16, **WINDOW)),
     "Starcoder 2": Model("Starcoder2Config", WINDOW),
-    "Mixtral": Model("MixtralConfig", dict(num_local_experts=4), joins=BY_EXPERT),
-    "Qwen3-MoE": Model("Qwen3MoeConfig", dict(head_dim=16, **MOE), joins=BY_EXPERT),
+    "Mixtral": Model("MixtralConfig", dict(num_local_experts=4), unsplit=BY_EXPERT),
+    "Qwen3-MoE": Model("Qwen3MoeConfig", dict(head_dim=16, **MOE), unsplit=BY_EXPERT),
 }
 
 
@@ -142,8 +142,8 @@ def check_report(report, model: Model, all_reduces: int) -> None:
     assert [refusal.reason.split(" (")[0] for refusal in report.refusals] == refused
     assert len(report.sites) == all_reduces - len(refused)
     assert report.mode == "weave" and all(site.woven for site in report.sites)
-    joins = Counter(join.op for join in report.joins)
-    assert set(joins) == set(model.joins) and all(joins[op] <= model.joins[op] for op in joins)
+    unsplit = Counter(each.op for each in report.joins)
+    assert set(unsplit) == set(model.unsplit) and all(unsplit[op] <= model.unsplit[op] for op in unsplit)
 
 
 @dataclass

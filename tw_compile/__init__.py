@@ -10,11 +10,11 @@ The pipeline, in the order in which a graph meets it::
     report.py      what was found, what was done, why not
 """
 
-from .ops.transport import workspace_bytes
 from .options import TokenWeaveError
 from .passes.find import AllReduce, register_all_reduce
-from .passes.token_axis import Split, TokenAxis, register_token_rule
+from .passes.rules.token_axis import Split, TokenAxis, register_token_rule
 from .report import Refusal, Report, Site, explain, reports
+from .transports.choose import workspace_bytes
 from .verify import Verification, verify
 
 __all__ = [

@@ -187,7 +187,7 @@ def cuda_sleep(cycles: int) -> None:
     torch.cuda._sleep(cycles)
 
 
-# How GEMMs are told to leave SMs to others: experimental in all of these versions, so that its lack is no reason to do without the rest.
+# The SM carveout of GEMMs: experimental in all of these versions, so that its lack is no reason to do without the rest.
 BlasBackend = _name("torch._C._BlasBackend", missing=[])
 get_blas_preferred_backend = _name("torch._C._get_blas_preferred_backend", missing=[])
 set_blas_preferred_backend = _name("torch._C._set_blas_preferred_backend", missing=[])

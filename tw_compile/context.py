@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch.fx import Graph
 
+from . import passes
+from .autotune import schedule
+from .autotune.plan import Place
 from .compat import resolve_process_group
-from . import passes, planning, rehearsal
-from .ops import agree, transport
 from .options import Options, TokenWeaveError
 from .passes import wire
 from .passes.conform import halve
 from .passes.find import collective_group, collectives, registered_all_reduces
-from .passes.token_axis import registered_rules
+from .passes.rules.token_axis import registered_rules
+from .transports import agree, choose
 
 log = logging.getLogger("tw_compile")
 
@@ -35,7 +37,7 @@ class Context:
     """group:     the process group, held weakly
     left:      why its graphs are left to Inductor from here on; ''
     decisions: (options, form, what the groups of a graph exchange) -> what was agreed
-    plans:     the same without the form -> planning.Plan or None
+    plans:     the same without the form -> Plan or None
     progress:  the calls that each rank has begun; None where that is not known
     """
 
@@ -82,7 +84,7 @@ def of(group_name: str) -> Context:
 def forget(group_name: str) -> None:
     """Drop what belongs to a group of this name, its symmetric memory included."""
     _contexts.pop(group_name, None)
-    transport.forget(group_name)
+    choose.forget(group_name)
 
 
 def _forget_of(group_name: str, context: "weakref.ref[Context]") -> None:
@@ -96,7 +98,7 @@ def is_current(context: Context, group_name: str) -> bool:
 
 
 def agreed(
-    graph: Graph, options: Options, form: planning.Place | str, attempt: Callable[[wire.Decision], passes.Rewritten]
+    graph: Graph, options: Options, form: Place | str, attempt: Callable[[wire.Decision], passes.Rewritten]
 ) -> tuple[passes.Rewritten, bool]:
     """What becomes of a graph on all ranks: ``attempt`` with the decision that all can carry out.
 
@@ -121,7 +123,7 @@ def agreed(
         if {group: wire.wire(new.graph, group) for group in groups} == known.wires:
             return new, False
         # The process group sees no more of a site than how it is cut.
-        if all(map(transport.is_process_group, groups)) and (new.sites or options.fused_only):
+        if all(map(choose.is_process_group, groups)) and (new.sites or options.fused_only):
             new = _conformed(new, known, groups, attempt)
             if new is not None:
                 return new, False
@@ -152,22 +154,22 @@ def agreed(
     raise Left("its ranks cannot agree on what to do with its collectives", together=True)
 
 
-def plan_of(graph: Graph, options: Options, section: rehearsal.Section | None, device, asked: bool):
-    """The plan of all ranks for a graph, rehearsed where none has one; None goes by a rule.
+def plan_of(graph: Graph, options: Options, section: schedule.Section | None, device, asked: bool):
+    """The plan of all ranks for a graph, tuned where none has one; None goes by a rule.
 
-    section: what of it is rehearsed; asked: whether all ranks are here
+    section: what of it is run to tune it; asked: whether all ranks are here
     """
     groups = [group for group in wire.groups_of(graph) if group]
     key = options, json.dumps([wire.signature(graph, group) for group in groups])
     plans = of(groups[0]).plans
-    if key in plans or not asked or not rehearsal.possible(device):
+    if key in plans or not asked or not schedule.possible(device):
         if key not in plans and section is not None:
-            return rehearsal.known(section, groups[0], device, options.transport)
+            return schedule.known(section, groups[0], device, options.transport)
         return plans.get(key)
     plan = None
     for group in groups:
-        plan = rehearsal.agree_on(section, group, device, options.transport, plan or _mine(section, group, device, options))
-        section = None  # the first group has rehearsed; the others hear of it
+        plan = schedule.agree_on(section, group, device, options.transport, plan or _mine(section, group, device, options))
+        section = None  # the first group has tuned it; the others hear of it
     plans[key] = plan
     return plan
 
@@ -182,7 +184,7 @@ def all_well(graph: Graph, what: str, failure: str) -> str:
 
 
 def _mine(section, group, device, options):
-    return rehearsal.known(section, group, device, options.transport) if section is not None else None
+    return schedule.known(section, group, device, options.transport) if section is not None else None
 
 
 def _conformed(new: passes.Rewritten, known: _Known, groups: list[str], attempt) -> passes.Rewritten | None:

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import context, ops, passes, planning
+from . import context, ops, passes
+from .autotune.plan import Place, first_half, place_of_cut
 from .compat import (
     BoxedBool,
     CustomInferenceAwareGraphPass,
@@ -29,14 +30,14 @@ from .compat import (
     view_to_reshape,
 )
 from .compat import inductor_config as config
-from .ops import transport
-from .ops.together import WorkspaceError
 from .options import Options, TokenWeaveError
 from .passes.cut import batch_of, cut_at, plan_by_rule, section_of
 from .passes.find import collectives
 from .passes.graph_utils import arguments, calls, value
 from .report import Report, record, say_once
 from .sizes import ForSizes, Sizes, copied, for_sizes
+from .transports import choose
+from .transports.together import WorkspaceError
 
 log = logging.getLogger("tw_compile")
 
@@ -117,7 +118,7 @@ class Forms:
         self.plan, self.rehearsal = None, None
         self.learnt: list[_Learnt] = []
         self.variants: dict[object, list[_Variant]] = {}
-        self.not_woven: dict[planning.Place, str] = {}
+        self.not_woven: dict[Place, str] = {}
         self.runs: dict[tuple, Callable] = {}
         self.places: list[tuple[str, torch.device]] = []  # groups and devices of its sites
         self.lock = threading.RLock()
@@ -176,7 +177,7 @@ class Forms:
         if None in batch:
             at = "its number of tokens depends on data"
         else:
-            at = planning.place_of_cut(batch, self.options, self.plan)
+            at = place_of_cut(batch, self.options, self.plan)
         at = self.not_woven.get(at, at)
         if isinstance(at, str):
             passes.check_woven(at, self.options)
@@ -199,7 +200,7 @@ class Forms:
         self.places = _places(new.report)
         with _outside():
             for group, device in self.places:
-                transport.choose(self.options.transport, group, device, self._timeout)
+                choose.choose(self.options.transport, group, device, self._timeout)
         if self.plan is None and not self.options.fused_only:
             with _outside():
                 plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, first)
@@ -219,7 +220,7 @@ class Forms:
             return found
         learnt = next((learnt for learnt in self.learnt if learnt.made.values == known), None)
         # A half of one entry has another size than any other: torch takes a size of 1 for a constant.
-        fixed = isinstance(form, planning.Place) and bool(known) and self._least_half(form, known) < 2
+        fixed = isinstance(form, Place) and bool(known) and self._least_half(form, known) < 2
         made = learnt.made if learnt and not fixed else self._for_sizes(known, fixed)
         if form == PLAIN:
             new = passes.Rewritten(made.gm.graph, self.left)
@@ -286,8 +287,8 @@ class Forms:
 
     def _complete(self, report: Report) -> None:
         for group, device in _places(report):
-            implementation, why_not = transport.choose(self.options.transport, group, device, self._timeout)
-            report.transport = implementation.name
+            transport, why_not = choose.choose(self.options.transport, group, device, self._timeout)
+            report.transport = transport.name
             report.reasons += [why_not] if why_not else []
         report.rehearsal = self.rehearsal
         record(report)
@@ -297,16 +298,16 @@ class Forms:
         return None if self.options.timeout == "auto" else self.options.timeout
 
     def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
-        usable, _ = transport.candidates(self.options.transport, group, device)
+        usable, _ = choose.candidates(self.options.transport, group, device)
         return any(name != "process_group" for name in usable)
 
     def _report(self, reason: str) -> Report:
         return Report(requested=self.options.requested, reasons=[reason])
 
-    def _least_half(self, at: planning.Place, known: dict) -> int:
+    def _least_half(self, at: Place, known: dict) -> int:
         learnt = next(learnt for learnt in self.learnt if learnt.made.is_alike(known))
         length = learnt.made.number(learnt.batch[at.dim], known)
-        first = planning.first_half(length, at.rule, self.plan.eighths)
+        first = first_half(length, at.rule, self.plan.split_ratio)
         return min(first, length - first)
 
     def _for_sizes(self, known: dict, fixed: bool = False) -> ForSizes:
@@ -335,14 +336,14 @@ class Forms:
     def _prepare(self, variant: _Variant, known: dict) -> None:
         """Have all that the sites of a call need made on all ranks. Where a rank cannot, its group's own collectives carry them."""
         for (group, device), calls in variant.calls(known).items():
-            implementation, _ = transport.choose(self.options.transport, group, device, self._timeout)
+            transport, _ = choose.choose(self.options.transport, group, device, self._timeout)
             try:
                 with _outside():
-                    implementation.prepare(calls)
+                    transport.prepare(calls)
             except WorkspaceError as error:
                 if self.options.transport != "auto":
                     raise TokenWeaveError(f"option 'tokenweave.transport' is {self.options.transport!r}, but {error}") from error
-                transport.fall_back(self.options.transport, group, device, str(error))
+                choose.fall_back(self.options.transport, group, device, str(error))
 
     def _entered(self, run: Callable) -> Callable:
         """``run`` as a call of the groups that there are when it is called: in the order of their other calls."""
@@ -352,15 +353,15 @@ class Forms:
         def entered(args):
             with contextlib.ExitStack() if len(places) > 1 else contextlib.nullcontext() as stack:
                 for i, (group, device) in enumerate(places):
-                    known, implementation = entries[i]
-                    if not context.is_current(known, group) or transport.chosen.get((group, device, requested), _NONE)[0] is not implementation:
-                        entries[i] = known, implementation = self._entry(group, device)
+                    known, transport = entries[i]
+                    if not context.is_current(known, group) or choose.chosen.get((group, device, requested), _NONE)[0] is not transport:
+                        entries[i] = known, transport = self._entry(group, device)
                     known.called()
                     if stack is not None:
-                        stack.enter_context(implementation.call())
+                        stack.enter_context(transport.call())
                 if stack is not None:
                     return run(args)
-                with implementation.call():
+                with transport.call():
                     return run(args)
 
         entered._boxed_call = True
@@ -368,7 +369,7 @@ class Forms:
 
     def _entry(self, group: str, device: torch.device) -> tuple:
         known = context.of(group)
-        return known, transport.choose(self.options.transport, group, device, self._timeout)[0]
+        return known, choose.choose(self.options.transport, group, device, self._timeout)[0]
 
 
 _NONE = (None, "")

@@ -41,8 +41,8 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Join:
-    """An op between the first and the last site that runs whole: its halves are joined before it."""
+class UnsplitOp:
+    """An op between the first and the last site that is not split: its halves are joined before it."""
 
     op: str
     source: str
@@ -58,8 +58,7 @@ class Report:
     transport:  what carries the sites: ``multimem``, ``peer`` or ``process_group``; '' where there is none
     alike:      layers that are compiled as one; 0 where each is compiled
     split:      (first half, second half) along the cut axis, as numbers or symbolic text; None where not woven
-    rehearsal:  what was rehearsed (``rehearsal.Section``), and the ``planning.Plan`` that came of it, as plain data; None where
-                nothing was
+    rehearsal:  what was tuned (``schedule.Section``), and the ``Plan`` that came of it, as plain data; None where nothing was
     reasons:    why mode or transport are not what could have been hoped for
     """
 
@@ -71,7 +70,7 @@ class Report:
     rehearsal: dict | None = None
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
-    joins: list[Join] = field(default_factory=list)
+    joins: list[UnsplitOp] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
@@ -80,7 +79,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Report":
-        rows = {"sites": Site, "refusals": Refusal, "joins": Join}
+        rows = {"sites": Site, "refusals": Refusal, "joins": UnsplitOp}
         data = {k: [rows[k](**row) for row in v] if k in rows else v for k, v in data.items()}
         for site in data["sites"]:
             object.__setattr__(site, "shape", tuple(site.shape))
@@ -97,14 +96,14 @@ class Report:
             head += f", split {self.split[0]} | {self.split[1]}"
         if self.alike:
             head += f", {self.alike} layers compiled as one"
-        lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} joins"]
+        lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} unsplit ops"]
         if self.rehearsal:
-            lines += [f"  rehearsed: {_plan(**self.rehearsal['plan'])}"]
+            lines += [f"  tuned: {_plan(**self.rehearsal['plan'])}"]
         lines += [f"  because {reason}" for reason in self.reasons]
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
         rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), _form(s)) for s in self.sites]
         rows += [("refused", r.all_reduce, short(r.source), r.reason) for r in self.refusals]
-        rows += [("joined", j.op, short(j.source), j.reason) for j in self.joins]
+        rows += [("unsplit", j.op, short(j.source), j.reason) for j in self.joins]
         # The layers of a model are alike: a row each would say the same many times.
         rows = [(what, f"{count} × {value}" if count > 1 else value, *rest) for (what, value, *rest), count in Counter(rows).items()]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
@@ -118,10 +117,10 @@ def short(source: str) -> str:
     return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
 
 
-def _plan(min_tokens: int | None, ctas: int, eighths: int, gain: float | None) -> str:
+def _plan(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None) -> str:
     if gain is None:
         return f"no, for lack of memory; it is woven from {min_tokens} tokens on by a rule"
-    cut = f"{eighths}/8 of the tokens in front" + (f", {ctas} CTAs" if ctas else "")
+    cut = f"split ratio {split_ratio:g}" + (f", {ctas} CTAs" if ctas else "")
     if min_tokens is None:
         return f"not woven at any number of tokens; at best {gain:.2f} times as fast as fused at the most tokens, with {cut}"
     return f"woven from {min_tokens} tokens on, with {cut}: {gain:.2f} times as fast as fused at the most tokens"

@@ -11,6 +11,7 @@ from .forms import Forms
 from .passes.graph_utils import arguments, aten, calls, value
 from .report import Report, short
 from .sizes import ForSizes, copied
+from .transports import choose
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,9 @@ def _at_site(right: _Run, run: _Run, graph: Graph, number: int, names: tuple[str
 
 def _is_sharded(node: Node, number: int) -> bool:
     """Whether a call is a site whose residual stays in symmetric memory, where each rank has its own rows."""
-    if not calls(node, ops.fused, ops.start) or arguments(node)["site"] != number or not arguments(node)["shard"]:
+    if not calls(node, ops.fused, ops.start) or arguments(node)["site"] != number or not arguments(node)["sharded_residual"]:
         return False
-    return not ops.transport.is_process_group(arguments(node)["group"])
+    return not choose.is_process_group(arguments(node)["group"])
 
 
 def _joined(parts: dict, wanted: torch.Tensor | None) -> torch.Tensor | None:

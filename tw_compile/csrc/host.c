@@ -1,5 +1,5 @@
 // The driver calls of a site, so that Python makes one call for them and not four. Compiled when first needed
-// (ops/host.py), like the kernels. All arguments are integers: handles and addresses as the driver has them. A call that
+// (transports/symmetric/host.py), like the kernels. All arguments are integers: handles and addresses as the driver has them. A call that
 // fails raises RuntimeError with the driver's name for the error.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -1,4 +1,4 @@
-"""The ops that a rewritten graph calls: their schemas, what they promise, and the way to an implementation.
+"""The ops that a rewritten graph calls: their schemas, what they promise, and the way to a transport.
 
 ``linear``  a row-parallel GEMM that writes where the other ranks read
 ``start``   begins the communication of a site: all-reduce, residual add, norm
@@ -6,16 +6,17 @@
 ``fused``   start and wait in one, on the compute stream
 
 Memory
-    The implementations over symmetric memory keep a workspace for each *slot* (0 and 1 for the woven halves, 2 for what
+    The transports over symmetric memory keep a workspace for each *slot* (0 and 1 for the woven halves, 2 for what
     is not split). Inductor never owns it: see ``lowering``. Three flags say how far a graph lends itself to it:
 
-    borrow  the norm is returned where the kernel wrote it, in the workspace. The graph has finished with it before the
-            slot's next ``linear``, ``start`` or ``fused``.
-    wide    the new residual is float32, as it was before rounding: only the slot's next site reads it, as its residual.
-    shard   beside ``wide``: it stays in the workspace, each rank having its own rows, in an order of the implementation.
-            Otherwise it is whole, and a tensor of its own.
+    in_workspace      the norm is returned where the kernel wrote it, in the workspace. The graph has finished with it before the
+                      slot's next ``linear``, ``start`` or ``fused``.
+    fp32_residual     the new residual is float32, as it was before rounding: only the slot's next site reads it, as its residual.
+    sharded_residual  beside ``fp32_residual``: it stays in the workspace, each rank having its own rows, in an order of the
+                      transport. Otherwise it is whole, and a tensor of its own.
 
-    borrow and shard are permissions: an implementation without a workspace returns tensors of its own, and whole residuals.
+    in_workspace and sharded_residual are permissions: a transport without a workspace returns tensors of its own, and whole
+    residuals.
 
 Ordering
     ``wait`` takes everything that the communication may still read, so that nobody reuses that memory before; and
@@ -25,15 +26,15 @@ Ordering
 import torch
 from torch import Tensor
 
+from ..site import NEXT_SITE, empty_results  # noqa: F401
 from . import direct
-from .reference import empty_results
-from .symmetric import NEXT_SITE  # noqa: F401
 
 SLOT_WHOLE = 2
 
 _INPUTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? shift"
 _NUMERICS = "float eps, float scale, float offset, bool center"
-_SITE = f"{_INPUTS}, {_NUMERICS}, str group, str transport, int ctas, int slot, int site, bool wide, bool shard"
+_RESIDUAL = "bool fp32_residual, bool sharded_residual"
+_SITE = f"{_INPUTS}, {_NUMERICS}, str group, str transport, int ctas, int slot, int site, {_RESIDUAL}"
 
 _lib = torch.library.Library("tokenweave", "DEF")
 # Without this tag every op that takes an unrealised pointwise value gets a copy of its own.
@@ -41,11 +42,11 @@ _tags = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 _lib.define("linear(Tensor a, Tensor b, Tensor? bias, str group, str transport, int slot) -> Tensor", tags=_tags)
 _lib.define(f"start({_SITE}) -> Tensor", tags=_tags)
 _lib.define(
-    f"wait(Tensor token, {_INPUTS}, Tensor? after, str group, str transport, int slot, bool wide, bool shard, bool borrow)"
+    f"wait(Tensor token, {_INPUTS}, Tensor? after, str group, str transport, int slot, {_RESIDUAL}, bool in_workspace)"
     " -> (Tensor, Tensor)",
     tags=_tags,
 )
-_lib.define(f"fused({_SITE}, bool borrow) -> (Tensor, Tensor)", tags=_tags)
+_lib.define(f"fused({_SITE}, bool in_workspace) -> (Tensor, Tensor)", tags=_tags)
 
 linear = torch.ops.tokenweave.linear.default
 start = torch.ops.tokenweave.start.default
@@ -71,9 +72,9 @@ def _(x, *site):
 
 @torch.library.register_fake("tokenweave::wait", lib=_lib)
 def _(token, x, *site):
-    return empty_results(x, wide=site[-3])
+    return empty_results(x, fp32_residual=site[-3])
 
 
 @torch.library.register_fake("tokenweave::fused", lib=_lib)
 def _(x, *site):
-    return empty_results(x, wide=site[-3])
+    return empty_results(x, fp32_residual=site[-3])

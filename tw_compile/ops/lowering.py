@@ -80,7 +80,7 @@ def register() -> None:
         return
     _register(linear, _Direct, lambda args: (True,))
     _register(start, _Site, lambda args: (True,))  # a token for all calls
-    _register(wait, _Direct, lambda args: (args[-1], args[-2]))  # borrow: the norm, shard: the residual
+    _register(wait, _Direct, lambda args: (args[-1], args[-2]))  # in_workspace: the norm, sharded_residual: the residual
     _register(fused, _Site, lambda args: (args[-1], args[-2]))
 
 

@@ -12,10 +12,9 @@ from torch.fx import Node
 from ..compat import detect_fake_mode
 from .cut import Cut
 from .emit import Emitter
-from .find import WAIT, c10d
 from .fuse import summed
-from .graph_utils import aten, value
-from .token_axis import expr
+from .graph_utils import WAIT, aten, c10d, value
+from .rules.token_axis import expr
 
 
 def halve(node: Node, cut: Cut) -> bool:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from .. import rehearsal
+from ..autotune import schedule
+from ..autotune.plan import Place, Plan, by_rule, first_half, place_of_cut
 from ..options import Options
-from ..planning import Place, Plan, by_rule, first_half, place_of_cut
-from .attention import SIGNATURES
 from .graph_utils import aten, calls, value
+from .rules.attention import SIGNATURES
 
 
 @dataclass(frozen=True)
@@ -29,24 +29,24 @@ class Cut:
         return self.first, self.length - self.first
 
 
-def section_of(sites: list[Node], options: Options) -> rehearsal.Section | None:
-    """What is to be rehearsed of a graph with these ``fused`` calls; None where nothing can be, or nothing is left to decide."""
+def section_of(sites: list[Node], options: Options) -> schedule.Section | None:
+    """What of a graph is run to tune its schedule, by its ``fused`` calls; None where nothing can be, or nothing is left to decide."""
     x = value(sites[0].args[0])
-    if options.fused_only or not rehearsal.possible(x.device):
+    if options.fused_only or not schedule.possible(x.device):
         return None
     if options.min_tokens != "auto" and options.split != "auto" and options.ctas != "auto":
         return None
     *batch, hidden = x.shape
     tokens = math.prod(batch)
     sequences = batch[0] if len(batch) > 1 and isinstance(batch[0], int) else 1
-    wanted = (tokens,) if isinstance(tokens, int) else rehearsal.SIZES
-    least, most = max(sequences, rehearsal.SIZES[0]), rehearsal.MAX_ELEMENTS // hidden
+    wanted = (tokens,) if isinstance(tokens, int) else schedule.SIZES
+    least, most = max(sequences, schedule.SIZES[0]), schedule.MAX_ELEMENTS // hidden
     sizes = tuple(dict.fromkeys(min(size, most) for size in wanted if size >= least))
-    phases = [_phase(site, hidden) for site in sites[1 : 1 + rehearsal.PHASES]]
+    phases = [_phase(site, hidden) for site in sites[1 : 1 + schedule.PHASES]]
     if None in phases or not phases or not sizes:
         return None
     ctas = 0 if options.ctas == "auto" else options.ctas
-    return rehearsal.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases))
+    return schedule.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases))
 
 
 def batch_of(sites: list[Node]) -> list:
@@ -55,9 +55,9 @@ def batch_of(sites: list[Node]) -> list:
 
 
 def plan_by_rule(sites: list[Node]) -> Plan:
-    """The plan of a graph that is not rehearsed."""
+    """The plan of a graph that is not tuned."""
     x = value(sites[0].args[0])
-    return by_rule(x.shape[-1], rehearsal.sms_of(x.device))
+    return by_rule(x.shape[-1], schedule.sms_of(x.device))
 
 
 def choose_cut(sites: list[Node], options: Options, plan: Plan | None = None) -> Cut | str:
@@ -75,7 +75,7 @@ def choose_cut(sites: list[Node], options: Options, plan: Plan | None = None) ->
 
 def cut_at(batch: list, at: Place, plan: Plan) -> Cut:
     """batch: see ``batch_of``"""
-    return Cut(at.dim, batch[at.dim], first_half(batch[at.dim], at.rule, plan.eighths), plan.ctas)
+    return Cut(at.dim, batch[at.dim], first_half(batch[at.dim], at.rule, plan.split_ratio), plan.ctas)
 
 
 def number(size) -> int | None:
@@ -84,7 +84,7 @@ def number(size) -> int | None:
 
 
 def _phase(site: Node, hidden: int) -> tuple | None:
-    """The work between a site and the one in front of it, for a rehearsal; None if it does not end in a GEMM."""
+    """The work between a site and the one in front of it, to be run when the schedule is tuned; None if it does not end in a GEMM."""
     ops, node = [], site.prev
     while not calls(node, site.target) and node.op != "root":
         if calls(node, aten.mm.default, aten.addmm.default):

@@ -25,13 +25,15 @@ import torch
 import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
 
-from ..compat import OpOverload, resolve_process_group, statically_known_true
 from .. import ops
+from ..compat import OpOverload, resolve_process_group, statically_known_true
 from ..report import Refusal
 from .graph_utils import (
     VIEWS,
+    WAIT,
     Ancestors,
     aten,
+    c10d,
     calls,
     is_tensor,
     keeps_rows,
@@ -42,9 +44,6 @@ from .graph_utils import (
     subgraphs,
     value,
 )
-
-c10d = torch.ops._c10d_functional
-WAIT = c10d.wait_tensor.default
 
 # What the kernels take.
 MAX_HIDDEN = 32768

@@ -5,8 +5,8 @@ import operator
 from torch.fx import Graph, Node
 
 from .. import ops
-from .find import WAIT, Match, stays
-from .graph_utils import VIEWS, aten, calls, in_order, same_shape, sort_and_clean, value
+from .find import Match, stays
+from .graph_utils import VIEWS, WAIT, aten, calls, in_order, same_shape, sort_and_clean, value
 
 
 def fuse(graph: Graph, matches: list[Match], transport: str, ctas: int) -> list[Node]:
@@ -38,7 +38,7 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
             x=x, residual=match.residual, weight=norm.weight, bias=match.bias, shift=norm.shift,
             eps=norm.eps, scale=match.scale, offset=norm.offset, center=norm.center,
             group=match.group, transport=transport, ctas=ctas, slot=ops.SLOT_WHOLE, site=index,
-            wide=False, shard=False, borrow=False,
+            fp32_residual=False, sharded_residual=False, in_workspace=False,
         )  # fmt: skip
         call = emit(ops.fused, *in_order(ops.fused, named), meta=total)
         call.meta["val"] = (value(total), value(total))

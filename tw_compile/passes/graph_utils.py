@@ -8,6 +8,8 @@ from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+c10d = torch.ops._c10d_functional
+WAIT = c10d.wait_tensor.default
 
 _TORCH = str(Path(torch.__file__).parent)
 

@@ -1,14 +1,14 @@
 """How the values around a site live: in which dtype, and whether in the workspace that the ranks share.
 
-wide     the residual goes from site to site in float32: only the slot's next site reads it.
+fp32_residual     the residual goes from site to site in float32: only the slot's next site reads it.
 
 Over symmetric memory a site reads its input, and writes its norm, in the workspace of its slot. Without this pass the input
 is copied in and the norm copied out. The pass proves, from the graph alone, where neither is needed:
 
 linear   the row-parallel GEMM writes into the workspace: nobody else reads its result, and it can only run when the slot's
          site before it is done with;
-borrow   the norm stays in the workspace: only GEMMs read it, and all of them run before the next write to the slot;
-shard    a wide residual stays in the workspace, each rank having its own rows.
+in_workspace      the norm stays in the workspace: only GEMMs read it, and all of them run before the next write to the slot;
+sharded_residual  a float32 residual stays in the workspace, each rank having its own rows.
 
 "Before" means by data flow in every case, so it holds for any order that Inductor may choose.
 """
@@ -42,8 +42,8 @@ def place(graph: Graph, workspace: bool, gathered: Collection[int] = ()) -> None
             for previous, site in zip([None, *chain], chain):
                 _absorb(graph, previous, site, before)
         for site, following in zip(chain, [*chain[1:], None]):
-            wide = site.number not in gathered and _only_carried(site, following)
-            site.set_flags(wide, workspace and wide, workspace and _can_borrow(site, following, before))
+            fp32 = site.number not in gathered and _only_carried(site, following)
+            site.set_flags(fp32, workspace and fp32, workspace and _can_stay(site, following, before))
     graph.lint()
 
 
@@ -63,11 +63,12 @@ class _Site:
     def shape(self):
         return value(self.node.args[0]).shape
 
-    def set_flags(self, wide: bool, shard: bool, borrow: bool) -> None:
+    def set_flags(self, fp32_residual: bool, sharded_residual: bool, in_workspace: bool) -> None:
         for node in {self.node, self.done}:
-            node.args = in_order(node.target, arguments(node) | {"wide": wide, "shard": shard, "borrow": borrow})
+            flags = {"fp32_residual": fp32_residual, "sharded_residual": sharded_residual, "in_workspace": in_workspace}
+            node.args = in_order(node.target, arguments(node) | flags)
         norm, residual = value(self.done)
-        if wide:
+        if fp32_residual:
             residual = residual.float()
             self.done.meta["val"] = norm, residual
             if self.result(1) is not None:
@@ -101,7 +102,7 @@ def _only_read_by(node: Node, site: _Site) -> bool:
     return all(user in (site.node, site.done) for user in node.users)
 
 
-def _can_borrow(site: _Site, following: _Site | None, before: Ancestors) -> bool:
+def _can_stay(site: _Site, following: _Site | None, before: Ancestors) -> bool:
     norm = site.result(0)
     readers = list(norm.users) if norm is not None else []
     while readers:

@@ -12,17 +12,17 @@ from functools import partial
 import torch
 from torch.fx import Graph, Node
 
-from ..compat import detect_fake_mode, free_unbacked_symbols, statically_known_true
 from .. import ops
-from ..report import Join
-from . import attention
-from .cache import Write, put_entries, view_of, write_of
+from ..compat import detect_fake_mode, free_unbacked_symbols, statically_known_true
+from ..report import UnsplitOp
 from .cut import Cut
 from .emit import Emitter
-from .find import WAIT, collectives, communicates
-from .gather import GATHER, gather_along, side_by_side
-from .graph_utils import Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
-from .token_axis import Split, TokenAxis, equal, expr, expr_of, map_places, same_axis, split_rule
+from .find import collectives, communicates
+from .graph_utils import WAIT, Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
+from .rules import attention
+from .rules.cache import Write, put_entries, view_of, write_of
+from .rules.gather import GATHER, gather_along, side_by_side
+from .rules.token_axis import Split, TokenAxis, equal, expr, expr_of, map_places, same_axis, split_rule
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ _NOT_HIDDEN = "no mask is known to hide what the second half writes from the fir
 
 def split(
     graph: Graph, sites: list[Node], cut: Cut, keep_whole: Mapping[Node, str] | None = None
-) -> tuple[Graph, list[Node], list[Join], dict[Node, str]]:
+) -> tuple[Graph, list[Node], list[UnsplitOp], dict[Node, str]]:
     """Cut the region between the first and the last of ``sites`` (``fused`` calls).
 
     keep_whole: calls that are not made for each half, although a rule may allow it -> why
@@ -75,7 +75,7 @@ class _Splitter:
         self.cuts: dict[tuple[Node, TokenAxis], tuple[Node, Node]] = {}  # a whole and an axis -> its halves
         self.written: dict[Node, Write] = {}  # a whole, to which each half's rows are written in turn
         self.firsts: dict[Node, Node] = {}  # such a whole -> what it is before the second half's are
-        self.joins: list[Join] = []
+        self.unsplit_ops: list[UnsplitOp] = []
         self.done: dict[Node, str] = {node: "whole" for node in collectives(graph) if not calls(node, ops.fused)}
 
     def run(self):
@@ -94,7 +94,7 @@ class _Splitter:
                 self._whole(node)
                 self._follow(node)
         self.emit.graph.lint()
-        return self.emit.graph, self.sites, self.joins, self.done
+        return self.emit.graph, self.sites, self.unsplit_ops, self.done
 
     def _region(self) -> set[Node]:
         """The nodes that the last site needs, or a collective in front of it that nobody reads and that is made all the same."""
@@ -126,7 +126,7 @@ class _Splitter:
         elif calls(node, aten.sym_size.int):
             self._whole(node)
         elif reason := self.keep_whole.get(node) or self._attempt(node):
-            self.joins.append(Join(str(node.target), source_of(node), reason))
+            self.unsplit_ops.append(UnsplitOp(str(node.target), source_of(node), reason))
             self._whole(node)
         elif node in self.done:
             self.done[node] = "cut"
@@ -134,7 +134,7 @@ class _Splitter:
     def _attempt(self, node: Node) -> str | None:
         """Make a call once for each half; or leave everything as it was, and return why that cannot be."""
         last, known = next(iter(reversed(self.emit.graph.nodes))), (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes)
-        lengths, written, joins = [len(k) for k in known], dict(self.written), len(self.joins)
+        lengths, written, unsplit_ops = [len(k) for k in known], dict(self.written), len(self.unsplit_ops)
         try:
             reason = self._in_halves(node)
         except Exception as error:  # a graph must not break for a call that is only made right as a whole
@@ -145,7 +145,7 @@ class _Splitter:
             while len(entries) > length:
                 entries.popitem()  # the newest: entries are only added
         self.written, self.emit.half = written, None
-        del self.joins[joins:]
+        del self.unsplit_ops[unsplit_ops:]
         while (made := next(iter(reversed(self.emit.graph.nodes)))) is not last:
             self.emit.graph.erase_node(made)
         return reason
@@ -314,7 +314,7 @@ class _Splitter:
             if view := view_of(write, node):
                 self.written[node] = view
             else:
-                self.joins.append(Join(str(write.call.target), source_of(write.call), _NOT_HIDDEN))
+                self.unsplit_ops.append(UnsplitOp(str(write.call.target), source_of(write.call), _NOT_HIDDEN))
                 self.written = {n: w for n, w in self.written.items() if w.call is not write.call}
 
     def _first(self, old: Node) -> Node:

@@ -25,12 +25,13 @@ from torch.fx.node import map_arg
 from ..compat import OpOverload, detect_fake_mode, resolve_process_group
 from ..report import Refusal
 from .emit import Emitter
-from .find import WAIT, AllReduce, c10d, collectives, match_site, overtaken, stays
-from .gather import GATHER, gather_along
+from .find import AllReduce, collectives, match_site, overtaken, stays
 from .graph_utils import (
     VIEWS,
+    WAIT,
     Ancestors,
     aten,
+    c10d,
     calls,
     is_one,
     same_shape,
@@ -40,7 +41,8 @@ from .graph_utils import (
     subgraphs,
     value,
 )
-from .token_axis import Split, TokenAxis, expr, map_places, split_rule
+from .rules.gather import GATHER, gather_along
+from .rules.token_axis import Split, TokenAxis, expr, map_places, split_rule
 
 SCATTER = c10d.reduce_scatter_tensor.default
 _REFUSED = {c10d.reduce_scatter_tensor_coalesced.default: "reduce_scatter_tensor_coalesced reduces several tensors at once"}

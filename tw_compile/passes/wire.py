@@ -75,9 +75,9 @@ def wire(graph: Graph, group: str) -> list:
             given = arguments(node)
             form = [given[name] is not None for name in ("residual", "weight", "bias", "shift")]
             form += [given[name] for name in ("eps", "scale", "offset", "center")]
-            entry = ["site", given["site"], half is not None, form, given["wide"]]
+            entry = ["site", given["site"], half is not None, form, given["fp32_residual"]]
             if half == 1 and said and said[-1][:2] == entry[:2]:
-                said[-1][4] = said[-1][4] and given["wide"]
+                said[-1][4] = said[-1][4] and given["fp32_residual"]
                 continue
         else:
             entry = [_name(node), half is not None]

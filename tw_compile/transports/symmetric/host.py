@@ -13,9 +13,9 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from .. import files
+from ... import files
 
-SOURCES = Path(__file__).parent.parent / "csrc"
+SOURCES = Path(__file__).parents[2] / "csrc"
 _DRIVER = "libcuda.so.1"
 _COMPILER_S = 60.0  # for a file that takes less than a second
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # names the Python and the machine

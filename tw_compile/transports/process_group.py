@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compat import resolve_process_group
-from .reference import add_norm
+from ..site import add_norm
 
 
 class ProcessGroup:
@@ -35,7 +35,7 @@ class ProcessGroup:
         return self._group()
 
     def call(self) -> "ProcessGroup":
-        """``with implementation.call():`` around calls that belong together: see Symmetric."""
+        """``with transport.call():`` around calls that belong together: see Symmetric."""
         return self
 
     def __enter__(self) -> None:
@@ -64,7 +64,7 @@ class ProcessGroup:
             with contextlib.suppress(RuntimeError):  # if that run was a capture
                 torch.cuda.current_stream(self.device).wait_event(done)  # what reuses its memory runs behind it
 
-    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard) -> Tensor:
+    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual) -> Tensor:
         if slot in self.pending:
             self._forget(slot)
         total = torch.empty_like(x, memory_format=torch.contiguous_format)  # of the compute stream, for CUDA graphs
@@ -77,10 +77,10 @@ class ProcessGroup:
                 total.copy_(x)
                 dist.all_reduce(total, group=self.group)
                 done = self.stream.record_event()
-        self.pending[slot] = done, total, (residual, weight, bias, shift, eps, scale, offset, center, wide)
+        self.pending[slot] = done, total, (residual, weight, bias, shift, eps, scale, offset, center, fp32_residual)
         return x.new_empty(0)
 
-    def wait(self, slot: int, borrow: bool) -> tuple[Tensor, Tensor]:
+    def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, Tensor]:
         if slot not in self.pending:
             raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
         done, total, site = self.pending.pop(slot)
@@ -90,10 +90,10 @@ class ProcessGroup:
             torch.cuda.current_stream(self.device).wait_event(done)
         return _add_norm(total, *site)
 
-    def fused(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, wide, shard, borrow):
+    def fused(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, in_workspace):
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
-        return _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, wide)
+        return _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, fp32_residual)
 
     def workspace_bytes(self) -> int:
         return 0
@@ -102,8 +102,8 @@ class ProcessGroup:
         """What becomes of a rank that does not come is the process group's own error."""
 
 
-def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, wide):
-    dtype, of_residual = total.dtype, torch.float32 if wide else total.dtype
+def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, fp32_residual):
+    dtype, of_residual = total.dtype, torch.float32 if fp32_residual else total.dtype
     plain = weight is not None and weight.dtype == dtype and offset == 0.0 and bias is None and scale == 1.0
     plain = plain and (shift is None or shift.dtype == dtype)
     if not (total.is_cuda and plain):
@@ -115,4 +115,4 @@ def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, 
     rounded = total.to(dtype)
     shape = weight.shape
     norm = F.layer_norm(rounded, shape, weight, shift, eps) if center else F.rms_norm(rounded, shape, weight, eps)
-    return norm, total if wide and residual is not None else rounded.to(of_residual)
+    return norm, total if fp32_residual and residual is not None else rounded.to(of_residual)

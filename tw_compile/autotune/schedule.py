@@ -5,7 +5,7 @@ came within the few per cent that are at stake. So the GEMMs, the attention and 
 graph will run them: fused, and woven with several numbers of CTAs and cuts, at several numbers of tokens. What is the same on both
 sides, such as elementwise kernels, is left out.
 
-What comes of it is a ``planning.Plan``, the same on all ranks: of the times of the slowest one. Plans are kept on disk.
+What comes of it is a ``Plan``, the same on all ranks: of the times of the slowest one. Plans are kept on disk.
 """
 
 import functools
@@ -19,22 +19,21 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from . import files
-from .compat import cuda_sleep, resolve_process_group
-from .ops import agree, transport
-from .options import Options
-from .planning import Plan, by_rule, by_times, first_half, rule_of_cut
+from .. import files
+from ..compat import cuda_sleep, resolve_process_group
+from ..options import Options
+from ..transports import agree, choose
+from .plan import SPLIT_RATIOS, Plan, by_rule, by_times, first_half, rule_of_cut
 
 log = logging.getLogger("tw_compile")
 
-# Tokens at which a graph of any number of tokens is rehearsed, and elements of the reduced values at the most: more tokens are taken
+# Tokens at which a graph of any number of tokens is tuned, and elements of the reduced values at the most: more tokens are taken
 # to be like so many.
 SIZES = 256, 512, 1024, 2048, 4096, 8192
 MAX_ELEMENTS = 1 << 26
 
 PHASES = 4  # of compute between two sites: two layers
 CTAS = 4, 6, 8, 12, 16, 24
-EIGHTHS = 3, 4, 5
 SAMPLES = 5
 # Clocks for which the GPU waits before each sample: the host has enqueued most of it by then, and is not what is measured.
 HEAD_START = 5_000_000
@@ -42,7 +41,7 @@ HEAD_START = 5_000_000
 
 @dataclass(frozen=True)
 class Section:
-    """What of a graph is rehearsed.
+    """What of a graph is run to tune its schedule.
 
     hidden, dtype: of the reduced values
     sizes:         numbers of tokens
@@ -85,7 +84,7 @@ def known(section: Section, group: str, device: torch.device, requested: str) ->
 def agree_on(section: Section | None, group: str, device: torch.device, requested: str, mine: Plan | None) -> Plan | None:
     """The plan of all ranks of the group: that of the first one that has any, or what they now measure together. A collective.
 
-    section: of this rank, whose graph may differ; that of the first rank that has one is rehearsed. None goes by a rule
+    section: of this rank, whose graph may differ; that of the first rank that has one is tuned. None goes by a rule
     mine:    what this rank has
     """
     said = agree.exchange(group, "the plan of a graph", json.dumps((section and asdict(section), mine and asdict(mine))))
@@ -95,7 +94,7 @@ def agree_on(section: Section | None, group: str, device: torch.device, requeste
     if plan is None and first is None:
         return None
     if plan is None:
-        plan = _rehearse(first, group, device, requested)
+        plan = _tune_schedule(first, group, device, requested)
         gc.collect()  # the workspaces, of which some things refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -111,37 +110,37 @@ def _path(section: Section, group: str, device: torch.device, requested: str):
     return files.path("plan", (asdict(section), requested, gpu, world, agree.version()), "json")
 
 
-def _rehearse(section: Section, group: str, device: torch.device, requested: str) -> Plan:
+def _tune_schedule(section: Section, group: str, device: torch.device, requested: str) -> Plan:
     begin = time.perf_counter()
-    carrier = transport.another(requested, group, device)
-    stage = Stage(section, carrier, device)
-    lacking = agree.exchange(group, "a rehearsal", stage.set() or "")
+    transport = choose.another(requested, group, device)
+    stage = Stage(section, transport, device)
+    lacking = agree.exchange(group, "the tuning of a schedule", stage.set() or "")
     if any(lacking):
         plan = by_rule(section.hidden, sms_of(device))
-        log.warning("not rehearsed, so that it is woven from %d tokens on by a rule: %s", plan.min_tokens, max(lacking))
+        log.warning("the schedule is not tuned, so that it is woven from %d tokens on by a rule: %s", plan.min_tokens, max(lacking))
         return plan
-    ctas = (section.ctas,) if section.ctas or carrier.name == "process_group" else CTAS
+    ctas = (section.ctas,) if section.ctas or transport.name == "process_group" else CTAS
 
     def plan_of(variants):
         times = [stage.times([None, *variants], tokens) for tokens in section.sizes]
-        said = agree.exchange(group, "the end of a rehearsal", json.dumps(times))
+        said = agree.exchange(group, "the end of the tuning of a schedule", json.dumps(times))
         slowest = [list(map(max, *at_size)) for at_size in zip(*map(json.loads, said))]
         fused, *woven = zip(*slowest)
-        log.info("rehearsed, %s tokens: fused %s s; (CTAs, eighths) %s", section.sizes, fused, dict(zip(variants, woven)))
+        log.info("schedule, %s tokens: fused %s s; (CTAs, split ratio) %s", section.sizes, fused, dict(zip(variants, woven)))
         return by_times(section.sizes, fused, dict(zip(variants, woven)))
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        even = plan_of([(c, 4) for c in ctas])
-        plan = plan_of([(even.ctas, eighths) for eighths in EIGHTHS])
-    log.info("rehearsed in %.1f s: %s", time.perf_counter() - begin, plan)
+        even = plan_of([(c, 0.5) for c in ctas])
+        plan = plan_of([(even.ctas, ratio) for ratio in SPLIT_RATIOS])
+    log.info("schedule tuned in %.1f s: %s", time.perf_counter() - begin, plan)
     return plan
 
 
 class Stage:
     """Where a section is run."""
 
-    def __init__(self, section, carrier, device):
-        self.section, self.carrier, self.device, self.dtype = section, carrier, device, getattr(torch, section.dtype)
+    def __init__(self, section, transport, device):
+        self.section, self.transport, self.device, self.dtype = section, transport, device, getattr(torch, section.dtype)
         ops = {op for phase in section.phases for op in phase}
         self.weights = {op[1:]: None for op in sorted(ops) if op[0] == "mm"}  # (rows, columns) -> tensor
         self.channels = max(section.hidden, *(op[1] * op[3] if op[0] == "attention" else op[1] for op in ops))
@@ -162,7 +161,7 @@ class Stage:
             return str(error)
 
     def _lacks_memory(self) -> str | None:
-        """A rehearsal may take half of what is free."""
+        """Tuning may take half of what is free."""
         if self.device.type == "cpu":
             return None
         tokens = max(self.section.sizes)
@@ -174,13 +173,13 @@ class Stage:
         return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else None
 
     def times(self, variants, tokens) -> list[float]:
-        """Seconds of this rank, medians over samples in turns. variants: None, fused, or (ctas, eighths), woven."""
+        """Seconds of this rank, medians over samples in turns. variants: None, fused, or (ctas, split_ratio), woven."""
         runs = []
         for variant in variants:
             sequence, sequences = tokens // self.section.sequences, self.section.sequences
-            ctas, eighths = variant or (0, 4)
+            ctas, split_ratio = variant or (0, 0.5)
             length, step = (tokens, 1) if sequences == 1 else (sequences, sequence)
-            first = first_half(length, rule_of_cut(length, step, Options(), eighths), eighths) * step
+            first = first_half(length, rule_of_cut(length, step, Options(), split_ratio), split_ratio) * step
             pieces = [first, sequence * sequences - first] if variant else [sequence * sequences]
             runs.append(functools.partial(self.run, pieces, sequence, ctas))
         taken = [[self._seconds(run) for run in runs] for _ in range(SAMPLES + 1)]
@@ -210,20 +209,20 @@ class Stage:
         for number, phase in enumerate(self.section.phases):
             for slot in range(len(pieces)):
                 if slot in begun:
-                    norms[slot], residuals[slot] = self.carrier.wait(slot, True)
+                    norms[slot], residuals[slot] = self.transport.wait(slot, True)
                 x = self.compute(phase, norms[slot], slot, sequence, sum(pieces[:slot]) % sequence)
                 if woven:
-                    self.carrier.start(*self._site(x, residuals[slot]), ctas, slot, number, True, True)
+                    self.transport.start(*self._site(x, residuals[slot]), ctas, slot, number, True, True)
                     begun.add(slot)
                 else:
                     norms[slot], residuals[slot] = self._fused(x, residuals[slot], slot, number)
         for slot in begun:
-            self.carrier.wait(slot, True)
+            self.transport.wait(slot, True)
 
     def compute(self, phase, norm, slot, sequence, before):
         self.work(phase[:-1], norm, sequence, before)
         rows, columns = phase[-1][1:]
-        return self.carrier.linear(self._input(norm, rows), self.weights[rows, columns], None, slot)
+        return self.transport.linear(self._input(norm, rows), self.weights[rows, columns], None, slot)
 
     def work(self, ops, norm, sequence, before):
         for kind, *sizes in ops:
@@ -233,7 +232,7 @@ class Stage:
                 self._attend(*sizes, norm.shape[0], sequence, before)
 
     def _attend(self, heads, kv_heads, channels, tokens, sequence, before):
-        """Causal; of the tokens behind a cut within a sequence in two parts, as passes/attention.py does it."""
+        """Causal; of the tokens behind a cut within a sequence in two parts, as passes/rules/attention.py does it."""
         sequences, queries = (1, tokens) if before else (max(tokens // sequence, 1), min(tokens, sequence))
 
         def heads_of(number, length):
@@ -247,7 +246,7 @@ class Stage:
             F.scaled_dot_product_attention(query, keys, keys, **gqa)
 
     def _fused(self, x, residual, slot, number):
-        return self.carrier.fused(*self._site(x, residual), 0, slot, number, True, True, True)
+        return self.transport.fused(*self._site(x, residual), 0, slot, number, True, True, True)
 
     def _site(self, x, residual):
         return x, residual, self.weight, None, None, 1e-5, 1.0, 0.0, False

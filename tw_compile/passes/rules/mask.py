@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .graph_utils import aten, calls, is_one, is_tensor, prims, value
+from ..graph_utils import aten, calls, is_one, is_tensor, prims, value
 from .token_axis import expr
 
 _INDEX = sympy.symbols("i0:8", integer=True, nonnegative=True)

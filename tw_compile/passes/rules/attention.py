@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from ..emit import size_of
+from ..graph_utils import aten, is_one, prims, value
 from .cache import first_key
-from .emit import size_of
-from .graph_utils import aten, is_one, prims, value
 from .mask import hides_later_keys
 from .token_axis import Split, TokenAxis, register_token_rule
 

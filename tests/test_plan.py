@@ -2,9 +2,9 @@
 
 import pytest
 
-from tw_compile.options import Options
-from tw_compile.planning import (
+from tw_compile.autotune.plan import (
     MARGIN,
+    SPLIT_RATIOS,
     TILE,
     WEAVE_MIN_TOKENS,
     Place,
@@ -16,6 +16,7 @@ from tw_compile.planning import (
     place_of_cut,
     rule_of_cut,
 )
+from tw_compile.options import Options
 
 
 def test_by_rule_each_half_fills_the_gpu():
@@ -39,37 +40,37 @@ SIZES, FUSED = (256, 512, 1024), [1.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize("woven, plan", [
-    ({(4, 4): [2.0, 2.0, 2.0]}, Plan(1024, 4, 4, 2.0)),
-    ({(4, 4): [0.9, 1.5, 2.0]}, Plan(256, 4, 4, 2.0)),
-    ({(4, 4): [0.5, 2.0, 2.0]}, Plan(1024, 4, 4, 2.0)),  # faster at few tokens again: the threshold is one
-    ({(4, 4): [0.5, 1.0, 4.0]}, Plan(None, 4, 4, 1.0)),
-    ({(4, 4): [2.0, 4.0, 8.0], (8, 4): [2.0, 4.0, 5.0]}, Plan(None, 8, 4, 0.8)),
-    ({(4, 4): [9.0, 9.0, 2.0], (8, 4): [9.0, 1.2, 2.1]}, Plan(512, 8, 4, 1.905)),  # all sizes together
-    ({(4, 3): [9.0, 9.0, 2.0], (4, 5): [9.0, 9.0, 1.9]}, Plan(1024, 4, 5, 2.105)),
-    ({(4, 4): [9.0, 9.0, (1 - MARGIN / 2) * 4.0]}, Plan(None, 4, 4, 1.01)),
+    ({(4, 0.5): [2.0, 2.0, 2.0]}, Plan(1024, 4, 0.5, 2.0)),
+    ({(4, 0.5): [0.9, 1.5, 2.0]}, Plan(256, 4, 0.5, 2.0)),
+    ({(4, 0.5): [0.5, 2.0, 2.0]}, Plan(1024, 4, 0.5, 2.0)),  # faster at few tokens again: the threshold is one
+    ({(4, 0.5): [0.5, 1.0, 4.0]}, Plan(None, 4, 0.5, 1.0)),
+    ({(4, 0.5): [2.0, 4.0, 8.0], (8, 0.5): [2.0, 4.0, 5.0]}, Plan(None, 8, 0.5, 0.8)),
+    ({(4, 0.5): [9.0, 9.0, 2.0], (8, 0.5): [9.0, 1.2, 2.1]}, Plan(512, 8, 0.5, 1.905)),  # all sizes together
+    ({(4, 0.375): [9.0, 9.0, 2.0], (4, 0.625): [9.0, 9.0, 1.9]}, Plan(1024, 4, 0.625, 2.105)),
+    ({(4, 0.5): [9.0, 9.0, (1 - MARGIN / 2) * 4.0]}, Plan(None, 4, 0.5, 1.01)),
 ])  # fmt: skip
 def test_by_times_the_fastest_plan_for_all_sizes_together(woven, plan):
     assert by_times(SIZES, FUSED, woven) == plan
 
 
-def first_of(length, per_step, options, eighths=4):
+def first_of(length, per_step, options, split_ratio=0.5):
     """Entries of the first half, or why there is none."""
-    rule = rule_of_cut(length, per_step, options, eighths)
-    return rule if isinstance(rule, str) and rule not in ("half", "tiles") else first_half(length, rule, eighths)
+    rule = rule_of_cut(length, per_step, options, split_ratio)
+    return rule if isinstance(rule, str) and rule not in ("half", "tiles") else first_half(length, rule, split_ratio)
 
 
 @pytest.mark.parametrize("per_step", [1, 5])
-@pytest.mark.parametrize("eighths", [3, 4, 5])
-def test_both_halves_have_something_at_every_length(per_step, eighths):
+@pytest.mark.parametrize("split_ratio", SPLIT_RATIOS)
+def test_both_halves_have_something_at_every_length(per_step, split_ratio):
     for length in range(2, 5000):
-        assert 0 < first_of(length, per_step, Options(), eighths) < length
+        assert 0 < first_of(length, per_step, Options(), split_ratio) < length
 
 
-@pytest.mark.parametrize("eighths", [3, 4, 5])
-def test_many_tokens_are_cut_on_a_tile_near_the_middle(eighths):
+@pytest.mark.parametrize("split_ratio", SPLIT_RATIOS)
+def test_many_tokens_are_cut_on_a_tile_near_the_middle(split_ratio):
     for length in range(WEAVE_MIN_TOKENS, 10000, 7):
-        first = first_of(length, 1, Options(), eighths)
-        assert first % TILE == 0 and 0 <= length * eighths / 8 - first <= TILE
+        first = first_of(length, 1, Options(), split_ratio)
+        assert first % TILE == 0 and 0 <= length * split_ratio - first <= TILE
 
 
 def test_a_batch_is_cut_between_sequences():
@@ -84,7 +85,7 @@ def test_an_explicit_split():
 
 
 def test_where_a_call_is_cut():
-    plan = Plan(1024, 0, 4)
+    plan = Plan(1024, 0, 0.5)
     assert place_of_cut([1, 2048], Options(), plan) == Place(1, "tiles")
     assert place_of_cut([3, 1000], Options(), plan) == Place(0, "half")
     assert place_of_cut([1, 100], Options(mode="weave"), plan) == Place(1, "half")
@@ -92,5 +93,5 @@ def test_where_a_call_is_cut():
     assert place_of_cut([1, 1023], Options(), plan) == "fewer than 1024 tokens"
     assert place_of_cut([0], Options(), plan) == "fewer than 1024 tokens"
     assert place_of_cut([1, 1], Options(mode="weave"), plan) == "one token cannot be split"
-    assert place_of_cut([4096], Options(), Plan(None)) == "it was not faster in a rehearsal on this machine"
+    assert place_of_cut([4096], Options(), Plan(None)) == "it was not faster when it was tuned on this machine"
     assert place_of_cut([4096], Options(mode="fuse"), plan) == "mode is fuse"

@@ -4,9 +4,8 @@ import operator
 
 from torch.fx import Node
 
-from .emit import size_of
-from .find import WAIT, c10d
-from .graph_utils import aten, calls, same_size, value
+from ..emit import size_of
+from ..graph_utils import WAIT, aten, c10d, calls, same_size, value
 
 GATHER = c10d.all_gather_into_tensor.default
 

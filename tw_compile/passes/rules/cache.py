@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from .emit import size_of
-from .graph_utils import aten, calls, is_tensor, is_view, prims, value
+from ..emit import size_of
+from ..graph_utils import aten, calls, is_tensor, is_view, prims, value
 from .mask import INDEX, first_row
 from .token_axis import Split, TokenAxis, product, split_rule
 

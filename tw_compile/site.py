@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
+# As the number of a site: the one after that of the site before it in the slot. So layers that are alike make the same calls.
+NEXT_SITE = -1
 
-def empty_results(x: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
-    """What a site on x returns, (norm, residual), without values; wide: the residual is float32."""
+
+def empty_results(x: Tensor, fp32_residual: bool) -> tuple[Tensor, Tensor]:
+    """What a site on x returns, (norm, residual), without values; fp32_residual: the residual is float32."""
     norm = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return norm, torch.empty_like(norm, dtype=torch.float32 if wide else x.dtype)
+    return norm, torch.empty_like(norm, dtype=torch.float32 if fp32_residual else x.dtype)
 
 
 def add_norm(

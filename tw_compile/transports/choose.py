@@ -1,4 +1,4 @@
-"""Which implementation carries a group's sites: chosen once for each group and device, the same on all its ranks."""
+"""Which transport carries a group's sites: chosen once for each group and device, the same on all its ranks."""
 
 import collections
 import functools
@@ -12,26 +12,27 @@ import torch.distributed as dist
 
 from ..compat import resolve_process_group
 from ..options import TokenWeaveError
-from . import agree, tuning
+from ..site import add_norm
+from . import agree
 from .process_group import ProcessGroup
-from .reference import add_norm
-from .symmetric import Symmetric
+from .symmetric import tuning
+from .symmetric.transport import Symmetric
+from .symmetric.tuning import LEAST_ROWS, MARGIN, Tuning, by_rule
 from .together import WorkspaceError, together
-from .tuning import LEAST_ROWS, MARGIN, Tuning, by_rule
 
 log = logging.getLogger("tw_compile")
 
 _SYMMETRIC = {"multimem": True, "peer": False}  # name -> does it use multicast
 _ORDER = ("multimem", "peer", "process_group")
-chosen = {}  # (group name, device, requested transport) -> implementation
+chosen = {}  # (group name, device, requested transport) -> transport
 _locks = collections.defaultdict(threading.RLock)  # of each group, for whoever makes its ranks meet
 
 
-def unavailable(transport: str, group_name: str, device: torch.device) -> str | None:
+def unavailable(name: str, group_name: str, device: torch.device) -> str | None:
     """Why this rank cannot use a transport for a group, or None. Local: no rank is asked."""
-    if transport == "process_group":
+    if name == "process_group":
         return None
-    return Symmetric.unavailable(group_name, device, multicast=_SYMMETRIC[transport])
+    return Symmetric.unavailable(group_name, device, multicast=_SYMMETRIC[name])
 
 
 def candidates(requested: str, group_name: str, device: torch.device) -> tuple[list[str], dict[str, str]]:
@@ -44,7 +45,7 @@ def candidates(requested: str, group_name: str, device: torch.device) -> tuple[l
 def choose(
     requested: str, group_name: str, device: torch.device, timeout_s: float | None = None
 ) -> tuple["ProcessGroup | Symmetric", str]:
-    """The implementation for a group, and why it is not a better one (empty where it is the best).
+    """The transport for a group, and why it is not a better one (empty where it is the best).
 
     timeout_s: how long its kernels wait for another rank from now on; None leaves that as it is
 
@@ -86,19 +87,19 @@ def forget(group_name: str) -> None:
 
 def is_process_group(group_name: str) -> bool:
     """Whether the process group's own collectives carry all that was chosen for a group."""
-    return all(implementation.name == "process_group" for key, (implementation, _) in chosen.items() if key[0] == group_name)
+    return all(transport.name == "process_group" for key, (transport, _) in chosen.items() if key[0] == group_name)
 
 
 def another(requested: str, group_name: str, device: torch.device) -> "ProcessGroup | Symmetric":
-    """An implementation like the chosen one that shares nothing with it: its memory is free again when it is dropped."""
+    """A transport like the chosen one that shares nothing with it: its memory is free again when it is dropped."""
     return _make(choose(requested, group_name, device)[0].name, group_name, device)
 
 
 def workspace_bytes() -> dict[torch.device, int]:
     """Bytes of symmetric memory that this process holds on each GPU, for all groups, outside of PyTorch's allocator."""
     held = collections.Counter()
-    for implementation, _ in [*chosen.values()]:
-        held[implementation.device] += implementation.workspace_bytes()
+    for transport, _ in [*chosen.values()]:
+        held[transport.device] += transport.workspace_bytes()
     return {device: number for device, number in held.items() if number}
 
 
@@ -154,7 +155,7 @@ def fastest(names: list[str], seconds: dict[str, float]) -> str:
 
 
 def _self_tested(name: str, group_name: str, device: torch.device) -> tuple["Symmetric | None", str | None]:
-    """An implementation whose small calls have the process group's answer on all ranks; or how they differ on some. A collective.
+    """A transport whose small calls have the process group's answer on all ranks; or how they differ on some. A collective.
 
     The kernels must not be wrong in silence on a machine that this project has not: multimem has never been run. They are not tuned
     before they are known to be right.
@@ -162,20 +163,20 @@ def _self_tested(name: str, group_name: str, device: torch.device) -> tuple["Sym
     group = resolve_process_group(group_name)
     with torch.inference_mode(False), torch.no_grad():
         try:
-            implementation = _made(name, group_name, device, by_rule(group.size()))
+            transport = _made(name, group_name, device, by_rule(group.size()))
             chains = together(group_name, "the self-test's inputs", lambda: _chains(group, device), agree.PATIENCE_S)
-            implementation.prepare([(slot, c.dtype, (c.rows, _TEST_HIDDEN), c.center) for c in chains for slot in range(3)])
+            transport.prepare([(slot, c.dtype, (c.rows, _TEST_HIDDEN), c.center) for c in chains for slot in range(3)])
         except WorkspaceError as error:  # which all ranks have
             gc.collect()
             return None, f"its self-test failed: {error}"
         reason = ""
         try:
-            reason = _difference(implementation, chains, group)
+            reason = _difference(transport, chains, group)
         except Exception as error:  # the others must hear of it, whatever it is
             reason = f"{type(error).__name__}: {error}"
     said = f"its self-test failed: {reason} on rank {group.rank()}" if reason else ""
     answers = agree.exchange(group_name, f"the self-test of transport {name}", said)
-    return implementation, next((answer for answer in answers if answer), None)
+    return transport, next((answer for answer in answers if answer), None)
 
 
 _TOLERANCES = {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 1e-4}
@@ -193,7 +194,7 @@ def _chains(group, device: torch.device) -> list["_Chain"]:
     ) for rows in some]  # fmt: skip
 
 
-def _difference(implementation, chains: list["_Chain"], group) -> str:
+def _difference(transport, chains: list["_Chain"], group) -> str:
     """How what the passes call differs from the process group's answer on this rank; empty if it does not.
 
     Sites that carry their residual to the next and one that makes it whole, behind GEMMs and alone, woven and fused, with all that a
@@ -202,12 +203,12 @@ def _difference(implementation, chains: list["_Chain"], group) -> str:
     """
     for chain in chains:
         chain.reduce(group)
-    with implementation.call():
+    with transport.call():
         for chain in chains:
-            chain.run(implementation)
+            chain.run(transport)
         for _ in range(_TEST_REPEATS):
             for chain in chains[::4]:
-                chain.fuse(implementation, 2)
+                chain.fuse(transport, 2)
     return next((difference for chain in chains if (difference := chain.difference())), "")
 
 
@@ -239,34 +240,34 @@ class _Chain:
             self.right.append(norm)
         self.right.append(residual)
 
-    def run(self, implementation):
-        self.fuse(implementation, 2)
-        chains = [self._weave(implementation, slot) for slot in range(2)]
+    def run(self, transport):
+        self.fuse(transport, 2)
+        chains = [self._weave(transport, slot) for slot in range(2)]
         for _ in range(1 + len(self.xs)):  # both slots are under way
             for chain in chains:
                 next(chain, None)
 
-    def fuse(self, implementation, slot):
+    def fuse(self, transport, slot):
         residual = self.residual
         for number in range(len(self.xs)):
-            x, last = self._x(implementation, slot, number), number == len(self.xs) - 1
+            x, last = self._x(transport, slot, number), number == len(self.xs) - 1
             site = x, residual, *self.numerics[number], 0, slot, number, not last, not last
-            norm, residual = implementation.fused(*site, False)
+            norm, residual = transport.fused(*site, False)
             self.got.append((number, norm))
         self.got.append((len(self.xs), residual))
 
-    def _weave(self, implementation, slot):
+    def _weave(self, transport, slot):
         residual = self.residual
         for number in range(len(self.xs)):
-            x, last = self._x(implementation, slot, number), number == len(self.xs) - 1
-            implementation.start(x, residual, *self.numerics[number], 0, slot, number, not last, not last)
+            x, last = self._x(transport, slot, number), number == len(self.xs) - 1
+            transport.start(x, residual, *self.numerics[number], 0, slot, number, not last, not last)
             yield
-            norm, residual = implementation.wait(slot, True)
+            norm, residual = transport.wait(slot, True)
             self.got.append((number, norm.clone()))
         self.got.append((len(self.xs), residual))
 
-    def _x(self, implementation, slot, number):
-        return implementation.linear(self.a, self.b, None, slot) if number == 1 else self.xs[number]
+    def _x(self, transport, slot, number):
+        return transport.linear(self.a, self.b, None, slot) if number == 1 else self.xs[number]
 
     def difference(self) -> str | None:
         """Every value counts: one vector that is wrong is an error."""

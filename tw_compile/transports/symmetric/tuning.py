@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
-from ..compat import cuda_sleep, resolve_process_group
-from .. import files
-from ..planning import two_shot_ctas
-from . import agree
-from .together import WorkspaceError
+from ... import files
+from ...compat import cuda_sleep, resolve_process_group
+from .. import agree
+from ..together import WorkspaceError
 
 log = logging.getLogger("tw_compile")
 
@@ -74,6 +73,14 @@ class Tuning:
     def ctas_alone(self, rows: int) -> int:
         """The number of CTAs of a two-shot kernel with nothing beside it, for a number of tokens."""
         return [ctas for first, ctas in self.ctas if first <= max(rows, 1)][-1]
+
+
+def two_shot_ctas(world: int) -> int:
+    """CTAs of a two-shot kernel of many rows, if nobody says: as few as keep the wire busy, since each takes an SM from the GEMMs.
+
+    The fewer the ranks, the more rows each has to norm for as many bytes on the wire (benchmarks/results/kernel-*.json).
+    """
+    return max(8, 32 // world)
 
 
 def by_rule(world: int) -> Tuning:
@@ -162,38 +169,38 @@ def measure(owner, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tuning:
     return tuning
 
 
-def compare(carriers: dict, group_name: str, device: torch.device) -> dict[str, float]:
+def compare(transports: dict, group_name: str, device: torch.device) -> dict[str, float]:
     """Seconds of a fused call over each, by name: the geometric mean over COMPARED_TOKENS, of the slowest rank. A collective.
 
-    carriers: name -> Symmetric or ProcessGroup, whose workspaces are made here
+    transports: name -> Symmetric or ProcessGroup, whose workspaces are made here
     Measured once on a machine, and kept. Raises WorkspaceError on all ranks where one cannot make a workspace.
     """
     gpu, world = torch.cuda.get_device_name(device), dist.get_world_size(resolve_process_group(group_name))
-    path = files.path("transports", (gpu, world, [*carriers], agree.version()), "json")
-    said = agree.exchange(group_name, "a comparison of transports", json.dumps(_kept_times(path, carriers)))
+    path = files.path("transports", (gpu, world, [*transports], agree.version()), "json")
+    said = agree.exchange(group_name, "a comparison of transports", json.dumps(_kept_times(path, transports)))
     seconds = next((theirs for theirs in map(json.loads, said) if theirs), None)
     if seconds is None:
         begin = time.perf_counter()
-        for carrier in carriers.values():
-            carrier.prepare([(_SLOT, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
+        for transport in transports.values():
+            transport.prepare([(_SLOT, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
         weight = torch.ones(COMPARED_HIDDEN, dtype=COMPARED_DTYPE, device=device)
-        runs = [(carrier, weight, tokens, 0, COMPARED_HEAD_START) for carrier in carriers.values() for tokens in COMPARED_TOKENS]
+        runs = [(transport, weight, tokens, 0, COMPARED_HEAD_START) for transport in transports.values() for tokens in COMPARED_TOKENS]
         taken = [[_seconds(*run) for run in runs] for _ in range(SAMPLES + 1)]
         mine = [statistics.median(samples) for samples in zip(*taken[1:])]
         said = agree.exchange(group_name, "the end of a comparison of transports", json.dumps(mine))
         slowest = [max(theirs) for theirs in zip(*map(json.loads, said))]
         sizes = len(COMPARED_TOKENS)
-        seconds = {name: math.exp(statistics.fmean(map(math.log, slowest[i * sizes :][:sizes]))) for i, name in enumerate(carriers)}
+        seconds = {name: math.exp(statistics.fmean(map(math.log, slowest[i * sizes :][:sizes]))) for i, name in enumerate(transports)}
         log.info("compared transports in %.1f s, seconds of %s tokens: %s", time.perf_counter() - begin, COMPARED_TOKENS, slowest)
-    if seconds != _kept_times(path, carriers):
+    if seconds != _kept_times(path, transports):
         files.write(path, json.dumps(seconds).encode())
     return seconds
 
 
-def _kept_times(path, carriers) -> dict[str, float] | None:
+def _kept_times(path, transports) -> dict[str, float] | None:
     try:
         seconds = json.loads(path.read_bytes())
-        return {name: float(seconds[name]) for name in carriers}
+        return {name: float(seconds[name]) for name in transports}
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not one of ours
         return None
 

@@ -6,7 +6,7 @@ Importing this module needs neither a GPU nor cuda-python.
 
 import functools
 
-from .. import files
+from ... import files
 from . import host
 from .host import SOURCES
 

@@ -1,4 +1,4 @@
-"""The rehearsal: what of a graph it takes, and that all ranks have the same plan, however they came to it."""
+"""Tuning of the schedule: what of a graph it takes, and that all ranks have the same plan, however they came to it."""
 
 import json
 import os
@@ -15,10 +15,11 @@ from models import HIDDEN, VOCAB, parallel, whole
 from test_split import mlp, mlp_inputs
 
 import tw_compile
-from tw_compile import backend, context, ops, rehearsal
-from tw_compile.ops.process_group import ProcessGroup
+from tw_compile import backend, context, ops
+from tw_compile.autotune import schedule
+from tw_compile.autotune.plan import WEAVE_MIN_TOKENS, Plan
 from tw_compile.passes.graph_utils import arguments
-from tw_compile.planning import WEAVE_MIN_TOKENS, Plan
+from tw_compile.transports.process_group import ProcessGroup
 
 SIZES = 16, 32
 # Attention and MLP of a layer on one of two ranks, as tests/models.py has them.
@@ -27,18 +28,18 @@ MLP = ("mm", 64, 64), ("mm", 64, 64), ("mm", 64, 64)
 
 
 class Rank:
-    """A rank that rehearses on the CPU, with plans on a disk of its own."""
+    """A rank that tunes on the CPU, with plans on a disk of its own."""
 
     def __init__(self, folder, **patches):
-        self.rehearsals = []
-        rehearse = patches.pop("_rehearse", rehearsal._rehearse)
+        self.tuned = []
+        tune = patches.pop("_tune_schedule", schedule._tune_schedule)
 
         def logged(section, *args):
-            self.rehearsals.append(section)
-            return rehearse(section, *args)
+            self.tuned.append(section)
+            return tune(section, *args)
 
         self.patches = [
-            mock.patch.multiple(rehearsal, possible=lambda device: True, SIZES=SIZES, SAMPLES=1, _rehearse=logged, **patches),
+            mock.patch.multiple(schedule, possible=lambda device: True, SIZES=SIZES, SAMPLES=1, _tune_schedule=logged, **patches),
             mock.patch.dict(os.environ, TW_COMPILE_CACHE_DIR=folder),
             mock.patch.dict(context._contexts, clear=True),  # as in a new process
             without_codegen(),
@@ -81,34 +82,34 @@ def ids_of(tokens, batch=1):
     return torch.randint(0, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
 
 
-def faster_from(tokens, ctas=4, eighths=5):
-    """In place of a rehearsal."""
-    return lambda *args: Plan(tokens, ctas, eighths, 1.1)
+def faster_from(tokens, ctas=4, split_ratio=0.625):
+    """In place of measuring."""
+    return lambda *args: Plan(tokens, ctas, split_ratio, 1.1)
 
 
 def really():
     with tempfile.TemporaryDirectory() as folder, Rank(folder) as rank:
         model, ids = parallel("functional", 1), ids_of(48)
         out, expected = compiled(model)(ids), whole(1)(ids)
-        (section,), (report,) = rank.rehearsals, rank.reports
+        (section,), (report,) = rank.tuned, rank.reports
         assert (out - expected).norm() < 0.02 * expected.norm()
         return section, report.rehearsal, os.listdir(folder)
 
 
-def test_the_first_layers_are_rehearsed_as_they_are(ranks):
+def test_the_first_layers_are_tuned_as_they_are(ranks):
     (section, kept, files), (other_section, other_kept, _) = ranks(really)
     assert section == other_section
-    assert section == rehearsal.Section(HIDDEN, "bfloat16", SIZES, 1, 0, (ATTENTION, MLP))
-    assert rehearsal.Section.from_dict(kept["section"]) == section
+    assert section == schedule.Section(HIDDEN, "bfloat16", SIZES, 1, 0, (ATTENTION, MLP))
+    assert schedule.Section.from_dict(kept["section"]) == section
     assert kept == other_kept and kept["plan"]["gain"] > 0
     assert len(files) == 1
 
 
 def where_one_rank_lacks_memory():
-    section = rehearsal.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP))
+    section = schedule.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP))
     lacking = lambda self: "it takes 9.9 GB, and 1.0 GB are free" if dist.get_rank() else None  # noqa: E731
-    with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(rehearsal.Stage, "_lacks_memory", lacking):
-        plan = rehearsal.agree_on(section, dist.group.WORLD.group_name, torch.device("cpu"), "auto", None)
+    with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(schedule.Stage, "_lacks_memory", lacking):
+        plan = schedule.agree_on(section, dist.group.WORLD.group_name, torch.device("cpu"), "auto", None)
         return plan, os.listdir(folder)
 
 
@@ -117,14 +118,14 @@ def test_where_one_rank_lacks_memory_all_go_by_a_rule(ranks):
 
 
 def files_of_two_processes():
-    """On a rank: which file has the plan after a process that rehearsed, and after one that found it."""
-    section = rehearsal.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP))
+    """On a rank: which file has the plan after a process that tuned, and after one that found it."""
+    section = schedule.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP))
     seen = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):
-            with Rank(folder, _rehearse=faster_from(8)):
+            with Rank(folder, _tune_schedule=faster_from(8)):
                 args = section, dist.group.WORLD.group_name, torch.device("cpu"), "auto"
-                rehearsal.agree_on(*args, rehearsal.known(*args))
+                schedule.agree_on(*args, schedule.known(*args))
                 seen += [path.stat().st_ino for path in Path(folder).iterdir()]
     return seen
 
@@ -136,21 +137,21 @@ def test_a_plan_that_is_kept_is_not_written_again(ranks):
 
 def starts_of_a_batch(batch):
     """On a rank: the times of a batch, each cut between two of its sequences."""
-    section = rehearsal.Section(HIDDEN, "float32", (batch * 16,), batch, 0, (ATTENTION, MLP))
-    stage = rehearsal.Stage(section, ProcessGroup(dist.group.WORLD.group_name, torch.device("cpu")), torch.device("cpu"))
+    section = schedule.Section(HIDDEN, "float32", (batch * 16,), batch, 0, (ATTENTION, MLP))
+    stage = schedule.Stage(section, ProcessGroup(dist.group.WORLD.group_name, torch.device("cpu")), torch.device("cpu"))
     stage.set()
-    starts, start = [], stage.carrier.start
-    stage.carrier.start = lambda x, *args: (starts.append(len(x)), start(x, *args))
+    starts, start = [], stage.transport.start
+    stage.transport.start = lambda x, *args: (starts.append(len(x)), start(x, *args))
     assert len(stage.times([None, (0, 4)], batch * 16)) == 2
     return starts
 
 
-def test_a_batch_is_rehearsed_cut_between_sequences(ranks):
+def test_a_batch_is_tuned_cut_between_sequences(ranks):
     for starts in ranks(starts_of_a_batch, 3):
         assert set(starts[0::2]) == {16} and set(starts[1::2]) == {32}
 
 
-# What the user leaves open, of one graph: options -> (sizes, sequences, ctas) of what is rehearsed.
+# What the user leaves open, of one graph: options -> (sizes, sequences, ctas) of what is tuned.
 OPEN = [
     (1, dict(), (SIZES, 1, 0)),
     (2, dict(dynamic=False), ((40,), 2, 0)),
@@ -164,16 +165,16 @@ OPEN = [
 
 
 @pytest.mark.parametrize("batch, options, expected", OPEN)
-def test_what_is_left_to_decide_is_rehearsed(world, monkeypatch, batch, options, expected):
-    monkeypatch.setattr(rehearsal, "possible", lambda device: True)
-    monkeypatch.setattr(rehearsal, "SIZES", SIZES)
+def test_what_is_left_to_decide_is_tuned(world, monkeypatch, batch, options, expected):
+    monkeypatch.setattr(schedule, "possible", lambda device: True)
+    monkeypatch.setattr(schedule, "SIZES", SIZES)
     seen = []
     rewrite(mlp, *mlp_inputs(batch, 20), plan_of=lambda section, *_: seen.append(section), **{"dynamic": True} | options)
     assert [(s.sizes, s.sequences, s.ctas) for s in seen] == ([expected] if expected else [])
 
 
 def test_a_plan_says_how_many_ctas_a_start_has(world, monkeypatch):
-    monkeypatch.setattr(rehearsal, "possible", lambda device: True)
+    monkeypatch.setattr(schedule, "possible", lambda device: True)
     for plan, ctas in ((Plan(256, 6, 5, 1.1), 6), (Plan(None, 6, 5, 0.9), 0)):
         new = rewrite(mlp, *mlp_inputs(1, 300), plan_of=lambda *_: plan)
         nodes = new.after.find_nodes(op="call_function", target=ops.start) + new.after.find_nodes(op="call_function", target=ops.fused)
@@ -185,46 +186,46 @@ def of_plan():
     """On a rank: a plan for 256 tokens or more, then one for none."""
     seen = []
     for least, sizes in ((256, (500, 40)), (None, (500,))):
-        with tempfile.TemporaryDirectory() as folder, Rank(folder, _rehearse=faster_from(least)) as rank:
+        with tempfile.TemporaryDirectory() as folder, Rank(folder, _tune_schedule=faster_from(least)) as rank:
             run = compiled(Block())
             for tokens in sizes:
                 run(*mlp_inputs(tokens)[:2])
-            seen.append((len(rank.rehearsals), [(r.mode, r.split, r.reasons[0]) for r in rank.reports]))
+            seen.append((len(rank.tuned), [(r.mode, r.split, r.reasons[0]) for r in rank.reports]))
     return seen
 
 
 def test_a_plan_decides(ranks):
     for some, none in ranks(of_plan):
-        rehearsals, [(weave, split, _), (fuse, _, reason)] = some
-        assert rehearsals == 1, "one section: the second graph has the plan of the first"
+        tuned, [(weave, split, _), (fuse, _, reason)] = some
+        assert tuned == 1, "one section: the second graph has the plan of the first"
         assert (weave, fuse, reason) == ("weave", "fuse", "not woven: fewer than 256 tokens")
         assert "5*s" in split[0]
         _, [(mode, _, reason)] = none
         assert mode == "fuse"
-        assert reason == "not woven: it was not faster in a rehearsal on this machine"
+        assert reason == "not woven: it was not faster when it was tuned on this machine"
 
 
 def of_ranks_with_different_plans(cases):
     """Each rank in processes that find the plan of its rank on its disk, or none."""
     seen = []
     with tempfile.TemporaryDirectory() as folder:
-        with Rank(folder, _rehearse=faster_from(1000)):
+        with Rank(folder, _tune_schedule=faster_from(1000)):
             compiled(Block())(*mlp_inputs(40)[:2])
         (path,) = Path(folder).iterdir()
         for plans in cases:
             plan = plans[dist.get_rank()]
             path.unlink() if plan is None else path.write_text(json.dumps(asdict(plan)))
-            with Rank(folder, _rehearse=faster_from(2000)) as rank:
+            with Rank(folder, _tune_schedule=faster_from(2000)) as rank:
                 compiled(Block())(*mlp_inputs(40)[:2])
                 (report,) = rank.reports
-                seen.append((len(rank.rehearsals), Plan(**report.rehearsal["plan"]), report.mode))
+                seen.append((len(rank.tuned), Plan(**report.rehearsal["plan"]), report.mode))
     return seen
 
 
 A, B = Plan(8, 0, 4, 1.2), Plan(512, 0, 4, 1.2)
 
 
-CASES = {  # each rank's plan -> rehearsals, what they agree on, mode
+CASES = {  # each rank's plan -> tuned, what they agree on, mode
     (A, B): (0, A, "weave"),
     (None, B): (0, B, "fuse"),
     (None, None): (1, Plan(2000, 4, 5, 1.1), "fuse"),

@@ -1,25 +1,25 @@
-"""GEMMs that run beside a communication kernel are told how many SMs it leaves them.
+"""The SM carveout: GEMMs that run beside a communication kernel leave it as many SMs as it has CTAs.
 
 A GEMM that counts on all SMs has a last wave for a few of its tiles, in which the others wait. cuBLASLt picks its kernel and its grid for
-so many SMs as it is told; cuBLAS, which PyTorch would take for most GEMMs, cannot be told.
+the SMs that the carveout leaves; cuBLAS, which PyTorch would take for most GEMMs, knows no carveout.
 
-What they are told is a setting of the whole process. So it is counted for the whole process, too: what was set before comes back with the
-last one that has asked, whichever groups and threads they are of. Until then GEMMs of other threads are told the same, which costs
-them some SMs, and may pick other kernels for them.
+It is a setting of the whole process. So it is counted for the whole process, too: what was set before comes back with the last one that
+has asked, whichever groups and threads they are of. Until then GEMMs of other threads have the same carveout, which costs them some
+SMs, and may pick other kernels for them.
 """
 
 import threading
 
 import torch
 
-from ..compat import BlasBackend, get_blas_preferred_backend, get_sm_carveout, has, set_blas_preferred_backend, set_sm_carveout
+from ...compat import BlasBackend, get_blas_preferred_backend, get_sm_carveout, has, set_blas_preferred_backend, set_sm_carveout
 
 # CTAs up to which it helps. On H200s the kernels that cuBLASLt picks for more than 8 SMs fewer than there are are slower than those
 # for all of them (benchmarks/results/schedule-*.json).
 MAX_CTAS = 8
 
 # The library of a CPU build, and what a later PyTorch may have no more: both are experimental in 2.13.
-_CAN_BE_TOLD = torch.version.cuda is not None and has(set_sm_carveout)
+_HAS_CARVEOUT = torch.version.cuda is not None and has(set_sm_carveout)
 
 _lock = threading.Lock()
 _askers, _before = 0, None  # how many have asked and not yet taken it back; what was set before the first of them
@@ -31,7 +31,7 @@ def leave_out(ctas: int) -> bool:
     Returns whether that was done: ``as_before`` must follow.
     """
     global _askers, _before
-    if ctas > MAX_CTAS or not _CAN_BE_TOLD:
+    if ctas > MAX_CTAS or not _HAS_CARVEOUT:
         return False
     with _lock:
         if _askers == 0:

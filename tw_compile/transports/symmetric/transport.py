@@ -35,17 +35,14 @@ import torch.distributed as dist
 import torch.utils.dlpack
 from torch import Tensor
 
-from ..compat import DeviceType, SymmetricMemory, current_raw_stream, resolve_process_group, symmetric_memory
-from ..planning import two_shot_ctas
-from . import agree, gemms, host, nvrtc, tuning
-from .reference import empty_results
-from .together import WorkspaceError, together
-from .tuning import LEAST_ROWS, Tuning
+from ...compat import DeviceType, SymmetricMemory, current_raw_stream, resolve_process_group, symmetric_memory
+from ...site import NEXT_SITE, empty_results
+from .. import agree
+from ..together import WorkspaceError, together
+from . import gemms, host, nvrtc, tuning
+from .tuning import LEAST_ROWS, Tuning, two_shot_ctas
 
 MAX_HIDDEN = 32768
-
-# As the number of a site: the one after that of the site before it in the slot. So layers that are alike make the same calls.
-NEXT_SITE = -1
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -262,8 +259,8 @@ class _Workspace:
                 f"the ranks of group {owner.group_name} run different things, and so make different workspaces: "
                 + "; ".join(f"rank {r}: for up to {theirs}" for r, theirs in enumerate(made))
             )
-        told = next((Tuning.from_dict(theirs) for theirs in map(json.loads, tunings) if theirs), None)
-        self.tuning = told or tuning.measure(owner, dtype, hidden, self.max_ctas)
+        known = next((Tuning.from_dict(theirs) for theirs in map(json.loads, tunings) if theirs), None)
+        self.tuning = known or tuning.measure(owner, dtype, hidden, self.max_ctas)
 
         def allocate():
             memory = symmetric_memory.empty(self.bytes, dtype=torch.uint8, device=owner.device)
@@ -379,7 +376,7 @@ class Symmetric:
         self._calls, self._older_calls = {}, {}  # (slot, dtype, shape) -> _Call; of both MAX_CALLS at most
         self._kernels = {}  # (name, dtype, hidden, center) -> Kernel
         self._pending = {}  # slot -> what wait() needs of start()
-        self._told = False  # whether GEMMs were told of it
+        self._carveout = False  # whether GEMMs leave SMs to its kernels
         self._stream = torch.cuda.Stream(self.device, priority=-1)  # ahead of the GEMMs when an SM becomes free
         self._side = self._stream.cuda_stream
         self._current = functools.partial(current_raw_stream, self.device.index)
@@ -419,10 +416,10 @@ class Symmetric:
     # ---- Around the ops
 
     def call(self) -> "Symmetric":
-        """``with implementation.call():`` around calls that belong together, such as those of a graph.
+        """``with transport.call():`` around calls that belong together, such as those of a graph.
 
         Other threads' calls wait until it ends; what is begun in it and not waited for, as after an exception, is then forgotten, and
-        GEMMs are told what they were before. May be nested.
+        GEMMs have the SM carveout from before. May be nested.
         """
         return self
 
@@ -499,50 +496,50 @@ class Symmetric:
         ctas: int,
         slot: int,
         site: int,
-        wide: bool,
-        shard: bool,
+        fp32_residual: bool,
+        sharded_residual: bool,
     ) -> Tensor:
         """Begin a site on the side stream; wait() gives its results. Returns an empty tensor, to hand to wait's op.
 
         x:        [..., H] this rank's partial sums
         residual: [..., H], dtype and shape of x, or None; read in own_rows only by two_shot.
-                  Or what the slot's last site left with ``shard``
+                  Or what the slot's last site left with ``sharded_residual``
         weight:   [H], of x's dtype or float32, or None for ones; used as ``weight + offset``
         bias:     [H], of x's dtype, or None; added to the sum, which then is multiplied by ``scale``
         shift:    [H], of x's dtype or float32, or None; added to the norm. Only with ``center``
         center:   LayerNorm; otherwise RMSNorm
         ctas:     CTAs of the kernel; 0 leaves it open
         site:     number for error messages; NEXT_SITE counts on from the slot's last one
-        wide:     the new residual is float32; possible together with ``shard`` only
-        shard:    the new residual need only be good for the slot's next site
+        fp32_residual:     the new residual is float32; possible together with ``sharded_residual`` only
+        sharded_residual:    the new residual need only be good for the slot's next site
         """
         try:
             stream = self._current()
             call = self._begin(slot, x, stream)
             if call is None:
-                self._pending[slot] = None, wide, x
+                self._pending[slot] = None, fp32_residual, x
                 return x.new_empty(0)
             held = self._prepare(
-                call, x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), wide, shard,
+                call, x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), fp32_residual, sharded_residual,
                 call.activations_at,
                 call.whole_residual,
             )  # fmt: skip
             kernel, grid = call.launcher(center, ctas, call.ctas)
             events = self._events.get(slot) or self._make_events(slot)
             kernel.start(grid, call.arguments.address, stream, self._side, *events)
-            self._pending[slot] = call, shard, held
-            if not self._told:
-                self._told = gemms.leave_out(grid)
+            self._pending[slot] = call, sharded_residual, held
+            if not self._carveout:
+                self._carveout = gemms.leave_out(grid)
             return call.token
         except RuntimeError as error:
             self.raise_if_lost(error)
             raise
 
-    def wait(self, slot: int, borrow: bool) -> tuple[Tensor, Tensor]:
-        """What the slot's start() began: (norm, residual), both [..., H], in x's dtype but for a wide residual.
+    def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, Tensor]:
+        """What the slot's start() began: (norm, residual), both [..., H], in x's dtype but for a float32 residual.
 
-        borrow: the norm may be memory of the workspace, valid until the slot is next used; otherwise it is a new tensor.
-        With ``shard`` the residual is memory of the workspace, float32, and means something to the slot's next site only.
+        in_workspace: the norm may be memory of the workspace, valid until the slot is next used; otherwise it is a new tensor.
+        With ``sharded_residual`` the residual is memory of the workspace, float32, and means something to the slot's next site only.
         """
         if slot not in self._pending:
             raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
@@ -550,12 +547,12 @@ class Symmetric:
             stream = self._current()
             if stream != self._on:
                 self._follow(stream)
-            call, shard, held = self._pop(slot)
+            call, sharded_residual, held = self._pop(slot)
             if call is None:
-                return empty_results(held, shard)
+                return empty_results(held, sharded_residual)
             self._host.wait(stream, self._events[slot][1])
-            norm = call.norm if borrow else call.norm.clone()
-            return norm, call.carried() if shard else call.whole_residual.clone()
+            norm = call.norm if in_workspace else call.norm.clone()
+            return norm, call.carried() if sharded_residual else call.whole_residual.clone()
         except RuntimeError as error:
             self.raise_if_lost(error)
             raise
@@ -574,31 +571,31 @@ class Symmetric:
         ctas: int,
         slot: int,
         site: int,
-        wide: bool,
-        shard: bool,
-        borrow: bool,
+        fp32_residual: bool,
+        sharded_residual: bool,
+        in_workspace: bool,
     ) -> tuple[Tensor, Tensor]:
         """start() and wait() in one, on the current stream."""
         try:
             stream = self._current()
             call = self._begin(slot, x, stream)
             if call is None:
-                return empty_results(x, wide)
+                return empty_results(x, fp32_residual)
             norm, whole_residual = call.norm, call.whole_residual
             if call.one_shot:  # it writes for this rank only, and can do so anywhere
-                norm = norm if borrow else _like(x)
-                whole_residual = whole_residual if shard else _like(x)
+                norm = norm if in_workspace else _like(x)
+                whole_residual = whole_residual if sharded_residual else _like(x)
             held = self._prepare(
-                call, x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), wide, shard,
+                call, x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), fp32_residual, sharded_residual,
                 norm.data_ptr(), whole_residual,
             )  # fmt: skip
             kernel, grid = call.launcher(center, ctas, call.ctas_alone)
             kernel.launch(grid, call.arguments.address, stream)
             del held  # what reuses its memory runs later on this stream
             if not call.one_shot:
-                norm = norm if borrow else norm.clone()
-                whole_residual = whole_residual if shard else whole_residual.clone()
-            return norm, call.carried() if shard else whole_residual
+                norm = norm if in_workspace else norm.clone()
+                whole_residual = whole_residual if sharded_residual else whole_residual.clone()
+            return norm, call.carried() if sharded_residual else whole_residual
         except RuntimeError as error:
             self.raise_if_lost(error)
             raise
@@ -698,15 +695,15 @@ class Symmetric:
         return number
 
     def _prepare(
-        self, call, x, residual, weight, bias, shift, eps, scale, offset, center, site, wide, shard, norm_out: int,
+        self, call, x, residual, weight, bias, shift, eps, scale, offset, center, site, fp32_residual, sharded_residual, norm_out: int,
         whole_residual: Tensor,
     ) -> tuple:  # fmt: skip
         """Bring the inputs to where the kernel reads them, on the current stream, and pack its arguments.
 
         Returns what must stay alive until the kernel has run.
         """
-        if wide is not shard:
-            raise RuntimeError("over symmetric memory a residual is wide where it is sharded, and nowhere else")
+        if fp32_residual is not sharded_residual:
+            raise RuntimeError("over symmetric memory a residual is float32 where it is sharded, and nowhere else")
         if shift is not None and not center:
             raise RuntimeError("only a LayerNorm has a shift")
         x_at = residual_at = weight_at = bias_at = shift_at = 0
@@ -733,15 +730,15 @@ class Symmetric:
             shift_is_float = shift.dtype is not call.dtype and _is_float("shift", shift, x)
             shift, shift_at = _readable(shift)
         call.arguments.set(
-            call.rows, x_at, residual_at, bias_at, weight_at, norm_out, call.carried_at if shard else whole_residual.data_ptr(),
-            site, weight_is_float, carried, not shard, eps, scale, offset, shift_is_float, shift_at,
+            call.rows, x_at, residual_at, bias_at, weight_at, norm_out, call.carried_at if sharded_residual else whole_residual.data_ptr(),
+            site, weight_is_float, carried, not sharded_residual, eps, scale, offset, shift_is_float, shift_at,
         )  # fmt: skip
         return x, residual, weight, bias, shift
 
     def _pop(self, slot: int) -> tuple:
         pending = self._pending.pop(slot)
-        if self._told and not self._pending:
-            self._told = False
+        if self._carveout and not self._pending:
+            self._carveout = False
             gemms.as_before()
         return pending
 

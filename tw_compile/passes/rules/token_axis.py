@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .graph_utils import VIEWS, aten, is_one, is_tensor, prims, value
+from ..graph_utils import VIEWS, aten, is_one, is_tensor, prims, value
 
 c10d = torch.ops._c10d_functional
 

@@ -135,7 +135,7 @@ def _wait(store, rank: int, timeout_s: float, progress: Progress | None) -> str 
 def version() -> str:
     """What must be the same on all ranks: torch, and this package to the last character."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parents[1]
     for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cu", ".cuh", ".c")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return f"torch {torch.__version__}, tw_compile {digest.hexdigest()[:12]}"

@@ -1,0 +1,1 @@
+"""What may be cut along the token axis, and how: one rule for each op."""

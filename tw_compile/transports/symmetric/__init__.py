@@ -1,0 +1,1 @@
+"""The transports over symmetric memory, ``peer`` and ``multimem``: see ``transport``."""
