@@ -227,7 +227,7 @@ def rewrite(function, *inputs, dynamic=False, symmetric=False, plan_of=lambda *_
     options = Options(**options)
 
     def cut_of(sites):
-        section = passes.section_of(sites, options)
+        section = passes.section_of(sites, options, cuda_graphs=True)
         plan = plan_of(section) if section else None
         return passes.choose_cut(sites, options, plan)
 

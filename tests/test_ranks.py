@@ -91,7 +91,7 @@ COMBINATIONS = [
     ("in_place", "hf", True, 1), ("in_place", "torch", False, 4), ("in_place", "layer", True, 1),
     ("dtensor", "hf", False, 4), ("dtensor", "torch", True, 1),
 ]  # fmt: skip
-THROUGH_INDUCTOR = [("in_place", "torch", True, 4)]
+THROUGH_INDUCTOR = [("in_place", "torch", False, 1)]
 if os.environ.get("TW_FULL"):
     plain = [name for name, style in STYLES.items() if not style.sequence]
     COMBINATIONS = THROUGH_INDUCTOR = list(itertools.product(plain, NORMS, (False, True), (1, 4)))

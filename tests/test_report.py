@@ -93,7 +93,7 @@ def test_each_site_has_its_place_in_the_model(world):
 
 def test_what_was_requested_and_what_is_in_force(world):
     report = rewrite(mlp, *mlp_inputs(8), mode="auto", min_tokens=100, ctas=4).report
-    assert report.requested == {"mode": "auto", "transport": "auto", "min_tokens": 100, "split": "auto", "ctas": 4, "timeout": "auto"}
+    assert report.requested == {"mode": "auto", "transport": "auto", "min_tokens": 100, "split": "auto", "ctas": 4, "cuda_graphs": "auto", "timeout": "auto"}
     assert report.mode == "fuse" and report.reasons == ["not woven: fewer than 100 tokens"]
 
 
@@ -163,10 +163,10 @@ def test_a_cache_hit_has_the_same_report(tmp_path):
     (first,) = compile_in_a_process(tmp_path, autograd_cache=True, min_tokens=32)
     assert first["graph hits"] == first["autograd hits"] == 0
     assert [report["mode"] for report in first["reports"]] == ["weave", "fuse"]
-    for again in compile_in_a_process(tmp_path, autograd_cache=True, times=2, min_tokens=32):
-        assert (again["graph hits"], again["autograd hits"]) == (2, 0), "what AOTAutograd caches does not know of the ranks"
-        assert again["reports"] == first["reports"]
-        assert again["sums"] == first["sums"]
+    (again,) = compile_in_a_process(tmp_path, autograd_cache=True, min_tokens=32)
+    assert (again["graph hits"], again["autograd hits"]) == (2, 0), "what AOTAutograd caches does not know of the ranks"
+    assert again["reports"] == first["reports"]
+    assert again["sums"] == first["sums"]
 
 
 RULE = """
@@ -195,5 +195,5 @@ print(len(tw_compile.reports()[-1].joins))
 
 
 def test_a_rule_that_is_registered_later_is_not_hidden_by_a_cache(tmp_path):
-    unsplit = [run_in_a_process(tmp_path, True, "-c", RULE, which) for which in ("without", "with", "without")]
-    assert unsplit == ["1\n", "0\n", "1\n"]
+    unsplit = [run_in_a_process(tmp_path, True, "-c", RULE, which) for which in ("without", "with")]
+    assert unsplit == ["1\n", "0\n"]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from graphs import rewrite, without_codegen
 from models import HIDDEN, VOCAB, parallel, whole
+from sites import INNER, H, all_reduce, hf_norm
 from test_split import mlp, mlp_inputs
 
 import tw_compile
@@ -23,8 +24,8 @@ from tw_compile.transports.process_group import ProcessGroup
 
 SIZES = 16, 32
 # Attention and MLP of a layer on one of two ranks, as tests/models.py has them.
-ATTENTION = ("mm", 64, 32), ("mm", 64, 16), ("mm", 64, 16), ("attention", 2, 1, 16), ("mm", 32, 64)
-MLP = ("mm", 64, 64), ("mm", 64, 64), ("mm", 64, 64)
+ATTENTION = ("others", 4), ("mm", 64, 32), ("mm", 64, 16), ("mm", 64, 16), ("attention", 2, 1, 16), ("mm", 32, 64)
+MLP = ("others", 1), ("mm", 64, 64), ("mm", 64, 64), ("mm", 64, 64)
 
 
 class Rank:
@@ -99,14 +100,14 @@ def really():
 def test_the_first_layers_are_tuned_as_they_are(ranks):
     (section, kept, files), (other_section, other_kept, _) = ranks(really)
     assert section == other_section
-    assert section == schedule.Section(HIDDEN, "bfloat16", SIZES, 1, 0, (ATTENTION, MLP))
+    assert section == schedule.Section(HIDDEN, "bfloat16", SIZES, 1, 0, (ATTENTION, MLP), False)
     assert schedule.Section.from_dict(kept["section"]) == section
     assert kept == other_kept and kept["plan"]["gain"] > 0
     assert len(files) == 1
 
 
 def where_one_rank_lacks_memory():
-    section = schedule.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP))
+    section = schedule.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP), False)
     lacking = lambda self: "it takes 9.9 GB, and 1.0 GB are free" if dist.get_rank() else None  # noqa: E731
     with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(schedule.Stage, "_lacks_memory", lacking):
         plan = schedule.agree_on(section, dist.group.WORLD.group_name, torch.device("cpu"), "auto", None)
@@ -119,7 +120,7 @@ def test_where_one_rank_lacks_memory_all_go_by_a_rule(ranks):
 
 def files_of_two_processes():
     """On a rank: which file has the plan after a process that tuned, and after one that found it."""
-    section = schedule.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP))
+    section = schedule.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP), False)
     seen = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):
@@ -137,7 +138,7 @@ def test_a_plan_that_is_kept_is_not_written_again(ranks):
 
 def starts_of_a_batch(batch):
     """On a rank: the times of a batch, each cut between two of its sequences."""
-    section = schedule.Section(HIDDEN, "float32", (batch * 16,), batch, 0, (ATTENTION, MLP))
+    section = schedule.Section(HIDDEN, "float32", (batch * 16,), batch, 0, (ATTENTION, MLP), False)
     stage = schedule.Stage(section, ProcessGroup(dist.group.WORLD.group_name, torch.device("cpu")), torch.device("cpu"))
     stage.set()
     starts, start = [], stage.transport.start
@@ -149,6 +150,62 @@ def starts_of_a_batch(batch):
 def test_a_batch_is_tuned_cut_between_sequences(ranks):
     for starts in ranks(starts_of_a_batch, 3):
         assert set(starts[0::2]) == {16} and set(starts[1::2]) == {32}
+
+
+def with_unsplit_ops(x, residual, weight, up, down):
+    """A sort along the tokens, which needs both halves, in front of a GEMM of all tokens."""
+    residual = residual + all_reduce(x)
+    inner = (hf_norm(residual, weight) @ up).sort(0).values
+    residual = residual + all_reduce((inner.t() @ inner.expand(len(inner), INNER)) @ down)
+    return hf_norm(residual, weight)
+
+
+def test_ops_that_need_both_halves_are_told(world, monkeypatch):
+    monkeypatch.setattr(schedule, "possible", lambda device: True)
+    monkeypatch.setattr(schedule, "SIZES", SIZES)
+    seen = []
+    rewrite(with_unsplit_ops, *mlp_inputs(INNER), plan_of=lambda section, *_: seen.append(section))
+    ((_, *ops),) = seen[0].phases
+    assert ops == [("mm", H, INNER), ("unsplit",), ("unsplit", "mm", INNER, INNER), ("mm", INNER, H)]
+
+
+class Logged(ProcessGroup):
+    """A transport that notes its calls."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.calls = []
+
+    def start(self, x, *args):
+        self.calls.append(("start", args[8]))
+        return super().start(x, *args)
+
+    def wait(self, slot, in_workspace):
+        self.calls.append(("wait", slot))
+        return super().wait(slot, in_workspace)
+
+
+def calls_of(phase):
+    """On a rank: what a woven run of two phases calls, and the kernels that stand for others."""
+    section = schedule.Section(64, "float32", (32,), 1, 0, (phase, phase), False)
+    device = torch.device("cpu")
+    stage = schedule.Stage(section, Logged(dist.group.WORLD.group_name, device), device)
+    stage.set()
+    stage.run([16, 16], 32, 0)
+    return stage.transport.calls, stage.small[0].item()
+
+
+S0, S1, W0, W1 = ("start", 0), ("start", 1), ("wait", 0), ("wait", 1)
+
+
+def test_an_op_of_both_halves_waits_for_both(ranks):
+    cut = ("others", 3), ("mm", 64, 64), ("mm", 64, 64)
+    for calls, small in ranks(calls_of, cut):
+        assert calls == [S0, S1, W0, S0, W1, S1, W0, W1]
+        assert small == 2 * 2 * 3, "phases × halves × kernels"
+    for unsplit in (("unsplit",), ("unsplit", "mm", 64, 64), ("unsplit", "attention", 4, 2, 16)):
+        for calls, _ in ranks(calls_of, (("mm", 64, 64), unsplit, ("mm", 64, 64))):
+            assert calls == [S0, S1, W0, W1, S0, S1, W0, W1]
 
 
 # What the user leaves open, of one graph: options -> (sizes, sequences, ctas) of what is tuned.

@@ -31,7 +31,7 @@ from .compat import (
 )
 from .compat import inductor_config as config
 from .options import Options, TokenWeaveError
-from .passes.cut import batch_of, cut_at, plan_by_rule, section_of
+from .passes.cut import batch_of, cut_at, plan_by_rule
 from .passes.find import collectives
 from .passes.graph_utils import arguments, calls, value
 from .report import Report, record, say_once
@@ -189,7 +189,7 @@ class Forms:
         made, seen = self._for_sizes(known), {}
 
         def look(sites):
-            seen.update(batch=batch_of(sites), section=section_of(sites, self.options), by_rule=plan_by_rule(sites))
+            seen.update(batch=batch_of(sites), section=passes.section_of(sites, self.options, self._cuda_graphs), by_rule=plan_by_rule(sites))
             return ""
 
         new, first = self._agreed(FUSE, made, look)
@@ -296,6 +296,12 @@ class Forms:
     @property
     def _timeout(self) -> float | None:
         return None if self.options.timeout == "auto" else self.options.timeout
+
+    @property
+    def _cuda_graphs(self) -> bool:
+        """Whether the graph is run by CUDA graphs."""
+        asked = self.options.cuda_graphs
+        return bool(self.kwargs.get("cudagraphs")) if asked == "auto" else asked
 
     def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
         usable, _ = choose.candidates(self.options.transport, group, device)

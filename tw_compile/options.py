@@ -24,6 +24,8 @@ class Options:
     min_tokens:  tokens of one forward pass (batch × sequence) from which a graph is woven.
     split:       tokens in the first half.
     ctas:        CTAs (one an SM) of each communication kernel.
+    cuda_graphs: whether calls are run by CUDA graphs, so that the host's time does not count where schedules are tuned; ``auto`` is
+                 what Inductor's ``triton.cudagraphs`` says, and True is for who captures them.
     timeout:     seconds after which a kernel that waits for another rank gives up, with an error.
     most:        what the environment allows at most: ``weave``, ``fuse`` or ``off``. No option: see KILL_SWITCH.
     """
@@ -33,12 +35,14 @@ class Options:
     min_tokens: int | str = "auto"
     split: int | str = "auto"
     ctas: int | str = "auto"
+    cuda_graphs: bool | str = "auto"
     timeout: int | str = "auto"
     most: str = "weave"
 
     CHOICES = {
         "mode": ("auto", "weave", "fuse", "off"),
         "transport": ("auto", "multimem", "peer", "process_group"),
+        "cuda_graphs": ("auto", True, False),
         "most": ("weave", "fuse", "off"),
     }
 
@@ -72,7 +76,7 @@ class Options:
             if field.name in self.CHOICES:
                 choices = self.CHOICES[field.name]
                 if value not in choices:
-                    raise TokenWeaveError(f"option {name!r} is {value!r}; it takes one of {', '.join(choices)}")
+                    raise TokenWeaveError(f"option {name!r} is {value!r}; it takes one of {', '.join(map(str, choices))}")
             elif value != "auto" and (type(value) is not int or value < 1):
                 raise TokenWeaveError(f"option {name!r} is {value!r}; it takes 'auto' or a whole number from 1 on")
 

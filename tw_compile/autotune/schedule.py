@@ -2,14 +2,16 @@
 
 What decides is how GEMMs take to being cut in two, and to the SMs and the bandwidth that they lose, wave by wave; no formula of ours
 came within the few per cent that are at stake. So the GEMMs, the attention and the sites of two layers are run as the compiled
-graph will run them: fused, and woven with several numbers of CTAs and cuts, at several numbers of tokens. What is the same on both
-sides, such as elementwise kernels, is left out.
+graph will run them: fused, and woven with several numbers of CTAs and cuts, at several numbers of tokens. The GPU's time for other
+kernels is the same on both sides and is left out. Without CUDA graphs the host's time counts, too: a woven graph launches twice as
+many kernels. Then the host gets no head start, and small kernels are launched in the place of the others.
 
 What comes of it is a ``Plan``, the same on all ranks: of the times of the slowest one. Plans are kept on disk.
 """
 
 import functools
 import gc
+import itertools
 import json
 import logging
 import statistics
@@ -48,7 +50,10 @@ class Section:
     sequences:     that the tokens are; if there are several, the cut is between them
     ctas:          that the user asked for; 0 for any
     phases:        the work in front of each site but the first: ("mm", rows, columns) of a GEMM's weight, the last one's columns being
-                   ``hidden``; ("attention", heads, heads of keys and values, channels of a head)
+                   ``hidden``; ("attention", heads, heads of keys and values, channels of a head); ("others", number) of other
+                   kernels; and ("unsplit", *op) where a woven graph needs both halves, for such an op or, without one, for
+                   another
+    cuda_graphs:   whether the graph is run by CUDA graphs, so that the host's time does not count
     """
 
     hidden: int
@@ -57,6 +62,7 @@ class Section:
     sequences: int
     ctas: int
     phases: tuple
+    cuda_graphs: bool
 
     @classmethod
     def from_dict(cls, data: dict) -> "Section":
@@ -141,9 +147,9 @@ class Stage:
 
     def __init__(self, section, transport, device):
         self.section, self.transport, self.device, self.dtype = section, transport, device, getattr(torch, section.dtype)
-        ops = {op for phase in section.phases for op in phase}
-        self.weights = {op[1:]: None for op in sorted(ops) if op[0] == "mm"}  # (rows, columns) -> tensor
-        self.channels = max(section.hidden, *(op[1] * op[3] if op[0] == "attention" else op[1] for op in ops))
+        ops = {op[1:] if op[0] == "unsplit" else op for phase in section.phases for op in phase}
+        self.weights = {op[1:]: None for op in sorted(ops) if op[:1] == ("mm",)}  # (rows, columns) -> tensor
+        self.channels = max(section.hidden, *map(_channels, ops))
         self.columns = max(columns for _, columns in self.weights)
 
     def set(self) -> str | None:
@@ -157,6 +163,7 @@ class Stage:
             self.weights = {(k, n): draw(n, k).mul_(k**-0.5).t() for k, n in self.weights}
             self.values = draw(max(self.section.sizes) * self.channels)
             self.weight = torch.ones(self.section.hidden, device=self.device, dtype=self.dtype)
+            self.small = torch.zeros(8, device=self.device, dtype=self.dtype)
         except torch.OutOfMemoryError as error:  # it was free, but in pieces
             return str(error)
 
@@ -187,14 +194,17 @@ class Stage:
 
     def _seconds(self, run):
         x = self.values[: 8 * self.section.hidden].view(8, -1)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            cuda_sleep(HEAD_START)
-        self._fused(x, None, 0, 0)  # the ranks begin together
         if self.device.type == "cpu":
+            self._fused(x, None, 0, 0)  # the ranks begin together
             begin = time.perf_counter()
             run()
             return time.perf_counter() - begin
+        torch.cuda.synchronize(self.device)
+        if self.section.cuda_graphs:
+            cuda_sleep(HEAD_START)
+        self._fused(x, None, 0, 0)  # the ranks begin together
+        if not self.section.cuda_graphs:
+            torch.cuda.synchronize(self.device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -206,30 +216,53 @@ class Stage:
         """All phases: fused where there is one piece, woven where there are more, each behind ``sequence`` tokens or fewer."""
         norms, residuals = [self.value(tokens, self.section.hidden) for tokens in pieces], [None] * len(pieces)
         woven, begun = len(pieces) > 1, set()
+
+        def wait(slot):
+            if slot in begun:
+                begun.remove(slot)
+                norms[slot], residuals[slot] = self.transport.wait(slot, True)
+
+        def work(ops, slot):
+            wait(slot)
+            self.work(ops, norms[slot], sequence, sum(pieces[:slot]) % sequence)
+
         for number, phase in enumerate(self.section.phases):
+            *before, last = _segments(phase[:-1]) if woven else [[op[1:] if op[0] == "unsplit" else op for op in phase[:-1]]]
+            for ops in before:
+                if ops[0][0] != "unsplit":
+                    for slot in range(len(pieces)):
+                        work(ops, slot)
+                    continue
+                for slot in range(len(pieces)):
+                    wait(slot)
+                self.work_unsplit(ops, pieces, sequence)
             for slot in range(len(pieces)):
-                if slot in begun:
-                    norms[slot], residuals[slot] = self.transport.wait(slot, True)
-                x = self.compute(phase, norms[slot], slot, sequence, sum(pieces[:slot]) % sequence)
+                work(last, slot)
+                rows, columns = phase[-1][1:]
+                x = self.transport.linear(self._input(norms[slot], rows), self.weights[rows, columns], None, slot)
                 if woven:
                     self.transport.start(*self._site(x, residuals[slot]), ctas, slot, number, True, True)
                     begun.add(slot)
                 else:
                     norms[slot], residuals[slot] = self._fused(x, residuals[slot], slot, number)
-        for slot in begun:
-            self.transport.wait(slot, True)
-
-    def compute(self, phase, norm, slot, sequence, before):
-        self.work(phase[:-1], norm, sequence, before)
-        rows, columns = phase[-1][1:]
-        return self.transport.linear(self._input(norm, rows), self.weights[rows, columns], None, slot)
+        for slot in [*begun]:
+            wait(slot)
 
     def work(self, ops, norm, sequence, before):
-        for kind, *sizes in ops:
+        for kind, *sizes in filter(None, ops):
             if kind == "mm":
                 torch.mm(self._input(norm, sizes[0]), self.weights[tuple(sizes)])
-            else:
+            elif kind == "attention":
                 self._attend(*sizes, norm.shape[0], sequence, before)
+            elif not self.section.cuda_graphs:
+                for _ in range(sizes[0]):
+                    self.small.add_(1)
+
+    def work_unsplit(self, ops, pieces, sequence):
+        """What a woven graph does on all tokens: the halves of its input are joined."""
+        for op in filter(None, (op[1:] for op in ops)):
+            torch.cat([self.value(tokens, _channels(op)) for tokens in pieces])
+            self.work([op], self.value(sum(pieces), self.section.hidden), sequence, 0)
 
     def _attend(self, heads, kv_heads, channels, tokens, sequence, before):
         """Causal; of the tokens behind a cut within a sequence in two parts, as passes/rules/attention.py does it."""
@@ -256,3 +289,15 @@ class Stage:
 
     def value(self, tokens, channels):
         return self.values[: tokens * channels].view(tokens, channels)
+
+
+def _channels(op: tuple) -> int:
+    """Of what goes into an op."""
+    kind, *sizes = op or ("unsplit",)
+    return {"mm": lambda: sizes[0], "attention": lambda: sizes[0] * sizes[2]}.get(kind, lambda: 0)()
+
+
+def _segments(ops: tuple) -> list[list[tuple]]:
+    """Ops in turns: those that are done for each half, and those that need both. The last segment is done for each half."""
+    segments = [list(same) for _, same in itertools.groupby(ops, key=lambda op: op[0] == "unsplit")]
+    return segments if segments and segments[-1][0][0] != "unsplit" else [*segments, []]

@@ -7,12 +7,13 @@ from torch.fx import Graph, Node
 
 from ..options import Options, TokenWeaveError
 from ..report import Refusal, Report, Site
-from .cut import Cut, choose_cut, section_of
+from .cut import Cut, choose_cut
 from .find import Match, find
 from .fuse import fuse
 from .graph_utils import source_of, value
 from .outline import outline
 from .place import place
+from .section import section_of
 from .split import split
 from .unshard import unshard
 from .weave import weave
@@ -83,7 +84,8 @@ def rewrite(
         may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven]
         others = numbered(work, without=sites)
         unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
-        work, woven, report.joins, _ = split(work, may_be_cut, cut, unsplit)
+        work, woven, joins, _ = split(work, may_be_cut, cut, unsplit)
+        report.joins = [*joins.values()]
         work, new.cut = weave(work, cut.ctas or ctas), cut
         report.mode, report.split = "weave", tuple(n if isinstance(n, int) else str(n) for n in cut.halves)
     else:

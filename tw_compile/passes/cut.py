@@ -1,6 +1,5 @@
 """Fused graph -> where to cut it, or why not at all."""
 
-import math
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -8,8 +7,7 @@ from torch.fx import Node
 from ..autotune import schedule
 from ..autotune.plan import Place, Plan, by_rule, first_half, place_of_cut
 from ..options import Options
-from .graph_utils import aten, calls, value
-from .rules.attention import SIGNATURES
+from .graph_utils import value
 
 
 @dataclass(frozen=True)
@@ -27,26 +25,6 @@ class Cut:
     @property
     def halves(self) -> tuple:
         return self.first, self.length - self.first
-
-
-def section_of(sites: list[Node], options: Options) -> schedule.Section | None:
-    """What of a graph is run to tune its schedule, by its ``fused`` calls; None where nothing can be, or nothing is left to decide."""
-    x = value(sites[0].args[0])
-    if options.fused_only or not schedule.possible(x.device):
-        return None
-    if options.min_tokens != "auto" and options.split != "auto" and options.ctas != "auto":
-        return None
-    *batch, hidden = x.shape
-    tokens = math.prod(batch)
-    sequences = batch[0] if len(batch) > 1 and isinstance(batch[0], int) else 1
-    wanted = (tokens,) if isinstance(tokens, int) else schedule.SIZES
-    least, most = max(sequences, schedule.SIZES[0]), schedule.MAX_ELEMENTS // hidden
-    sizes = tuple(dict.fromkeys(min(size, most) for size in wanted if size >= least))
-    phases = [_phase(site, hidden) for site in sites[1 : 1 + schedule.PHASES]]
-    if None in phases or not phases or not sizes:
-        return None
-    ctas = 0 if options.ctas == "auto" else options.ctas
-    return schedule.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases))
 
 
 def batch_of(sites: list[Node]) -> list:
@@ -81,19 +59,3 @@ def cut_at(batch: list, at: Place, plan: Plan) -> Cut:
 def number(size) -> int | None:
     """A size, as the number that it has where the graph is compiled; no guard comes of it. None where that depends on data."""
     return size if isinstance(size, int) else size.node.hint
-
-
-def _phase(site: Node, hidden: int) -> tuple | None:
-    """The work between a site and the one in front of it, to be run when the schedule is tuned; None if it does not end in a GEMM."""
-    ops, node = [], site.prev
-    while not calls(node, site.target) and node.op != "root":
-        if calls(node, aten.mm.default, aten.addmm.default):
-            ops.append(("mm", *value(node.args[-1]).shape))
-        elif calls(node, *SIGNATURES):
-            query, key = (value(a) for a in node.args[:2])
-            ops.append(("attention", query.shape[1], key.shape[1], query.shape[3]))
-        node = node.prev
-    ops.reverse()
-    if not ops or ops[-1][0] != "mm" or ops[-1][2] != hidden or not all(isinstance(size, int) for op in ops for size in op[1:]):
-        return None
-    return tuple(ops)

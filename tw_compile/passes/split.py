@@ -38,11 +38,11 @@ _NOT_HIDDEN = "no mask is known to hide what the second half writes from the fir
 
 def split(
     graph: Graph, sites: list[Node], cut: Cut, keep_whole: Mapping[Node, str] | None = None
-) -> tuple[Graph, list[Node], list[UnsplitOp], dict[Node, str]]:
+) -> tuple[Graph, list[Node], dict[Node, UnsplitOp], dict[Node, str]]:
     """Cut the region between the first and the last of ``sites`` (``fused`` calls).
 
     keep_whole: calls that are not made for each half, although a rule may allow it -> why
-    Returns (new graph, the sites that were cut, what had to be joined between the first and the last of them, what was done
+    Returns (new graph, the sites that were cut, the calls between the first and the last of them that need both halves, what was done
     with each collective that is no site: ``cut`` or ``whole``). All collectives are in the order of ``graph``, the first half
     of each before its second.
     """
@@ -75,7 +75,7 @@ class _Splitter:
         self.cuts: dict[tuple[Node, TokenAxis], tuple[Node, Node]] = {}  # a whole and an axis -> its halves
         self.written: dict[Node, Write] = {}  # a whole, to which each half's rows are written in turn
         self.firsts: dict[Node, Node] = {}  # such a whole -> what it is before the second half's are
-        self.unsplit_ops: list[UnsplitOp] = []
+        self.unsplit_ops: dict[Node, UnsplitOp] = {}
         self.done: dict[Node, str] = {node: "whole" for node in collectives(graph) if not calls(node, ops.fused)}
 
     def run(self):
@@ -126,15 +126,16 @@ class _Splitter:
         elif calls(node, aten.sym_size.int):
             self._whole(node)
         elif reason := self.keep_whole.get(node) or self._attempt(node):
-            self.unsplit_ops.append(UnsplitOp(str(node.target), source_of(node), reason))
+            self.unsplit_ops[node] = UnsplitOp(str(node.target), source_of(node), reason)
             self._whole(node)
         elif node in self.done:
             self.done[node] = "cut"
 
     def _attempt(self, node: Node) -> str | None:
         """Make a call once for each half; or leave everything as it was, and return why that cannot be."""
-        last, known = next(iter(reversed(self.emit.graph.nodes))), (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes)
-        lengths, written, unsplit_ops = [len(k) for k in known], dict(self.written), len(self.unsplit_ops)
+        last = next(iter(reversed(self.emit.graph.nodes)))
+        known = (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes, self.unsplit_ops)
+        lengths, written = [len(k) for k in known], dict(self.written)
         try:
             reason = self._in_halves(node)
         except Exception as error:  # a graph must not break for a call that is only made right as a whole
@@ -145,7 +146,6 @@ class _Splitter:
             while len(entries) > length:
                 entries.popitem()  # the newest: entries are only added
         self.written, self.emit.half = written, None
-        del self.unsplit_ops[unsplit_ops:]
         while (made := next(iter(reversed(self.emit.graph.nodes)))) is not last:
             self.emit.graph.erase_node(made)
         return reason
@@ -314,7 +314,7 @@ class _Splitter:
             if view := view_of(write, node):
                 self.written[node] = view
             else:
-                self.unsplit_ops.append(UnsplitOp(str(write.call.target), source_of(write.call), _NOT_HIDDEN))
+                self.unsplit_ops[write.call] = UnsplitOp(str(write.call.target), source_of(write.call), _NOT_HIDDEN)
                 self.written = {n: w for n, w in self.written.items() if w.call is not write.call}
 
     def _first(self, old: Node) -> Node:

@@ -1,0 +1,93 @@
+"""Fused graph -> what of it is run to tune its schedule: the work between its first sites."""
+
+import logging
+import math
+import operator
+from collections.abc import Container
+
+from torch.fx import Node
+
+from ..autotune import schedule
+from ..options import Options
+from .cut import Cut
+from .graph_utils import aten, calls, is_one, is_tensor, is_view, value
+from .rules.attention import SIGNATURES
+from .split import split
+
+log = logging.getLogger("tw_compile")
+
+
+def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedule.Section | None:
+    """What of a graph is run to tune its schedule, by its ``fused`` calls; None where nothing can be, or nothing is left to decide.
+
+    cuda_graphs: whether the graph is run by CUDA graphs
+    """
+    x = value(sites[0].args[0])
+    if options.fused_only or not schedule.possible(x.device):
+        return None
+    if options.min_tokens != "auto" and options.split != "auto" and options.ctas != "auto":
+        return None
+    *batch, hidden = x.shape
+    tokens = math.prod(batch)
+    sequences = batch[0] if len(batch) > 1 and isinstance(batch[0], int) else 1
+    wanted = (tokens,) if isinstance(tokens, int) else schedule.SIZES
+    least, most = max(sequences, schedule.SIZES[0]), schedule.MAX_ELEMENTS // hidden
+    sizes = tuple(dict.fromkeys(min(size, most) for size in wanted if size >= least))
+    first = sites[: 1 + schedule.PHASES]
+    dim = next((i for i, size in enumerate(batch) if not is_one(size)), None)
+    if dim is None or not sizes:
+        return None
+    try:
+        _, _, unsplit, _ = split(sites[0].graph, first, Cut(dim, batch[dim], batch[dim] // 2))
+    except Exception as error:  # a graph that cannot be cut can still be fused
+        log.warning("a schedule is not tuned: the graph cannot be cut: %s: %s", type(error).__name__, error)
+        return None
+    phases = [_phase(site, hidden, unsplit) for site in first[1:]]
+    if None in phases or not phases:
+        return None
+    ctas = 0 if options.ctas == "auto" else options.ctas
+    return schedule.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases), cuda_graphs)
+
+
+def _phase(site: Node, hidden: int, unsplit: Container[Node]) -> tuple | None:
+    """The work between a site and the one in front of it, as a Section has it; None if it does not end in a GEMM."""
+    nodes, node = [], site.prev
+    while not calls(node, site.target) and node.op != "root":
+        nodes.append(node)
+        node = node.prev
+    nodes.reverse()
+    ops = []
+    for node in nodes:
+        if op := _op(node):
+            ops.append(("unsplit", *op) if node in unsplit else op)
+        elif node in unsplit and ops[-1:] != [("unsplit",)]:
+            ops.append(("unsplit",))
+    while ops and ops[-1] == ("unsplit",):
+        ops.pop()
+    if not ops or ops[-1][0] != "mm" or ops[-1][2] != hidden or not all(isinstance(size, int) for op in ops for size in op[1:] if size not in _KINDS):
+        return None
+    return ("others", _others(nodes)), *ops
+
+
+_KINDS = "mm", "attention"
+
+
+def _op(node: Node) -> tuple | None:
+    """A GEMM or an attention, as a Section has it."""
+    if calls(node, aten.mm.default, aten.addmm.default):
+        return "mm", *value(node.args[-1]).shape
+    if calls(node, *SIGNATURES):
+        query, key = (value(a) for a in node.args[:2])
+        return "attention", query.shape[1], key.shape[1], query.shape[3]
+    return None
+
+
+def _others(nodes: list[Node]) -> int:
+    """About how many other kernels these are: Inductor makes one of those that use each other's results."""
+    kernel = {}
+    for node in nodes:
+        if node.op != "call_function" or not is_tensor(node) or is_view(node.target) or _op(node) or calls(node, operator.getitem):
+            continue
+        found = {kernel[a] for a in node.all_input_nodes if a in kernel}
+        kernel |= {n: node for n, of in kernel.items() if of in found} | {node: node}
+    return len({*kernel.values()})
