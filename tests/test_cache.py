@@ -235,7 +235,7 @@ class Snapshot(expecttest.TestCase):
         shape = (batch, 4, H)
         graph = capture(functools.partial(block, attend=attend), values(*shape), values(*shape), values(H), *inputs)
         sites = passes.fuse(graph, passes.find(graph), "auto", 0)
-        graph, _, unsplit, _ = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
+        graph, _, unsplit, *_ = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
         assert not unsplit
         graph.eliminate_dead_code()
         lines = text(graph, names).splitlines()

@@ -134,10 +134,11 @@ def test_collectives_that_are_kept_whole_and_what_was_done():
         sites = passes.fuse(graph, [m for m in passes.find(graph) if isinstance(m, passes.find.__globals__["Match"])], "auto", 0)
         cut = passes.choose_cut(sites, Options(mode="weave"))
         first, last = [n for n in collectives(graph) if n not in sites]
-        *_, unsplit, done = passes.split(graph, sites, cut)
-        assert (unsplit, done) == ([], {first: "cut", last: "whole"})
-        new, _, (unsplit,), done = passes.split(graph, sites, cut, {first: "the other ranks do not cut it"})
+        _, _, unsplit, done, _ = passes.split(graph, sites, cut)
+        assert (unsplit, done) == ({}, {first: "cut", last: "whole"})
+        new, _, unsplit, done, _ = passes.split(graph, sites, cut, {first: "the other ranks do not cut it"})
     assert done == {first: "whole", last: "whole"} and order_of(new) == "S0 S1 R S0 S1 R"
+    (unsplit,) = unsplit.values()
     assert (unsplit.op, unsplit.reason) == ("_c10d_functional.all_reduce.default", "the other ranks do not cut it")
 
 

@@ -45,7 +45,7 @@ class Snapshot(expecttest.TestCase):
     def split(self, *inputs, dynamic=False):
         graph = capture(mlp, *inputs, dynamic=dynamic)
         sites = passes.fuse(graph, passes.find(graph), "auto", 0)
-        graph, _, unsplit, _ = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
+        graph, _, unsplit, *_ = passes.split(graph, sites, passes.choose_cut(sites, Options(mode="weave")))
         assert not unsplit
         return text(graph, self.names)
 

@@ -84,7 +84,7 @@ def rewrite(
         may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven]
         others = numbered(work, without=sites)
         unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
-        work, woven, joins, _ = split(work, may_be_cut, cut, unsplit)
+        work, woven, joins, *_ = split(work, may_be_cut, cut, unsplit)
         report.joins = [*joins.values()]
         work, new.cut = weave(work, cut.ctas or ctas), cut
         report.mode, report.split = "weave", tuple(n if isinstance(n, int) else str(n) for n in cut.halves)

@@ -38,18 +38,18 @@ def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedu
     if dim is None or not sizes:
         return None
     try:
-        _, _, unsplit, _ = split(sites[0].graph, first, Cut(dim, batch[dim], batch[dim] // 2))
+        _, _, unsplit, _, whole = split(sites[0].graph, first, Cut(dim, batch[dim], batch[dim] // 2))
     except Exception as error:  # a graph that cannot be cut can still be fused
         log.warning("a schedule is not tuned: the graph cannot be cut: %s: %s", type(error).__name__, error)
         return None
-    phases = [_phase(site, hidden, unsplit) for site in first[1:]]
+    phases = [_phase(site, hidden, unsplit, whole) for site in first[1:]]
     if None in phases or not phases:
         return None
     ctas = 0 if options.ctas == "auto" else options.ctas
     return schedule.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases), cuda_graphs)
 
 
-def _phase(site: Node, hidden: int, unsplit: Container[Node]) -> tuple | None:
+def _phase(site: Node, hidden: int, unsplit: Container[Node], whole: Container[Node]) -> tuple | None:
     """The work between a site and the one in front of it, as a Section has it; None if it does not end in a GEMM."""
     nodes, node = [], site.prev
     while not calls(node, site.target) and node.op != "root":
@@ -59,17 +59,18 @@ def _phase(site: Node, hidden: int, unsplit: Container[Node]) -> tuple | None:
     ops = []
     for node in nodes:
         if op := _op(node):
-            ops.append(("unsplit", *op) if node in unsplit else op)
+            ops.append(("unsplit", *op) if node in whole else op)
         elif node in unsplit and ops[-1:] != [("unsplit",)]:
             ops.append(("unsplit",))
-    while ops and ops[-1] == ("unsplit",):
-        ops.pop()
-    if not ops or ops[-1][0] != "mm" or ops[-1][2] != hidden or not all(isinstance(size, int) for op in ops for size in op[1:] if size not in _KINDS):
+    if not ops:
         return None
-    return ("others", _others(nodes)), *ops
-
-
-_KINDS = "mm", "attention"
+    *ops, last = ops
+    if last[0] == "unsplit":  # x is cut behind it: it is taken to be made for each half, once there is all that it needs
+        ops, last = [*ops, ("unsplit",)], last[1:]
+    sizes = [size for op in (*ops, last) for size in op if not isinstance(size, str)]
+    if last[:1] != ("mm",) or last[2] != hidden or not all(isinstance(size, int) for size in sizes):
+        return None
+    return ("others", _others(nodes)), *ops, last
 
 
 def _op(node: Node) -> tuple | None:

@@ -38,12 +38,12 @@ _NOT_HIDDEN = "no mask is known to hide what the second half writes from the fir
 
 def split(
     graph: Graph, sites: list[Node], cut: Cut, keep_whole: Mapping[Node, str] | None = None
-) -> tuple[Graph, list[Node], dict[Node, UnsplitOp], dict[Node, str]]:
+) -> tuple[Graph, list[Node], dict[Node, UnsplitOp], dict[Node, str], set[Node]]:
     """Cut the region between the first and the last of ``sites`` (``fused`` calls).
 
     keep_whole: calls that are not made for each half, although a rule may allow it -> why
     Returns (new graph, the sites that were cut, the calls between the first and the last of them that need both halves, what was done
-    with each collective that is no site: ``cut`` or ``whole``). All collectives are in the order of ``graph``, the first half
+    with each collective that is no site: ``cut`` or ``whole``, what is made once for all tokens, there and elsewhere). All collectives are in the order of ``graph``, the first half
     of each before its second.
     """
     return _Splitter(graph, sites, cut, keep_whole or {}).run()
@@ -94,7 +94,8 @@ class _Splitter:
                 self._whole(node)
                 self._follow(node)
         self.emit.graph.lint()
-        return self.emit.graph, self.sites, self.unsplit_ops, self.done
+        whole = {node for node, made in self.env.items() if not isinstance(made, Halves)}
+        return self.emit.graph, self.sites, self.unsplit_ops, self.done, whole
 
     def _region(self) -> set[Node]:
         """The nodes that the last site needs, or a collective in front of it that nobody reads and that is made all the same."""
