@@ -40,7 +40,7 @@ SIDES = {
     "inductor-symm": ("inductor", {}, variants.with_symmetric_rows),
     "fuse": ("tokenweave", {"tokenweave.mode": "fuse"}, None),
     "weave": ("tokenweave", {"tokenweave.mode": "weave"}, None),
-    "auto": ("tokenweave", {}, None),
+    "auto": ("tokenweave", {"tokenweave.cuda_graphs": True}, None),  # captured below
     "no-comm": ("inductor", {}, variants.without_all_reduces),
 }
 

@@ -1,7 +1,7 @@
 """Blocks drawn at random from the forms that models take, rewritten and run against the graph they came from.
 
 Each runs over the workspace that makes NaN of all that the contract leaves undefined, and is compared with the graph that it
-came from, in 16 bits with float64 too. The number of ranks is not drawn: the passes do not see it, and test_ranks.py has two and
+came from, in 16 bits with float64 too. One block of a kind, of static shapes, is also given to ``tw_compile.verify``. The number of ranks is not drawn: the passes do not see it, and test_ranks.py has two and
 four. ``TW_FUZZ=5000 pytest tests/test_fuzz.py`` draws that many; what failed once is a test of its own, of the pass that was wrong.
 """
 
@@ -17,7 +17,7 @@ from graphs import capture, rewrite, run, trace_with_inputs
 from sites import H, all_reduce
 from workspace import Workspace
 
-from tw_compile import TokenWeaveError
+from tw_compile import TokenWeaveError, verify
 from tw_compile.ops import lowering
 from tw_compile.passes.graph_utils import c10d
 
@@ -189,6 +189,9 @@ def check(block: Block):
     check_outputs(block, rewritten)
     if (outlined := rewritten.outlined()).count(lowering.layer):
         check_outputs(block, outlined)
+    if not block.dynamic and block.times == 1:
+        found = verify(block, *block.inputs(), options={f"tokenweave.{name}": value for name, value in options.items()})
+        assert found.ok and len(found.differences) == len(rewritten.report.sites), str(found)
 
 
 def check_outputs(block, rewritten):

@@ -136,6 +136,15 @@ def forward(path, batch=1, tokens=32, dynamic=False, dtype=torch.float32, codege
     return Outcome(tw_compile.reports()[before:], all_reduces, distance(out, eager), distance(out, exact), distance(eager, exact))
 
 
+def verified(path) -> float:
+    """On a rank: the largest relative difference at a site, as ``tw_compile.verify`` tells it. It must find nothing wrong."""
+    model, _ = loaded(path, torch.float32, "cpu")
+    ids = torch.randint(3, VOCAB, (1, 32), generator=torch.Generator().manual_seed(1))
+    found = tw_compile.verify(model, ids, use_cache=False, options={"tokenweave.min_tokens": 2})
+    assert found.ok, str(found)
+    return max(difference.relative for difference in found.differences)
+
+
 def check_report(report, model: Model, all_reduces: int) -> None:
     """Every all-reduce is in the report as expected, and whatever can be woven is."""
     refused = [model.embedding] if model.embedding and all_reduces % 2 else []
