@@ -173,6 +173,19 @@ def test_what_cannot_be_rewritten_is_left_to_inductor_with_the_reason(monkeypatc
     assert report.mode == "off" and report.reasons == ["it could not be rewritten: ValueError: no way"]
 
 
+def test_a_graph_with_an_unknown_kind_of_input_is_left_to_inductor_with_the_reason(monkeypatch):
+    def failing(gm):
+        raise ValueError("no input of the graph tells the size s0")
+
+    monkeypatch.setattr(forms, "Sizes", failing)
+    run(compiled(mlp), 48)
+    (report,) = tw_compile.reports()
+    assert report.mode == "off" and report.reasons == ["no input of the graph tells the size s0"]
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="cannot be: no input of the graph tells the size s0"):
+        run(compiled(mlp, mode="weave"), 48)
+
+
 def test_a_weave_that_fails_is_fused(monkeypatch):
     def failing(*args):
         raise ValueError("no way")

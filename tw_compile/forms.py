@@ -130,6 +130,12 @@ class Forms:
             return None
         try:
             self.sizes = Sizes(self.gm)
+        except ValueError as error:  # of an input that this backend does not know
+            if self.options.forced:
+                raise TokenWeaveError(f"option 'tokenweave.mode' is {self.options.mode!r}, but this graph cannot be: {error}") from error
+            self.left = self._report(str(error))
+            return None
+        try:
             values = self.sizes.hints(self.gm)
             if values is None:
                 return self  # sizes without a hint: the first call has them
