@@ -2,6 +2,8 @@
 # make test            install into .venv and run the tests
 # make test-gpu        the same for the tests that need GPUs, all of them and one after the other
 # make test-versions   the tests under each PyTorch of docs/versions.md, in environments of their own; prints that table
+# make lint            ruff and mypy
+# make docs            the documentation as a site, into build/site; every link and every message of the package is checked
 # make clean           remove what these made
 #
 # Variables:  PYTHON=python3.12   which Python; a torch from 2.11 to 2.14 that it has is used as it is
@@ -27,7 +29,7 @@ TORCH := torch$(if $(VERSION),==$(VERSION),>=$(OLDEST),<$(BELOW))
 CPU_TORCH := torch==$(or $(VERSION),2.13.0)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-gpu test-versions clean
+.PHONY: demo test test-gpu test-versions lint docs clean
 
 # As many ranks as GPUs, rounded down to a power of two, which Llama's heads divide by.
 demo: $(VENV)/package
@@ -44,6 +46,14 @@ test-gpu: $(VENV)/package $(VENV)/test-extras
 
 test-versions:
 	@MAKE="$(MAKE)" tests/versions.sh "$(VERSIONS)" $(TESTS)
+
+lint: $(VENV)/lint-extras
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+docs: $(VENV)/docs-extras
+	$(PY) docs/check_messages.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv $(addprefix .venv-,$(VERSIONS)) build *.egg-info
@@ -77,8 +87,9 @@ $(VENV)/package: $(VENV)/torch $(SOURCES)
 	@$(PIP) install --no-index --no-build-isolation ".[examples]" 2>/dev/null || $(PIP) install ".[examples]"
 	@touch $@
 
-$(VENV)/test-extras: setup.py | $(VENV)/package
-	@echo "installing what the tests need"
+# What tests, lint and docs need beside the package.
+$(VENV)/%-extras: setup.py | $(VENV)/package
+	@echo "installing what $* needs"
 	@rm -rf build
-	@$(PIP) install --no-index --no-build-isolation ".[test]" 2>/dev/null || $(PIP) install ".[test]"
+	@$(PIP) install --no-index --no-build-isolation ".[$*]" 2>/dev/null || $(PIP) install ".[$*]"
 	@touch $@

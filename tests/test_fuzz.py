@@ -2,10 +2,12 @@
 
 Each runs over the workspace that makes NaN of all that the contract leaves undefined, and is compared with the graph that it
 came from, in 16 bits with float64 too. One block of a kind, of static shapes, is also given to ``tw_compile.verify``. The number of ranks is not drawn: the passes do not see it, and test_ranks.py has two and
-four. ``TW_FUZZ=5000 pytest tests/test_fuzz.py`` draws that many; what failed once is a test of its own, of the pass that was wrong.
+four. ``TW_FUZZ=5000 pytest tests/test_fuzz.py`` draws that many, the same ones every time. A block that fails is printed with the
+command that runs it alone; what failed once is a test of its own, of the pass that was wrong.
 """
 
 import os
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 
@@ -247,10 +249,19 @@ BLOCKS = st.builds(
 
 @pytest.mark.timeout(0)
 @settings(
-    max_examples=int(os.environ.get("TW_FUZZ", 20)), deadline=None, database=None, derandomize="TW_FUZZ" not in os.environ,
+    max_examples=int(os.environ.get("TW_FUZZ", 20)), deadline=None, database=None, derandomize=True,
     suppress_health_check=list(HealthCheck), print_blob=False,
     phases=[Phase.generate],  # to shrink what failed takes many minutes; it is printed whole
 )  # fmt: skip
 @given(BLOCKS)
 def test_drawn_blocks(block):
-    check(block)
+    try:
+        check(block)
+    except BaseException:
+        print(f"To run this block alone:\n    TW_FUZZ_BLOCK={shlex.quote(repr(block))} pytest tests/test_fuzz.py -k one_block")
+        raise
+
+
+@pytest.mark.skipif("TW_FUZZ_BLOCK" not in os.environ, reason="runs the block in TW_FUZZ_BLOCK")
+def test_one_block():
+    check(eval(os.environ["TW_FUZZ_BLOCK"]))
