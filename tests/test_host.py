@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tw_compile.transports.symmetric import gemms, host
-from tw_compile.transports.symmetric import transport as symmetric
-from tw_compile.transports.symmetric.transport import Arguments, Symmetric
+from tw_compile.transports.symmetric import gemms, host, transport
+from tw_compile.transports.symmetric.arguments import Arguments
+from tw_compile.transports.symmetric.transport import Symmetric
 from tw_compile.transports.symmetric.tuning import by_rule
 from tw_compile.transports.together import WorkspaceError
 
@@ -169,12 +169,12 @@ class Workspace:
 @pytest.fixture
 def symmetric_sites(driver, world, monkeypatch):
     monkeypatch.setattr(host, "calls", lambda: driver.calls)
-    monkeypatch.setattr(symmetric, "_Workspace", Workspace)
-    monkeypatch.setattr(symmetric, "_ErrorRecord", lambda: SimpleNamespace(words=[0], raise_if_set=lambda *_: None))
+    monkeypatch.setattr(transport, "Workspace", Workspace)
+    monkeypatch.setattr(transport, "ErrorRecord", lambda: SimpleNamespace(words=[0], raise_if_set=lambda *_: None))
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: SimpleNamespace(cuda_stream=SIDE))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     driver.stream, driver.stream_id = CURRENT, 3
-    monkeypatch.setattr(symmetric, "current_raw_stream", lambda index: driver.stream)
+    monkeypatch.setattr(transport, "current_raw_stream", lambda index: driver.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(stream_id=driver.stream_id))
     sites = Symmetric(world.group_name, torch.device("cuda", 0), multicast=False)
     driver.noted()
@@ -214,8 +214,8 @@ def test_a_start_and_a_wait(symmetric_sites, driver):
 
 def test_gemms_have_a_carveout_while_kernels_may_run_beside_them(symmetric_sites, monkeypatch):
     log, x = [], torch.randn(64, H)
-    monkeypatch.setattr(symmetric.gemms, "leave_out", lambda ctas: log.append(ctas) or True)
-    monkeypatch.setattr(symmetric.gemms, "as_before", lambda: log.append("before"))
+    monkeypatch.setattr(gemms, "leave_out", lambda ctas: log.append(ctas) or True)
+    monkeypatch.setattr(gemms, "as_before", lambda: log.append("before"))
 
     def start(slot):
         symmetric_sites.start(x, None, *site(), 4, slot, 0, False, False)
@@ -447,7 +447,7 @@ def test_a_start_that_fails_leaves_nothing_behind(symmetric_sites, driver, blas,
 
 
 def test_shapes_are_forgotten_and_workspaces_are_not(symmetric_sites, monkeypatch):
-    monkeypatch.setattr(symmetric, "MAX_CALLS", 8)
+    monkeypatch.setattr(transport, "MAX_CALLS", 8)
     often = torch.zeros(7, H)
     first = begin_and_end(symmetric_sites, often)[0].data_ptr()
     remembered = symmetric_sites._call(SLOT, often.dtype, often.shape)
@@ -480,12 +480,12 @@ def test_workspaces_are_made_ahead_all_or_none(symmetric_sites, monkeypatch):
             raise WorkspaceError("no memory on rank 1")
         return Workspace(owner, dtype, hidden, rows)
 
-    monkeypatch.setattr(symmetric, "_Workspace", fail)
+    monkeypatch.setattr(transport, "Workspace", fail)
     calls = [(1, torch.float32, (40, H), False), *CALLS]
     for _ in range(2):
         with pytest.raises(WorkspaceError, match="no memory on rank 1"):
             symmetric_sites.prepare(calls)
         assert symmetric_sites._workspaces == before and {key[0] for key in symmetric_sites._calls} == {0}
-    monkeypatch.setattr(symmetric, "_Workspace", Workspace)
+    monkeypatch.setattr(transport, "Workspace", Workspace)
     symmetric_sites.prepare(calls)
     assert len(symmetric_sites._workspaces) == 3

@@ -17,8 +17,9 @@ import torch
 
 from tw_compile.site import all_reduce_add_norm
 from tw_compile.transports.symmetric import nvrtc
-from tw_compile.transports.symmetric import transport as symmetric
-from tw_compile.transports.symmetric.transport import Arguments, Layout, own_rows
+from tw_compile.transports.symmetric.arguments import Arguments
+from tw_compile.transports.symmetric.arguments import macros as all_macros
+from tw_compile.transports.symmetric.layout import Layout, own_rows
 from tw_compile.transports.symmetric.tuning import by_rule
 
 pytest.importorskip("hypothesis")
@@ -33,7 +34,7 @@ HIDDEN = (8, 64, 4096, 5120, 8192, 16384, 32768)
 
 def macros(dtype, hidden, world, transport, center, rank=0, layouts=Layout):
     layout = layouts.of(hidden, dtype.itemsize, world, transport, center, SHARED)
-    return symmetric.macros(dtype, hidden, world, rank, transport, center, layout)
+    return all_macros(dtype, hidden, world, rank, transport, center, layout)
 
 
 def layouts(groups, depth):
@@ -77,7 +78,7 @@ def test_sass(arch, kernel, dtype, transport, tmp_path):
 def test_other_gpus_that_peer_is_for(arch, shared, kernel):
     """Without clusters, and with less shared memory."""
     layout = Layout.of(8192, 2, 4, "peer", False, shared)
-    wanted = symmetric.macros(torch.bfloat16, 8192, 4, 1, "peer", False, layout)
+    wanted = all_macros(torch.bfloat16, 8192, 4, 1, "peer", False, layout)
     assert layout.cluster == 1
     _, messages = nvrtc.compile_kernel(kernel, nvrtc.options(arch, wanted))
     assert messages == ""

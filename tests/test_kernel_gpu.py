@@ -23,9 +23,11 @@ import torch
 import torch.distributed._symmetric_memory as symm_mem
 
 from tw_compile import files
-from tw_compile.transports.symmetric import gemms, nvrtc
-from tw_compile.transports.symmetric import transport as symmetric
-from tw_compile.transports.symmetric.transport import Symmetric, own_rows
+from tw_compile.transports import agree
+from tw_compile.transports.symmetric import gemms, nvrtc, transport
+from tw_compile.transports.symmetric.arguments import macros
+from tw_compile.transports.symmetric.layout import Layout, own_rows
+from tw_compile.transports.symmetric.transport import Symmetric
 from tw_compile.transports.symmetric.tuning import by_rule
 
 pytestmark = [
@@ -96,8 +98,8 @@ class Ranks:
             )
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(symmetric, "resolve_process_group", group)
-            patch.setattr(symmetric.agree, "exchange", lambda group, what, message, timeout_s: [message] * self.world)
+            patch.setattr(transport, "resolve_process_group", group)
+            patch.setattr(agree, "exchange", lambda group, what, message, timeout_s: [message] * self.world)
             patch.setattr(symm_mem, "empty", empty)
             patch.setattr(symm_mem, "rendezvous", rendezvous)
             yield
@@ -171,7 +173,7 @@ def ranks(world) -> Ranks:
 
 def layout(dtype, hidden, world, center):
     limit = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
-    return symmetric.Layout.of(hidden, dtype.itemsize, world, "peer", center, limit)
+    return Layout.of(hidden, dtype.itemsize, world, "peer", center, limit)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -179,7 +181,7 @@ def prepared():
     """All kernels, compiled in parallel."""
     arch = nvrtc.architecture(torch.cuda.get_device_capability())
     jobs = [
-        (kernel, arch, symmetric.macros(dtype, hidden, world, rank, "peer", center, layout(dtype, hidden, world, center)))
+        (kernel, arch, macros(dtype, hidden, world, rank, "peer", center, layout(dtype, hidden, world, center)))
         for center, sizes in ((False, SIZES), (True, LAYER_NORM_SIZES))
         for (dtype, hidden, world), kernel in itertools.product(sizes, ("two_shot", "one_shot"))
         for rank in range(world)
@@ -555,7 +557,7 @@ def test_an_exception_between_start_and_wait_leaves_nothing_behind():
 
 def test_a_cubin_that_does_not_load_is_made_anew():
     s = ranks(2).ranks[0]
-    wanted = symmetric.macros(BF16, 8192, 2, 0, "peer", False, layout(BF16, 8192, 2, False))
+    wanted = macros(BF16, 8192, 2, 0, "peer", False, layout(BF16, 8192, 2, False))
     command = nvrtc.options(nvrtc.architecture(torch.cuda.get_device_capability()), wanted)
     path = files.path("two_shot", nvrtc._ingredients("two_shot", command), "cubin")
     whole = path.read_bytes()

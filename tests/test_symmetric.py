@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from tw_compile.transports.symmetric.transport import LEAST_ROWS, _Call
-from tw_compile.transports.symmetric.tuning import by_rule
+from tw_compile.transports.symmetric.launch import Call
+from tw_compile.transports.symmetric.tuning import LEAST_ROWS, by_rule
 
 
 def call(rows, shape):
@@ -17,7 +17,7 @@ def call(rows, shape):
         max_ctas=16,
         tuning=by_rule(2),
     )
-    return workspace, _Call(SimpleNamespace(world=2), workspace, torch.Size(shape), rows)
+    return workspace, Call(SimpleNamespace(world=2), workspace, torch.Size(shape), rows)
 
 
 def test_no_result_shares_the_storage_of_an_input():

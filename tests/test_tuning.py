@@ -19,7 +19,6 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from tw_compile.transports.process_group import ProcessGroup
-from tw_compile.transports.symmetric import transport as symmetric
 from tw_compile.transports.symmetric import tuning
 from tw_compile.transports.symmetric.tuning import (
     LEAST_ROWS,
@@ -31,6 +30,7 @@ from tw_compile.transports.symmetric.tuning import (
     by_times,
     variants,
 )
+from tw_compile.transports.symmetric.workspace import Workspace
 
 WORLDS = range(2, 9)
 HIDDEN = 64
@@ -162,7 +162,7 @@ class Sites(ProcessGroup):
         return super().fused(x, *site)
 
     def workspace(self, rows=64, hidden=HIDDEN):
-        return symmetric._Workspace(self, torch.bfloat16, hidden, rows)
+        return Workspace(self, torch.bfloat16, hidden, rows)
 
 
 class Rank:

@@ -1,4 +1,4 @@
-// The one argument of every kernel. The host packs it (transports/symmetric/transport.py, Arguments): keep the two in step.
+// The one argument of every kernel. The host packs it (transports/symmetric/arguments.py): keep the two in step.
 #pragma once
 #include "ptx.cuh"
 

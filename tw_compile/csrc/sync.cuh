@@ -28,7 +28,7 @@
 
 namespace tw {
 
-// What a CTA writes to site.error when it gives up. The host raises on it (transports/symmetric/transport.py).
+// What a CTA writes to site.error when it gives up. The host raises on it (transports/symmetric/arguments.py).
 constexpr u32 kErrorMagic = 0x7457f417u;
 constexpr u32 kOtherCall = 2;  // as the phase: the peer has come, at another site or with another number of rows
 
@@ -76,7 +76,7 @@ class Barrier {
   }
 
  private:
-  // Of a flag's 32: more rows, sites or epochs begin again at 0. The host knows this, too (transports/symmetric/transport.py).
+  // Of a flag's 32: more rows, sites or epochs begin again at 0. The host knows this, too (transports/symmetric/arguments.py).
   static constexpr u32 kRowBits = 18, kSiteBits = 10, kCallBits = kRowBits + kSiteBits;
 
   static __device__ u32 low(u32 value, u32 bits) { return value & ((1u << bits) - 1); }

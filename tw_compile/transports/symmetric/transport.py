@@ -15,331 +15,34 @@ they are on several streams. (Replays of Inductor's CUDA graphs are within a cal
 other thread may make calls.
 
 The kernels (``csrc/``): for few tokens each rank finishes all rows for itself, in one_shot; otherwise a part of them for all, in
-two_shot. Which it is: ``tuning``. Which rank owns which row: ``own_rows``.
+two_shot. Which it is: ``tuning``. Which rank owns which row: ``layout.own_rows``.
 """
 
 import concurrent.futures
 import contextlib
-import ctypes
 import functools
 import gc
-import itertools
-import json
-import os
-import struct
 import threading
-from dataclasses import asdict, dataclass
 
 import torch
-import torch.distributed as dist
-import torch.utils.dlpack
 from torch import Tensor
 
-from ...compat import DeviceType, SymmetricMemory, current_raw_stream, resolve_process_group, symmetric_memory
+from ...compat import current_raw_stream, resolve_process_group
 from ...site import NEXT_SITE, empty_results
 from .. import agree
-from ..together import WorkspaceError, together
-from . import gemms, host, nvrtc, tuning
-from .tuning import LEAST_ROWS, Tuning, two_shot_ctas
+from ..together import together
+from . import gemms, host, nvrtc, support
+from .arguments import ELEMENTS, ErrorRecord, macros
+from .launch import Call, like
+from .layout import Layout
+from .tuning import LEAST_ROWS, Tuning
+from .workspace import Workspace
 
 MAX_HIDDEN = 32768
 
-_ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-# csrc/sync.cuh, kErrorMagic
-_ERROR_MAGIC = 0x7457F417
-_ERROR_WORDS = 7
-_OTHER_CALL = 2
-_ROW_BITS, _SITE_BITS = 18, 10  # of a flag
 
 # Shapes of calls that are remembered, at most: those that have not come for longest are forgotten, and cost some time when they come.
 MAX_CALLS = 256
-
-
-def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
-    """The rows [begin, end) that a rank owns in a two-shot call: equal parts, but for the last ranks'."""
-    part = -(-rows // world)
-    return min(rank * part, rows), min((rank + 1) * part, rows)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the threads of a group share a row (csrc/row.cuh), and what of it is in flight.
-
-    Threads, unroll and chunks are the same for all kernels, as the order of summation hangs on them.
-
-    threads: of a group
-    unroll:  16-byte vectors of a thread in a chunk
-    chunks:  in a row
-    groups:  of a two-shot CTA, which work on a row each; a one-shot CTA is one
-    depth:   chunks that a two-shot thread has in flight
-    cluster: two-shot CTAs that are placed together
-    shared:  bytes of dynamic shared memory that two_shot needs, and that one_shot needs
-    """
-
-    threads: int
-    unroll: int
-    chunks: int
-    groups: int
-    depth: int
-    cluster: int
-    shared: tuple[int, int]
-
-    SHAPES = (512, 2), (512, 1), (256, 1), (128, 1)  # most threads, unroll; the first that shared memory has room for
-    MAX_THREADS, MAX_GROUPS = 1024, 4  # of a two-shot CTA
-    MAX_DEPTH = 3  # of one group; more is no faster
-    GROUPS_DEPTH = 1  # of several: while one waits, the others' rows are in flight
-    HOPPER = 227 * 1024  # bytes of shared memory that a GPU with clusters has
-    CLUSTER = 2
-    ROOMY = 164 * 1024  # bytes of shared memory that leave L1, of the same memory, enough for the loads of the own part
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """Threads of a two-shot CTA, in x and y: a group is a row of them."""
-        return self.threads, self.groups
-
-    @classmethod
-    def of(cls, hidden: int, itemsize: int, world: int, transport: str, center: bool, shared_limit: int) -> "Layout":
-        """center: LayerNorm, not RMSNorm; shared_limit: bytes of shared memory that a CTA can have.
-
-        Raises RuntimeError where that is too little.
-        """
-        vectors = hidden * itemsize // 16
-        landing = world - 1 if transport == "peer" else 0  # vectors that land in shared memory
-        for max_threads, unroll in cls.SHAPES:
-            unroll = min(unroll, -(-vectors // 32))
-            chunks = -(-vectors // (max_threads * unroll))
-            threads = -(-vectors // (chunks * unroll * 32)) * 32
-            kept = threads * unroll * chunks * 16 * (4 // itemsize) if chunks > 1 else 0
-            fixed, chunk = 2 * 32 * 4 + kept, threads * unroll * landing * 16
-            roomy = min(shared_limit, max(cls.ROOMY, fixed + chunk))
-            groups = 1
-            # Of several groups each thread has few registers: enough for the RMSNorm of a row that is an equal share for all,
-            # as long as its sums do not come to registers, as those of multimem do.
-            if landing and vectors == threads * unroll and not center:
-                groups = max(1, min(cls.MAX_GROUPS, cls.MAX_THREADS // threads, roomy // (fixed + chunk)))
-            depth = cls.MAX_DEPTH if groups == 1 else cls.GROUPS_DEPTH
-            if landing:
-                depth = min(depth, (roomy // groups - fixed) // chunk)
-            if depth > 0:
-                shared = groups * (fixed + depth * chunk), fixed + (chunk if landing > 4 else 0)
-                cluster = cls.CLUSTER if shared_limit >= cls.HOPPER else 1
-                return cls(threads, unroll, chunks, groups, depth, cluster, shared)
-        raise RuntimeError(
-            f"a row of {hidden} does not fit into the {shared_limit} bytes of shared memory that a thread block of this GPU can "
-            "have: use transport 'process_group'"
-        )
-
-
-def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: str, center: bool, layout: Layout) -> dict[str, object]:
-    """What a kernel is compiled for. transport: "peer" or "multimem"; center: LayerNorm, not RMSNorm."""
-    return {
-        "TW_ELEMENT": _ELEMENTS[dtype],
-        "TW_HIDDEN": hidden,
-        "TW_WORLD": world,
-        "TW_RANK": rank,
-        "TW_TRANSPORT": transport.capitalize(),
-        "TW_NORM": "LayerNorm" if center else "RmsNorm",
-        "TW_THREADS": layout.threads,
-        "TW_UNROLL": layout.unroll,
-        "TW_CHUNKS": layout.chunks,
-        "TW_GROUPS": layout.groups,
-        "TW_CLUSTER": layout.cluster,
-        "TW_DEPTH": layout.depth,
-        "TW_SHARED_BYTES": layout.shared[0],
-        "TW_SITE_BYTES": Arguments.size(world),
-    }
-
-
-class Arguments:
-    """The argument of a launch (csrc/site.cuh, Site), packed once but for what changes from call to call.
-
-    All pointers are addresses; ``workspaces`` and ``pads`` in rank order.
-
-    set(rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, takes_carried, whole_residual, eps, scale,
-    offset, shift_is_float, shift) packs what changes.
-    """
-
-    _CALL = struct.Struct("<I6Q4I3fIQ")
-
-    def __init__(self, rank, workspaces, pads, multicast, epochs, error, timeout_s, whole_residual_at, staging_at):
-        world = len(workspaces)
-        turned = [(rank + i) % world for i in range(world)]
-        fixed = struct.Struct(f"<{2 * world + 6}QI")
-        self._buffer = ctypes.create_string_buffer(self.size(world))
-        self.set = functools.partial(self._CALL.pack_into, self._buffer, fixed.size)
-        self._timeout_at = 8 * (2 * world + 3)
-        fixed.pack_into(
-            self._buffer,
-            0,
-            *(workspaces[r] for r in turned),
-            *(pads[r] for r in turned),
-            multicast,
-            epochs,
-            error,
-            0,
-            whole_residual_at,
-            staging_at,
-            rank,
-        )
-        self.set_timeout(timeout_s)
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
-        self.address = ctypes.addressof(self._pointers)
-
-    def set_timeout(self, timeout_s: float) -> None:
-        struct.pack_into("<Q", self._buffer, self._timeout_at, int(timeout_s * 1e9))
-
-    @classmethod
-    def size(cls, world: int) -> int:
-        return struct.calcsize(f"<{2 * world + 6}QI") + cls._CALL.size
-
-
-class _ErrorRecord:
-    """Where a kernel that gives up waiting says so: pinned host memory, readable when the CUDA context is lost."""
-
-    def __init__(self):
-        self._memory = torch.zeros(_ERROR_WORDS, dtype=torch.int32, pin_memory=True)
-        self.address = self._memory.data_ptr()
-        self.words = (ctypes.c_uint32 * _ERROR_WORDS).from_address(self.address)  # the first is 0 as long as all is well
-
-    def raise_if_set(self, timeout_s: float, cause: BaseException | None = None) -> None:
-        if self.words[0] != _ERROR_MAGIC:
-            return
-        _, rank, site, peer, phase, rows, call_of_peer = self.words
-        if phase == _OTHER_CALL:
-            site_of_peer, rows_of_peer = call_of_peer >> _ROW_BITS, call_of_peer & ((1 << _ROW_BITS) - 1)
-            here = f"rank {rank} is at the all-reduce of site {site} with {rows} tokens, but rank {peer} "
-            if site_of_peer != site % (1 << _SITE_BITS):
-                there = f"at that of site {site_of_peer} with {rows_of_peer} tokens"
-            else:
-                there = f"with another number of tokens, {rows_of_peer}"
-            raise RuntimeError(
-                f"{here}{there}: all ranks of a tensor-parallel group must run the same, in the same order. The CUDA context is "
-                "lost: start all ranks again."
-            ) from cause
-        place = "at the end of" if phase else "to begin"
-        raise RuntimeError(
-            f"rank {rank} waited {timeout_s:g} s for rank {peer} {place} the all-reduce of site {site}, and gave up. "
-            f"Either rank {peer} has died or hangs: see its log; or it runs another number of tokens, or another model: "
-            "all ranks of a tensor-parallel group must run the same. The CUDA context is lost: start all ranks again."
-        ) from cause
-
-
-class _Workspace:
-    """Symmetric memory for calls of up to ``rows`` rows, and the kernels that work on it. A collective of the group.
-
-    Raises WorkspaceError on all ranks where a rank cannot make it.
-
-    activations, whole_residual: [rows, hidden] tensors of dtype
-    carried:                     a [rows, hidden] tensor of float32. Of LEAST_ROWS rows or more, a rank has half of them
-                                 at most, in the front of it; behind that it overlaps with whole_residual
-    tuning:                      the owner's; otherwise that of the first rank that knows one, or what all now measure
-    """
-
-    def __init__(self, owner: "Symmetric", dtype: torch.dtype, hidden: int, rows: int):
-        rank, world = owner.rank, owner.world
-        torch.cuda.set_device(owner.device)
-        self.max_ctas = symmetric_memory.get_signal_pad_size() // 4 // world
-        row_bytes = hidden * dtype.itemsize
-        one_shot = rows == LEAST_ROWS
-        region, carried = rows * row_bytes, rows * hidden * 4
-        staging = 2 * (LEAST_ROWS - 1) * row_bytes if one_shot else 0
-        whole_residual_at = region + (carried if one_shot else carried // 2)
-        staging_at = whole_residual_at + region
-        epochs_at = staging_at + staging
-        self.bytes = epochs_at + 4 * self.max_ctas
-
-        ours = f"{rows} tokens of {dtype} [{hidden}], {self.bytes} bytes"
-        mine = owner.tuning or tuning.known(owner, dtype, hidden)
-        message = ours + "\n" + json.dumps(mine and asdict(mine))
-        said = agree.exchange(owner.group_name, f"the making of a workspace for up to {ours}", message, owner.timeout_s)
-        made, _, tunings = zip(*(theirs.partition("\n") for theirs in said))
-        if len(set(made)) > 1:
-            raise RuntimeError(
-                f"the ranks of group {owner.group_name} run different things, and so make different workspaces: "
-                + "; ".join(f"rank {r}: for up to {theirs}" for r, theirs in enumerate(made))
-            )
-        known = next((Tuning.from_dict(theirs) for theirs in map(json.loads, tunings) if theirs), None)
-        self.tuning = known or tuning.measure(owner, dtype, hidden, self.max_ctas)
-
-        def allocate():
-            memory = symmetric_memory.empty(self.bytes, dtype=torch.uint8, device=owner.device)
-            memory.zero_()  # the epochs
-            # No rank begins the rendezvous before all have come here: nobody's flag can be overwritten by another's zeros.
-            torch.cuda.synchronize(owner.device)
-            return memory
-
-        def meet():
-            handle = symmetric_memory.rendezvous(memory, owner.group_name)  # which gives up when the group's store does
-            if handle.rank != rank or handle.world_size != world:
-                raise RuntimeError(f"rendezvous of group {owner.group_name} gave rank {handle.rank} of {handle.world_size}")
-            if owner.name == "multimem" and handle.multicast_ptr == 0:
-                raise RuntimeError("the group's symmetric memory has no multicast address: use transport 'peer'")
-            return handle
-
-        memory = together(owner.group_name, f"the allocation of a workspace for up to {ours}", allocate, owner.timeout_s)
-        handle = together(owner.group_name, f"the rendezvous of a workspace for up to {ours}", meet, owner.timeout_s)
-        here = memory.data_ptr()
-        offset = here - handle.buffer_ptrs[rank]
-        self.memory, self.handle = memory, handle
-        self.activations = memory[:region].view(dtype).view(rows, hidden)
-        self.carried = memory[region : region + carried].view(torch.float32).view(rows, hidden)
-        self.whole_residual = memory[whole_residual_at:staging_at].view(dtype).view(rows, hidden)
-        self.arguments = Arguments(
-            rank,
-            [pointer + offset for pointer in handle.buffer_ptrs],
-            handle.signal_pad_ptrs,
-            handle.multicast_ptr if owner.name == "multimem" else 0,
-            here + epochs_at,
-            owner.error_address,
-            owner.timeout_s,
-            whole_residual_at,
-            staging_at,
-        )
-        names = {self.tuning.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
-        # center -> name -> Kernel. All names at once: a CUDA graph of another number of rows may be captured next.
-        self.kernels = functools.cache(lambda center: owner.kernels(names, dtype, hidden, center))
-
-
-class _Call:
-    """What calls on inputs of one shape, in one slot, have in common."""
-
-    def __init__(self, owner: "Symmetric", workspace: _Workspace, shape: torch.Size, rows: int):
-        self.shape, self.rows, self.workspace, self.arguments = shape, rows, workspace, workspace.arguments
-        self.dtype = workspace.activations.dtype
-        self.activations_at, self.carried_at = workspace.activations.data_ptr(), workspace.carried.data_ptr()
-        # One memory, several tensors: the result of an op may not share the storage of what it takes (torch warns of it
-        # in 2.11, and from 2.12 on refuses it), and a site's input and norm, and its residuals before and after, are in
-        # one place each.
-        tensors = [_with_own_storage(t)[:rows].view(shape) for t in (workspace.activations, workspace.carried) for _ in range(2)]
-        self.partials, self.norm, *carried = tensors
-        # The carried residual, as another tensor than the last time, which may be what the site has taken.
-        self.carried = itertools.cycle(carried).__next__
-        self.token = self.partials.new_empty(0)
-        self.whole_residual = workspace.whole_residual[:rows].view(shape)
-        self.kernel = workspace.tuning.kernel_of(rows)
-        self.one_shot = self.kernel != "two_shot"
-        # The rows of the rank that has most: there are never more CTAs than rows for them.
-        self.most_rows = rows if self.one_shot else -(-rows // owner.world)
-        self.ctas = two_shot_ctas(owner.world)
-        self.ctas_alone = workspace.tuning.ctas_alone(rows)
-        # (center, ctas, otherwise) -> (Kernel, number of CTAs): see grid
-        self.launcher = functools.cache(self._launcher)
-
-    def _launcher(self, center: bool, ctas: int, otherwise: int) -> tuple[nvrtc.Kernel, int]:
-        kernel = self.workspace.kernels(center)[self.kernel]
-        return kernel, self.grid(ctas, otherwise, kernel.cluster)
-
-    def grid(self, ctas: int, otherwise: int, cluster: int = 1) -> int:
-        """The number of CTAs, the same on all ranks, in whole clusters. ctas: the caller's wish, 0 for none."""
-        most = self.workspace.max_ctas // cluster * cluster
-        if ctas > most:
-            raise RuntimeError(
-                f"{ctas} CTAs do not fit into the signal pad of symmetric memory, which has room for {most}: ask for fewer, or call "
-                "torch.distributed._symmetric_memory.set_signal_pad_size before the first use"
-            )
-        grid = min(ctas or (self.most_rows if self.one_shot else otherwise), self.most_rows)
-        return min(-(-grid // cluster) * cluster, most)
 
 
 class Symmetric:
@@ -370,10 +73,10 @@ class Symmetric:
         self.group_name, self.timeout_s, self.tuning = group_name, timeout_s, tuning
         self.rank, self.world = group.rank(), group.size()
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self._error = _ErrorRecord()
+        self._error = ErrorRecord()
         self.lock, self._depth = threading.RLock(), 0
-        self._workspaces = {}  # (slot, dtype, hidden, rows) -> _Workspace
-        self._calls, self._older_calls = {}, {}  # (slot, dtype, shape) -> _Call; of both MAX_CALLS at most
+        self._workspaces = {}  # (slot, dtype, hidden, rows) -> Workspace
+        self._calls, self._older_calls = {}, {}  # (slot, dtype, shape) -> Call; of both MAX_CALLS at most
         self._kernels = {}  # (name, dtype, hidden, center) -> Kernel
         self._pending = {}  # slot -> what wait() needs of start()
         self._carveout = False  # whether GEMMs leave SMs to its kernels
@@ -389,29 +92,11 @@ class Symmetric:
         self._events = {}  # slot -> (fork, done)
         self._sites = {}  # slot -> the number of its last site
 
+    unavailable = staticmethod(support.unavailable)
+
     def another(self, tuning: Tuning) -> "Symmetric":
         """One with that tuning that shares nothing with this one: its memory is free again when it is dropped."""
         return Symmetric(self.group_name, self.device, self.name == "multimem", tuning=tuning)
-
-    @staticmethod
-    def unavailable(group_name: str, device: torch.device, multicast: bool) -> str | None:
-        """Why this rank cannot use the transport, as far as it can tell alone; None if it can."""
-        if device.type != "cuda" or torch.version.cuda is None:
-            return "it needs NVIDIA GPUs"
-        world = resolve_process_group(group_name).size()
-        if not 2 <= world <= 8:
-            return f"it joins 2 to 8 ranks, and the group has {world}"
-        if reason := nvrtc.missing() or host.missing():
-            return reason
-        index = torch.cuda.current_device() if device.index is None else device.index
-        needed, capability = ((9, 0) if multicast else (8, 0)), torch.cuda.get_device_capability(index)
-        if capability < needed:
-            return f"it needs compute capability {needed[0]}.{needed[1]}, and this GPU has {capability[0]}.{capability[1]}"
-        if reason := _not_neighbours(group_name, index):
-            return reason
-        if multicast and not _has_multicast(index):
-            return "there is no NVLink multicast here, or it is switched off"
-        return None
 
     # ---- Around the ops
 
@@ -519,8 +204,8 @@ class Symmetric:
             if call is None:
                 self._pending[slot] = None, fp32_residual, x
                 return x.new_empty(0)
-            held = self._prepare(
-                call, x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), fp32_residual, sharded_residual,
+            held = call.prepare(
+                x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), fp32_residual, sharded_residual,
                 call.activations_at,
                 call.whole_residual,
             )  # fmt: skip
@@ -583,10 +268,10 @@ class Symmetric:
                 return empty_results(x, fp32_residual)
             norm, whole_residual = call.norm, call.whole_residual
             if call.one_shot:  # it writes for this rank only, and can do so anywhere
-                norm = norm if in_workspace else _like(x)
-                whole_residual = whole_residual if sharded_residual else _like(x)
-            held = self._prepare(
-                call, x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), fp32_residual, sharded_residual,
+                norm = norm if in_workspace else like(x)
+                whole_residual = whole_residual if sharded_residual else like(x)
+            held = call.prepare(
+                x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), fp32_residual, sharded_residual,
                 norm.data_ptr(), whole_residual,
             )  # fmt: skip
             kernel, grid = call.launcher(center, ctas, call.ctas_alone)
@@ -646,7 +331,7 @@ class Symmetric:
         wanted = macros(dtype, hidden, self.world, self.rank, self.name, center, layout)
         return nvrtc.cubin(name, arch, wanted, lambda image: nvrtc.Kernel(image, name, block, layout.shared[not two_shot], cluster))
 
-    def _begin(self, slot: int, x: Tensor, stream: int) -> _Call | None:
+    def _begin(self, slot: int, x: Tensor, stream: int) -> Call | None:
         """What start() and fused() begin with: the call, None if there are no tokens."""
         if self._error.words[0]:
             self.raise_if_lost()
@@ -656,7 +341,7 @@ class Symmetric:
             self._abandon(slot)
         return self._calls.get((slot, x.dtype, x.shape)) or (self._call(slot, x.dtype, x.shape) if x.numel() else None)
 
-    def _call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> _Call:
+    def _call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Call:
         """The call of a shape: remembered, or made now. One that is forgotten owns nothing: its workspace and kernels stay."""
         key = slot, dtype, shape
         call = self._calls.get(key) or self._older_calls.pop(key, None) or self._new_call(slot, dtype, shape)
@@ -666,16 +351,16 @@ class Symmetric:
             self._calls[key] = call
         return call
 
-    def _new_call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> _Call:
+    def _new_call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Call:
         hidden = shape[-1]
-        if dtype not in _ELEMENTS:
+        if dtype not in ELEMENTS:
             raise RuntimeError(f"dtype {dtype}: the kernels are for bfloat16, float16 and float32")
         if hidden % 8 or hidden > MAX_HIDDEN:
             raise RuntimeError(f"hidden size {hidden}: the kernels take multiples of 8 up to {MAX_HIDDEN}")
         rows = shape.numel() // hidden
-        return _Call(self, self._workspace(slot, dtype, hidden, rows), shape, rows)
+        return Call(self, self._workspace(slot, dtype, hidden, rows), shape, rows)
 
-    def _workspace(self, slot: int, dtype: torch.dtype, hidden: int, rows: int) -> _Workspace:
+    def _workspace(self, slot: int, dtype: torch.dtype, hidden: int, rows: int) -> Workspace:
         bucket = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
         key = slot, dtype, hidden, bucket
         if key not in self._workspaces:
@@ -687,53 +372,13 @@ class Symmetric:
             # In a thread of its own, as what is allocated there belongs to nobody else: not to the memory pool of CUDA
             # graphs that are about to be captured, nor to an inference mode.
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                self._workspaces[key] = thread.submit(_Workspace, self, dtype, hidden, bucket).result()
+                self._workspaces[key] = thread.submit(Workspace, self, dtype, hidden, bucket).result()
         return self._workspaces[key]
 
     def _number(self, slot: int, site: int) -> int:
         self._sites[slot] = number = self._sites.get(slot, NEXT_SITE) + 1 if site == NEXT_SITE else site
         return number
 
-    def _prepare(
-        self, call, x, residual, weight, bias, shift, eps, scale, offset, center, site, fp32_residual, sharded_residual, norm_out: int,
-        whole_residual: Tensor,
-    ) -> tuple:  # fmt: skip
-        """Bring the inputs to where the kernel reads them, on the current stream, and pack its arguments.
-
-        Returns what must stay alive until the kernel has run.
-        """
-        if fp32_residual is not sharded_residual:
-            raise RuntimeError("over symmetric memory a residual is float32 where it is sharded, and nowhere else")
-        if shift is not None and not center:
-            raise RuntimeError("only a LayerNorm has a shift")
-        x_at = residual_at = weight_at = bias_at = shift_at = 0
-        weight_is_float = shift_is_float = carried = False
-        if call.one_shot:
-            x, x_at = _readable(x)
-        elif x.data_ptr() != call.activations_at or not x.is_contiguous():
-            call.partials.copy_(x)  # two_shot reads it there
-        if residual is not None:
-            residual_at = residual.data_ptr()
-            carried = residual_at == call.carried_at
-            if not carried:
-                if residual.dtype is not call.dtype or residual.shape != call.shape:
-                    raise RuntimeError(f"residual is {residual.dtype} {[*residual.shape]}, but x {x.dtype} {[*x.shape]}")
-                residual, residual_at = _readable(residual)
-        if weight is not None:
-            weight_is_float = weight.dtype is not call.dtype and _is_float("weight", weight, x)
-            weight, weight_at = _readable(weight)
-        if bias is not None:
-            if bias.dtype is not call.dtype:
-                raise RuntimeError(f"bias is {bias.dtype}; beside {x.dtype} it must be the same")
-            bias, bias_at = _readable(bias)
-        if shift is not None:
-            shift_is_float = shift.dtype is not call.dtype and _is_float("shift", shift, x)
-            shift, shift_at = _readable(shift)
-        call.arguments.set(
-            call.rows, x_at, residual_at, bias_at, weight_at, norm_out, call.carried_at if sharded_residual else whole_residual.data_ptr(),
-            site, weight_is_float, carried, not sharded_residual, eps, scale, offset, shift_is_float, shift_at,
-        )  # fmt: skip
-        return x, residual, weight, bias, shift
 
     def _pop(self, slot: int) -> tuple:
         pending = self._pending.pop(slot)
@@ -792,54 +437,8 @@ class Symmetric:
                     self._host.wait(stream, self._events[slot][1])
 
 
-def _with_own_storage(t: Tensor) -> Tensor:
-    """The same memory, kept alive by the result, under a storage of its own. Not an inference tensor, wherever it is made."""
-    with torch.inference_mode(False):
-        return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(t))
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _readable(t: Tensor) -> tuple[Tensor, int]:
-    """t as the kernels can read it, contiguous and 16-byte aligned, and its address."""
-    address = t.data_ptr()
-    if address % 16 or not t.is_contiguous():
-        t = t.clone(memory_format=torch.contiguous_format)
-        address = t.data_ptr()
-    return t, address
-
-
 def _is_external(stream_id: int) -> bool:
     """Whether a stream is not torch's, by the number that torch gives it: odd for its own, 0 for the default one (CUDAStream.cpp)."""
     return stream_id != 0 and stream_id % 2 == 0
 
 
-def _is_float(name: str, vector: Tensor, x: Tensor) -> bool:
-    """True; raises RuntimeError for a vector that is not float32 where it is not of x's dtype."""
-    if vector.dtype is not torch.float32:
-        raise RuntimeError(f"{name} is {vector.dtype}; beside {x.dtype} it must be that, or float32")
-    return True
-
-
-def _not_neighbours(group_name: str, index: int) -> str | None:
-    """Why the GPUs of the group cannot reach each other's memory, as far as this rank can know."""
-    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # set by torchrun
-    if on_host == 0:
-        return None
-    ranks = dist.get_process_group_ranks(resolve_process_group(group_name))
-    if len({rank // on_host for rank in ranks}) > 1:
-        return "the ranks of the group are not all on one host"
-    if torch.cuda.device_count() < on_host:
-        return None  # each rank sees GPUs of its own
-    for device in (rank % on_host for rank in ranks):
-        if device != index and not torch.cuda.can_device_access_peer(index, device):
-            return f"GPU {index} cannot reach the memory of GPU {device}"
-    return None
-
-
-def _has_multicast(index: int) -> bool:
-    if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0") not in ("", "0"):
-        return False
-    return SymmetricMemory.has_multicast_support(DeviceType.CUDA, index)

@@ -1,0 +1,51 @@
+"""What a rank and its group need for the transports over symmetric memory."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from ...compat import DeviceType, SymmetricMemory, resolve_process_group
+from . import host, nvrtc
+
+
+def unavailable(group_name: str, device: torch.device, multicast: bool) -> str | None:
+    """Why this rank cannot use the transport, as far as it can tell alone; None if it can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "it needs NVIDIA GPUs"
+    world = resolve_process_group(group_name).size()
+    if not 2 <= world <= 8:
+        return f"it joins 2 to 8 ranks, and the group has {world}"
+    if reason := nvrtc.missing() or host.missing():
+        return reason
+    index = torch.cuda.current_device() if device.index is None else device.index
+    needed, capability = ((9, 0) if multicast else (8, 0)), torch.cuda.get_device_capability(index)
+    if capability < needed:
+        return f"it needs compute capability {needed[0]}.{needed[1]}, and this GPU has {capability[0]}.{capability[1]}"
+    if reason := _not_neighbours(group_name, index):
+        return reason
+    if multicast and not _has_multicast(index):
+        return "there is no NVLink multicast here, or it is switched off"
+    return None
+
+
+def _not_neighbours(group_name: str, index: int) -> str | None:
+    """Why the GPUs of the group cannot reach each other's memory, as far as this rank can know."""
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # set by torchrun
+    if on_host == 0:
+        return None
+    ranks = dist.get_process_group_ranks(resolve_process_group(group_name))
+    if len({rank // on_host for rank in ranks}) > 1:
+        return "the ranks of the group are not all on one host"
+    if torch.cuda.device_count() < on_host:
+        return None  # each rank sees GPUs of its own
+    for device in (rank % on_host for rank in ranks):
+        if device != index and not torch.cuda.can_device_access_peer(index, device):
+            return f"GPU {index} cannot reach the memory of GPU {device}"
+    return None
+
+
+def _has_multicast(index: int) -> bool:
+    if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0") not in ("", "0"):
+        return False
+    return SymmetricMemory.has_multicast_support(DeviceType.CUDA, index)
