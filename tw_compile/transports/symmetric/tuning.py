@@ -38,7 +38,7 @@ SAMPLES = 5
 CALLS = 20  # of a sample
 # Clocks for which the GPU waits before each sample: the host has enqueued it by then, and is not what is measured.
 HEAD_START = 1_000_000
-_SLOT = 2  # of the instruments, which share nothing with what the user runs
+SLOT = 2  # of the instruments, which share nothing with what the user runs
 
 # What transports are compared at. Those over the process group are several kernels, which the host takes longer to enqueue.
 COMPARED_TOKENS, COMPARED_HIDDEN, COMPARED_DTYPE = (1, 32, 256, 2048), 4096, torch.bfloat16
@@ -184,10 +184,10 @@ def compare(transports: dict, group_name: str, device: torch.device) -> dict[str
         begin = time.perf_counter()
         logs.say_that_it_tunes()
         for transport in transports.values():
-            transport.prepare([(_SLOT, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
+            transport.prepare([(SLOT, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
         weight = torch.ones(COMPARED_HIDDEN, dtype=COMPARED_DTYPE, device=device)
         runs = [(transport, weight, tokens, 0, COMPARED_HEAD_START) for transport in transports.values() for tokens in COMPARED_TOKENS]
-        taken = [[_seconds(*run) for run in runs] for _ in range(SAMPLES + 1)]
+        taken = [[seconds_of_call(*run) for run in runs] for _ in range(SAMPLES + 1)]
         mine = [statistics.median(samples) for samples in zip(*taken[1:])]
         said = agree.exchange(group_name, "the end of a comparison of transports", json.dumps(mine))
         slowest = [max(theirs) for theirs in zip(*map(json.loads, said))]
@@ -230,15 +230,15 @@ def _times(owner, dtype, hidden) -> dict[tuple[str, int, int], float]:
     instruments = {kernel: owner.another(Tuning(rows, by_rule(owner.world).ctas)) for kernel, rows in always.items()}
     weight = torch.ones(hidden, dtype=dtype, device=owner.device)
     wanted = variants(owner.world)
-    taken = [[_seconds(instruments[kernel], weight, *size) for kernel, *size in wanted] for _ in range(SAMPLES + 1)]
+    taken = [[seconds_of_call(instruments[kernel], weight, *size) for kernel, *size in wanted] for _ in range(SAMPLES + 1)]
     return {variant: statistics.median(samples) for variant, *samples in zip(wanted, *taken[1:])}
 
 
-def _seconds(instrument, weight, tokens, ctas, head_start=HEAD_START) -> float:
+def seconds_of_call(instrument, weight, tokens, ctas, head_start=HEAD_START) -> float:
     """Seconds of a call that takes, as layer after layer does, what the one before has left in the workspace."""
 
     def site(x, residual):
-        return instrument.fused(x, residual, weight, None, None, 1e-5, 1.0, 0.0, False, ctas, _SLOT, 0, True, True, True)
+        return instrument.fused(x, residual, weight, None, None, 1e-5, 1.0, 0.0, False, ctas, SLOT, 0, True, True, True)
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(instrument.device)
