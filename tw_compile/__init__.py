@@ -10,15 +10,20 @@ The pipeline, in the order in which a graph meets it::
     report.py      what was found, what was done, why not
 """
 
+from . import logs
+from .explain import Explanation, explain
 from .options import TokenWeaveError
 from .passes.find import AllReduce, register_all_reduce
 from .passes.rules.token_axis import Split, TokenAxis, register_token_rule
-from .report import Refusal, Report, Site, explain, reports
+from .report import Break, Refusal, Report, Site, reports
 from .transports.choose import workspace_bytes
 from .verify import Verification, verify
+from .warmup import warmup
 
 __all__ = [
     "AllReduce",
+    "Break",
+    "Explanation",
     "Refusal",
     "Report",
     "Site",
@@ -31,5 +36,8 @@ __all__ = [
     "register_token_rule",
     "reports",
     "verify",
+    "warmup",
     "workspace_bytes",
 ]
+
+logs.register()

@@ -49,6 +49,17 @@ class UnsplitOp:
     reason: str
 
 
+@dataclass(frozen=True)
+class Break:
+    """Where Dynamo broke a graph, so that what follows is another one.
+
+    source: ``file:line, in function: code`` of the model, '' where Dynamo does not tell
+    """
+
+    source: str
+    reason: str
+
+
 @dataclass
 class Report:
     """One compiled graph.
@@ -60,6 +71,7 @@ class Report:
     split:      (first half, second half) along the cut axis, as numbers or symbolic text; None where not woven
     rehearsal:  what was tuned (``schedule.Section``), and the ``Plan`` that came of it, as plain data; None where nothing was
     reasons:    why mode or transport are not what could have been hoped for
+    broken:     where Dynamo ended the graph before the model did; None where it did not
     """
 
     requested: dict
@@ -72,6 +84,7 @@ class Report:
     refusals: list[Refusal] = field(default_factory=list)
     joins: list[UnsplitOp] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    broken: Break | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data: what ``json.dumps`` takes and ``from_dict`` gives back."""
@@ -85,6 +98,8 @@ class Report:
             object.__setattr__(site, "shape", tuple(site.shape))
         if data["split"] is not None:
             data["split"] = tuple(data["split"])
+        if data["broken"] is not None:
+            data["broken"] = Break(**data["broken"])
         return cls(**data)
 
     def __str__(self) -> str:
@@ -98,10 +113,11 @@ class Report:
             head += f", {self.alike} layers compiled as one"
         lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} unsplit ops"]
         if self.rehearsal:
-            lines += [f"  tuned: {_plan(**self.rehearsal['plan'])}"]
+            lines += [f"  tuned: {plan_text(**self.rehearsal['plan'])}"]
         lines += [f"  because {reason}" for reason in self.reasons]
+        lines += [f"  graph break at {short(self.broken.source)}: {self.broken.reason}"] if self.broken else []
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
-        rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), _form(s)) for s in self.sites]
+        rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), form_of(s)) for s in self.sites]
         rows += [("refused", r.all_reduce, short(r.source), r.reason) for r in self.refusals]
         rows += [("unsplit", j.op, short(j.source), j.reason) for j in self.joins]
         # The layers of a model are alike: a row each would say the same many times.
@@ -111,13 +127,24 @@ class Report:
             lines.append("  " + "  ".join([cell.ljust(width) for cell, width in zip(row, widths)] + [row[3]]).rstrip())
         return "\n".join(lines)
 
+    def html(self, profile=None) -> str:
+        """The report as one page of HTML that needs nothing else.
+
+        profile: for a timeline: a ``torch.profiler.profile`` of calls of the model that has ended, or the path of its Chrome trace
+        Raises OSError or ValueError where that cannot be read, or is no trace.
+        """
+        from .html import page  # which is above this
+
+        return page(self, profile)
+
 
 def short(source: str) -> str:
     """A place in the source without the part of its path that says nothing: the working directory, or where packages are."""
     return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
 
 
-def _plan(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None) -> str:
+def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None) -> str:
+    """What a Plan says, in words."""
     if gain is None:
         return f"no, for lack of memory; it is woven from {min_tokens} tokens on by a rule"
     cut = f"split ratio {split_ratio:g}" + (f", {ctas} CTAs" if ctas else "")
@@ -126,7 +153,8 @@ def _plan(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | N
     return f"woven from {min_tokens} tokens on, with {cut}: {gain:.2f} times as fast as fused at the most tokens"
 
 
-def _form(site: Site) -> str:
+def form_of(site: Site) -> str:
+    """What the op of a site does, in words."""
     return f"all-reduce + add + {site.norm}" if site.residual else f"all-reduce + {site.norm}"
 
 
@@ -147,17 +175,3 @@ def record(report: Report) -> None:
 def reports() -> list[Report]:
     """One Report for each graph compiled in this process, newest last; a compilation served from a cache counts."""
     return list(_reports)
-
-
-def explain(model, *args, **kwargs) -> list[Report]:
-    """Compile ``model`` for the backend, run it once on the arguments, and return the reports of its graphs.
-
-    Every rank of the model's process groups must call it, as it runs the model. No gradients.
-    """
-    import torch
-
-    before = len(_reports)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend="tokenweave")(*args, **kwargs)
-    return _reports[before:]

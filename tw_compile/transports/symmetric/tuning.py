@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
-from ... import files
+from ... import logs, records
 from ...compat import cuda_sleep, resolve_process_group
 from .. import agree
 from ..together import WorkspaceError
@@ -38,7 +38,7 @@ SAMPLES = 5
 CALLS = 20  # of a sample
 # Clocks for which the GPU waits before each sample: the host has enqueued it by then, and is not what is measured.
 HEAD_START = 1_000_000
-_SLOT = 2  # of the instruments, which share nothing with what the user runs
+SLOT = 2  # of the instruments, which share nothing with what the user runs
 
 # What transports are compared at. Those over the process group are several kernels, which the host takes longer to enqueue.
 COMPARED_TOKENS, COMPARED_HIDDEN, COMPARED_DTYPE = (1, 32, 256, 2048), 4096, torch.bfloat16
@@ -131,12 +131,12 @@ _measured = {}  # path -> Tuning of this process: also for what could not be mea
 
 def known(owner, dtype: torch.dtype, hidden: int) -> Tuning | None:
     """The tuning for a Symmetric, as far as this rank knows without asking others."""
-    path = _path(owner, dtype, hidden)
-    if path in _measured:
+    key = _key(owner, dtype, hidden)
+    if (path := records.path("tuning", key)) in _measured:
         return _measured[path]
     try:
-        return Tuning.from_dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or not one of ours
+        return Tuning.from_dict(records.read("tuning", key))
+    except (ValueError, TypeError, KeyError):  # not there, or not one of ours
         return None
 
 
@@ -147,9 +147,10 @@ def measure(owner, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tuning:
     """
     begin = time.perf_counter()
     lacking = agree.exchange(owner.group_name, "a tuning", _lacking(owner, dtype, hidden, max_ctas) or "")
-    path = _path(owner, dtype, hidden)
+    key = _key(owner, dtype, hidden)
     reason, mine = max(lacking), None
     if not reason:
+        logs.say_that_it_tunes()
         try:
             mine = _times(owner, dtype, hidden)
         except WorkspaceError as error:  # which all ranks have
@@ -162,10 +163,10 @@ def measure(owner, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tuning:
         said = agree.exchange(owner.group_name, "the end of a tuning", json.dumps([*mine.values()]))
         times = dict(zip(mine, map(max, *map(json.loads, said))))
         tuning = by_times(owner.world, times)
-        files.write(path, json.dumps(asdict(tuning)).encode())
+        records.write("tuning", key, asdict(tuning))
         log.debug("seconds of (kernel, tokens, CTAs): %s", times)
         log.info("tuned for %s [%d] in %.1f s: %s", dtype, hidden, time.perf_counter() - begin, tuning)
-    _measured[path] = tuning
+    _measured[records.path("tuning", key)] = tuning
     return tuning
 
 
@@ -176,38 +177,40 @@ def compare(transports: dict, group_name: str, device: torch.device) -> dict[str
     Measured once on a machine, and kept. Raises WorkspaceError on all ranks where one cannot make a workspace.
     """
     gpu, world = torch.cuda.get_device_name(device), dist.get_world_size(resolve_process_group(group_name))
-    path = files.path("transports", (gpu, world, [*transports], agree.version()), "json")
-    said = agree.exchange(group_name, "a comparison of transports", json.dumps(_kept_times(path, transports)))
+    key = {"transports": [*transports], "gpu": gpu, "ranks": world, "version": agree.version()}
+    said = agree.exchange(group_name, "a comparison of transports", json.dumps(_kept_times(key)))
     seconds = next((theirs for theirs in map(json.loads, said) if theirs), None)
     if seconds is None:
         begin = time.perf_counter()
+        logs.say_that_it_tunes()
         for transport in transports.values():
-            transport.prepare([(_SLOT, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
+            transport.prepare([(SLOT, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
         weight = torch.ones(COMPARED_HIDDEN, dtype=COMPARED_DTYPE, device=device)
         runs = [(transport, weight, tokens, 0, COMPARED_HEAD_START) for transport in transports.values() for tokens in COMPARED_TOKENS]
-        taken = [[_seconds(*run) for run in runs] for _ in range(SAMPLES + 1)]
+        taken = [[seconds_of_call(*run) for run in runs] for _ in range(SAMPLES + 1)]
         mine = [statistics.median(samples) for samples in zip(*taken[1:])]
         said = agree.exchange(group_name, "the end of a comparison of transports", json.dumps(mine))
         slowest = [max(theirs) for theirs in zip(*map(json.loads, said))]
         sizes = len(COMPARED_TOKENS)
         seconds = {name: math.exp(statistics.fmean(map(math.log, slowest[i * sizes :][:sizes]))) for i, name in enumerate(transports)}
         log.info("compared transports in %.1f s, seconds of %s tokens: %s", time.perf_counter() - begin, COMPARED_TOKENS, slowest)
-    if seconds != _kept_times(path, transports):
-        files.write(path, json.dumps(seconds).encode())
+    if seconds != _kept_times(key):
+        records.write("transports", key, seconds)
     return seconds
 
 
-def _kept_times(path, transports) -> dict[str, float] | None:
+def _kept_times(key: dict) -> dict[str, float] | None:
     try:
-        seconds = json.loads(path.read_bytes())
-        return {name: float(seconds[name]) for name in transports}
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or not one of ours
+        seconds = records.read("transports", key)
+        return {name: float(seconds[name]) for name in key["transports"]}
+    except (ValueError, TypeError, KeyError):  # not there, or not one of ours
         return None
 
 
-def _path(owner, dtype, hidden):
+def _key(owner, dtype, hidden) -> dict:
     gpu = torch.cuda.get_device_name(owner.device)
-    return files.path("tuning", (gpu, owner.world, owner.name, str(dtype), hidden, agree.version()), "json")
+    of = {"transport": owner.name, "dtype": str(dtype).removeprefix("torch."), "hidden": hidden}
+    return {**of, "gpu": gpu, "ranks": owner.world, "version": agree.version()}
 
 
 def _lacking(owner, dtype, hidden, max_ctas) -> str | None:
@@ -227,15 +230,15 @@ def _times(owner, dtype, hidden) -> dict[tuple[str, int, int], float]:
     instruments = {kernel: owner.another(Tuning(rows, by_rule(owner.world).ctas)) for kernel, rows in always.items()}
     weight = torch.ones(hidden, dtype=dtype, device=owner.device)
     wanted = variants(owner.world)
-    taken = [[_seconds(instruments[kernel], weight, *size) for kernel, *size in wanted] for _ in range(SAMPLES + 1)]
+    taken = [[seconds_of_call(instruments[kernel], weight, *size) for kernel, *size in wanted] for _ in range(SAMPLES + 1)]
     return {variant: statistics.median(samples) for variant, *samples in zip(wanted, *taken[1:])}
 
 
-def _seconds(instrument, weight, tokens, ctas, head_start=HEAD_START) -> float:
+def seconds_of_call(instrument, weight, tokens, ctas, head_start=HEAD_START) -> float:
     """Seconds of a call that takes, as layer after layer does, what the one before has left in the workspace."""
 
     def site(x, residual):
-        return instrument.fused(x, residual, weight, None, None, 1e-5, 1.0, 0.0, False, ctas, _SLOT, 0, True, True, True)
+        return instrument.fused(x, residual, weight, None, None, 1e-5, 1.0, 0.0, False, ctas, SLOT, 0, True, True, True)
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(instrument.device)
