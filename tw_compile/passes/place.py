@@ -19,7 +19,18 @@ from collections.abc import Collection
 from torch.fx import Graph, Node
 
 from .. import ops
-from .graph_utils import VIEWS, Ancestors, arguments, aten, calls, in_order, is_view, keeps_rows, same_shape, value
+from .graph_utils import (
+    VIEWS,
+    Ancestors,
+    arguments,
+    aten,
+    calls,
+    in_order,
+    is_view,
+    keeps_rows,
+    same_shape,
+    value,
+)
 
 _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear)
 
@@ -90,7 +101,7 @@ def _absorb(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors
     if previous is not None and not before(previous.done, gemm):
         return
     with graph.inserting_before(gemm):
-        linear = graph.call_function(ops.linear, (a, b, *(bias or [None]), site.group, site.transport, site.slot))
+        linear = graph.call_function(ops.linear, (a, b, *(bias or [None]), site.slot, site.group, site.transport))
     linear.meta = dict(gemm.meta)
     before.replace(gemm, linear)
     gemm.replace_all_uses_with(linear)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compat import resolve_process_group
-from ..site import add_norm
+from ..site import Site, add_norm
 
 
 class ProcessGroup:
@@ -64,7 +64,8 @@ class ProcessGroup:
             with contextlib.suppress(RuntimeError):  # if that run was a capture
                 torch.cuda.current_stream(self.device).wait_event(done)  # what reuses its memory runs behind it
 
-    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual) -> Tensor:
+    def start(self, site: Site) -> Tensor:
+        x, slot = site.x, site.slot
         if slot in self.pending:
             self._forget(slot)
         total = torch.empty_like(x, memory_format=torch.contiguous_format)  # of the compute stream, for CUDA graphs
@@ -77,7 +78,7 @@ class ProcessGroup:
                 total.copy_(x)
                 dist.all_reduce(total, group=self.group)
                 done = self.stream.record_event()
-        self.pending[slot] = done, total, (residual, weight, bias, shift, eps, scale, offset, center, fp32_residual)
+        self.pending[slot] = done, total, site
         return x.new_empty(0)
 
     def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, Tensor]:
@@ -88,12 +89,12 @@ class ProcessGroup:
             done.wait()
         else:
             torch.cuda.current_stream(self.device).wait_event(done)
-        return _add_norm(total, *site)
+        return _add_norm(total, site)
 
-    def fused(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, in_workspace):
-        total = x.clone(memory_format=torch.contiguous_format)
+    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
+        total = site.x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
-        return _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, fp32_residual)
+        return _add_norm(total, site)
 
     def workspace_bytes(self) -> int:
         return 0
@@ -102,12 +103,13 @@ class ProcessGroup:
         """What becomes of a rank that does not come is the process group's own error."""
 
 
-def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, fp32_residual):
-    dtype, of_residual = total.dtype, torch.float32 if fp32_residual else total.dtype
+def _add_norm(total: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    residual, weight, bias, shift, eps, scale, offset, center = site.addends
+    dtype, of_residual = total.dtype, torch.float32 if site.fp32_residual else total.dtype
     plain = weight is not None and weight.dtype == dtype and offset == 0.0 and bias is None and scale == 1.0
     plain = plain and (shift is None or shift.dtype == dtype)
     if not (total.is_cuda and plain):
-        norm, total = add_norm(total, residual, weight, bias, shift, eps, scale, offset, center)
+        norm, total = add_norm(total, *site.addends)
         return norm.to(dtype), total.to(of_residual)
     # Three kernels in place of the reference's dozen; the norm's input is rounded first, as eager does it.
     if residual is not None:
@@ -115,4 +117,4 @@ def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, 
     rounded = total.to(dtype)
     shape = weight.shape
     norm = F.layer_norm(rounded, shape, weight, shift, eps) if center else F.rms_norm(rounded, shape, weight, eps)
-    return norm, total if fp32_residual and residual is not None else rounded.to(of_residual)
+    return norm, total if site.fp32_residual and residual is not None else rounded.to(of_residual)
