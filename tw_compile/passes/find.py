@@ -29,7 +29,7 @@ from .. import ops
 from ..compat import OpOverload, resolve_process_group, statically_known_true
 from ..report import Refusal
 from .graph_utils import (
-    VIEWS,
+    RESHAPES,
     WAIT,
     Ancestors,
     aten,
@@ -260,7 +260,7 @@ def _site(node: Node, call: AllReduce) -> Match:
         if residual is not None or norm is not _NO_NORM:
             raise _Refused(norm)
         user = _sole_user(total, "reduced value")
-        if (calls(user, *VIEWS) and keeps_rows(user) or _factor(user, total)) and bias is None and scale == 1.0:
+        if (calls(user, *RESHAPES) and keeps_rows(user) or _factor(user, total)) and bias is None and scale == 1.0:
             linear.append(user)
         elif calls(user, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) and _number(user.args[1]):
             factor = float(user.args[1])
@@ -334,7 +334,7 @@ def _checked_residual(residual: Node, total: Node) -> Node:
 def match_norm(total: Node) -> Norm | str:
     """The norm over the last dimension that reads ``total``, perhaps through a reshape; or the reason why none was found."""
     reason = _NO_NORM
-    for start in (total, *(u for u in total.users if calls(u, *VIEWS) and keeps_rows(u))):
+    for start in (total, *(u for u in total.users if calls(u, *RESHAPES) and keeps_rows(u))):
         # A model may cast the value anew for each time that it reads it.
         rows = [r for r in (start, *_casts(start, torch.float32)) if value(r).dtype == torch.float32]
         for norm in (*_rms_norms(rows, total), *_layer_norms(rows, total)):

@@ -7,7 +7,7 @@ from torch.fx import Graph, Node
 from .. import ops
 from .find import Match, stays
 from .graph_utils import (
-    VIEWS,
+    RESHAPES,
     WAIT,
     aten,
     calls,
@@ -70,4 +70,4 @@ def summed(all_reduce: Node) -> Node:
 def _view_before(output: Node, total: Node) -> Node:
     """The reshape of ``total`` that the norm reads."""
     shape = value(output).shape
-    return next(u for u in total.users if calls(u, *VIEWS) and same_shape(value(u).shape, shape))
+    return next(u for u in total.users if calls(u, *RESHAPES) and same_shape(value(u).shape, shape))

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from .graph_utils import (
-    VIEWS,
+    RESHAPES,
     Ancestors,
     arguments,
     aten,
@@ -91,7 +91,7 @@ def _absorb(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors
     gemm = site.node.args[0]
     if not _only_read_by(gemm, site) or gemm is site.node.args[1]:
         return
-    while calls(gemm, *VIEWS) and keeps_rows(gemm) and len(gemm.args[0].users) == 1:
+    while calls(gemm, *RESHAPES) and keeps_rows(gemm) and len(gemm.args[0].users) == 1:
         gemm = gemm.args[0]
     if not calls(gemm, aten.mm.default, aten.addmm.default) or gemm.kwargs:
         return
