@@ -6,13 +6,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from tw_compile.passes.rules import token_axis
-from tw_compile.passes.rules.token_axis import (
-    Split,
-    TokenAxis,
-    map_places,
-    register_token_rule,
-    split_rule,
-)
+from tw_compile.passes.rules.token_axis import Split, TokenAxis, map_places, register_token_rule, split_rule
 
 aten, prims = torch.ops.aten, torch.ops.prims
 LENGTH, FIRST = 6, 2  # of the axis that is cut, and where: not in the middle

@@ -12,14 +12,7 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule
 
-from .compat import (
-    FakeTensorMode,
-    FakeTensorProp,
-    ShapeEnv,
-    SymNode,
-    ValueRanges,
-    int_oo,
-)
+from .compat import FakeTensorMode, FakeTensorProp, ShapeEnv, SymNode, ValueRanges, int_oo
 from .passes.graph_utils import value
 
 

@@ -2,16 +2,7 @@
 
 import torch
 
-from ..compat import (
-    SubgraphPythonWrapperCodegen,
-    V,
-    detect_fake_mode,
-    ir,
-    is_collective,
-    is_lowering,
-    lowering,
-    pytree,
-)
+from ..compat import SubgraphPythonWrapperCodegen, V, detect_fake_mode, ir, is_collective, is_lowering, lowering, pytree
 from . import fused, linear, start, wait
 
 

@@ -6,16 +6,7 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from .find import Match, stays
-from .graph_utils import (
-    RESHAPES,
-    WAIT,
-    aten,
-    calls,
-    in_order,
-    same_shape,
-    sort_and_clean,
-    value,
-)
+from .graph_utils import RESHAPES, WAIT, aten, calls, in_order, same_shape, sort_and_clean, value
 
 
 def fuse(graph: Graph, matches: list[Match], transport: str, ctas: int) -> list[Node]:

@@ -19,18 +19,7 @@ from collections.abc import Collection
 from torch.fx import Graph, Node
 
 from .. import ops
-from .graph_utils import (
-    RESHAPES,
-    Ancestors,
-    arguments,
-    aten,
-    calls,
-    in_order,
-    is_view,
-    keeps_rows,
-    same_shape,
-    value,
-)
+from .graph_utils import RESHAPES, Ancestors, arguments, aten, calls, in_order, is_view, keeps_rows, same_shape, value
 
 _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear)
 

@@ -18,30 +18,11 @@ from ..report import UnsplitOp
 from .cut import Cut
 from .emit import Emitter
 from .find import collectives, communicates
-from .graph_utils import (
-    WAIT,
-    Ancestors,
-    arguments,
-    aten,
-    calls,
-    in_order,
-    same_shape,
-    source_of,
-    value,
-)
+from .graph_utils import WAIT, Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
 from .rules import attention
 from .rules.cache import Write, put_entries, view_of, write_of
 from .rules.gather import GATHER, gather_along, side_by_side
-from .rules.token_axis import (
-    Split,
-    TokenAxis,
-    equal,
-    expr,
-    expr_of,
-    map_places,
-    same_axis,
-    split_rule,
-)
+from .rules.token_axis import Split, TokenAxis, equal, expr, expr_of, map_places, same_axis, split_rule
 
 
 @dataclass(frozen=True)

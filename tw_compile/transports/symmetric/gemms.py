@@ -12,14 +12,7 @@ import threading
 
 import torch
 
-from ...compat import (
-    BlasBackend,
-    get_blas_preferred_backend,
-    get_sm_carveout,
-    has,
-    set_blas_preferred_backend,
-    set_sm_carveout,
-)
+from ...compat import BlasBackend, get_blas_preferred_backend, get_sm_carveout, has, set_blas_preferred_backend, set_sm_carveout
 
 # CTAs up to which it helps. On H200s the kernels that cuBLASLt picks for more than 8 SMs fewer than there are are slower than those
 # for all of them (benchmarks/results/schedule-*.json).
