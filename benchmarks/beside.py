@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 
 from tw_compile.ops import direct
+from tw_compile.site import Site
 from tw_compile.transports import choose
 
 HIDDEN, INTERMEDIATE = 8192, 28672
 GEMMS, KERNELS, SAMPLES, SLOT = 8, 16, 9, 0
-NUMERICS = None, None, None, 1e-5, 1.0, 0.0, False  # weight, bias, shift, eps, scale, offset, center
 
 
 def main():
@@ -67,7 +67,7 @@ def measure(peer, device, tokens, ctas):
 
     def kernels(calls):
         for _ in range(calls):
-            peer.fused(partials, None, *NUMERICS, ctas, SLOT, 0, True, True, True)
+            peer.fused(Site(partials, ctas=ctas, slot=SLOT, fp32_residual=True, sharded_residual=True), True)
 
     def times(gemm_calls, kernel_calls):
         """Microseconds of a GEMM and of a kernel, while the others run."""
@@ -119,10 +119,10 @@ def times_of_host(peer, device, group):
     weight = torch.ones(HIDDEN, device=device, dtype=torch.bfloat16)
 
     def pair():
-        token = direct.start(x, None, weight, None, None, 1e-5, 1.0, 0.0, False, group, "peer", 0, SLOT, 0, True, True)
-        direct.wait(token, x, None, weight, None, None, None, group, "peer", SLOT, True, True, True)
+        token = direct.start(x, None, weight, None, None, 1e-5, 1.0, 0.0, False, 0, SLOT, 0, True, True, group, "peer")
+        direct.wait(token, x, None, weight, None, None, None, SLOT, True, True, True, group, "peer")
 
-    peer.start(x, None, weight, None, None, 1e-5, 1.0, 0.0, False, 0, 1 - SLOT, 0, True, True)  # as the other half has it
+    peer.start(Site(x, weight=weight, slot=1 - SLOT, fp32_residual=True, sharded_residual=True))  # as the other half has it
     pair()
     kernel, ctas = peer._call(SLOT, x.dtype, x.shape).launcher(False, 0, 0)
     given = peer._call(SLOT, x.dtype, x.shape).arguments.address

@@ -25,7 +25,7 @@ import torch.distributed._symmetric_memory as symm_mem
 import wire
 from timing import times_of
 
-from tw_compile.site import add_norm
+from tw_compile.site import Site, add_norm
 from tw_compile.transports.symmetric.transport import Symmetric
 from tw_compile.transports.symmetric.tuning import LEAST_ROWS, Tuning, by_rule
 
@@ -107,11 +107,11 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
             continue
         kernels[name, ctas] = kernel = ours[name]._call(SLOT, dtype, x.shape).kernel
         in_workspace = ours[name].linear(a, b, None, SLOT)
-        arguments = weight, None, *NUMERICS, ctas, SLOT, 0, True, True, True
-        norm, kept = ours[name].fused(in_workspace, residual, *arguments)
+        given = dict(weight=weight, ctas=ctas, slot=SLOT, fp32_residual=True, sharded_residual=True)
+        norm, kept = ours[name].fused(Site(in_workspace, residual, **given), True)
         worst = (norm.float() - wanted).abs().max().item()
         assert worst <= 0.02 * wanted.abs().max().item(), f"{tokens} tokens, {kernel}: wrong by {worst}"  # right before fast
-        sides[name, ctas] = functools.partial(ours[name].fused, in_workspace, kept, *arguments)
+        sides[name, ctas] = functools.partial(ours[name].fused, Site(in_workspace, kept, **given), True)
 
     rows = []
     for l2 in args.l2:

@@ -24,7 +24,7 @@ from tw_compile.ops import lowering
 from tw_compile.options import Options
 from tw_compile.passes.graph_utils import c10d, subgraphs
 from tw_compile.report import Report
-from tw_compile.site import add_norm
+from tw_compile.site import Site, add_norm
 
 RANKS = 2
 
@@ -257,22 +257,28 @@ class Plain:
     def __init__(self):
         self.pending = {}
 
-    def linear(self, a, b, bias, group, transport, slot):
+    def linear(self, a, b, bias, slot, group, transport):
         return a @ b if bias is None else a @ b + bias
 
-    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, fp32_residual, sharded_residual):
-        assert slot not in self.pending, "a slot's site is started before its last one was waited for"
-        self.pending[slot] = x.dtype, add_norm(x * RANKS, residual, weight, bias, shift, eps, scale, offset, center)
-        return x.new_empty(0)
+    def start(self, *given):
+        site = Site._make(given[:-2])
+        assert site.slot not in self.pending, "a slot's site is started before its last one was waited for"
+        self.pending[site.slot] = site.x.dtype, add_norm(site.x * RANKS, *site.addends)
+        return site.x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, shift, after, group, transport, slot, fp32_residual, sharded_residual, in_workspace):
+    def wait(self, token, x, residual, weight, bias, shift, after, slot, fp32_residual, *others):
         dtype, (norm, total) = self.pending.pop(slot)
         return norm.to(dtype), total if fp32_residual else total.to(dtype)
 
-    def fused(self, *site):
-        group, transport, _, slot, _, *flags = site[9:]
-        self.start(*site[:-1])
-        return self.wait(None, *site[:5], None, group, transport, slot, *flags)
+    def fused(self, *given):
+        return fused(self, *given)
+
+
+def fused(transport, *given):
+    """The op of this name by the other two."""
+    *site, in_workspace, group, name = given
+    transport.start(*site, group, name)
+    return transport.wait(None, *site[:5], None, site[10], *site[12:], in_workspace, group, name)
 
 
 class _Run(Interpreter):

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 import tw_compile
+from tw_compile.site import Site
 from tw_compile.transports import choose
 from tw_compile.transports.symmetric import tuning
 from tw_compile.transports.symmetric.transport import Symmetric
@@ -39,7 +40,7 @@ LAYERS, SIZES = 4, (512, 1000, 2048, 4096, 8192)
 EVENTS = []
 
 
-class Site:
+class Inputs:
     """The inputs of calls at 8192, the same on all ranks, and what is right. Calls take some of the rows.
 
     Consecutive calls are to take different ones, lest what is left of one call passes for the result of the next.
@@ -56,7 +57,7 @@ class Site:
         self.right = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * self.weight.double(), total
 
     def arguments(self, begin, rows):
-        """What an op takes up to ``ctas``."""
+        """What a site takes up to ``ctas``."""
         own = slice(begin, begin + rows)
         return self.x[own], self.residual[own], self.weight, None, None, 1e-5, 1.0, 0.0, False
 
@@ -81,11 +82,11 @@ def start():
 
 def log_events():
     """Keep what is executed, in order: S and W with the half."""
-    for name, slot in (("start", 10), ("wait", 0)):
+    for name in ("start", "wait"):
         original = getattr(Symmetric, name)
 
-        def logged(self, *args, original=original, letter=name[0].upper(), slot=slot):
-            EVENTS.append(f"{letter}{args[slot]}")
+        def logged(self, *args, original=original, letter=name[0].upper()):
+            EVENTS.append(f"{letter}{getattr(args[0], 'slot', args[0])}")
             return original(self, *args)
 
         setattr(Symmetric, name, logged)
@@ -184,7 +185,7 @@ def check_stress(device, calls=1_000_000):
     That is the first call of all: the bits of a row depend on its data alone.
     """
     sizes = [*range(1, 65)] * 2 + [32] * 16 + [65, 100, 128, 200, 256, 257, 500, 512]  # 32: two_shot in the workspace of one_shot
-    symmetric, site = Symmetric(dist.group.WORLD.group_name, device, False, timeout_s=60.0), Site(device)
+    symmetric, site = Symmetric(dist.group.WORLD.group_name, device, False, timeout_s=60.0), Inputs(device)
     plan, delays = random.Random(0), random.Random(1 + dist.get_rank())  # the ranks differ in delays, and in nothing else
     wrong, made = torch.zeros((), dtype=torch.int64, device=device), 0
 
@@ -201,13 +202,13 @@ def check_stress(device, calls=1_000_000):
 
     def fused(begin, rows, slot, ctas, in_workspace):
         delay()
-        compare(symmetric.fused(*site.arguments(begin, rows), ctas, slot, 0, False, False, in_workspace), begin)
+        compare(symmetric.fused(Site(*site.arguments(begin, rows), ctas, slot), in_workspace), begin)
 
     def overlapped(begins, rows, ctas, in_workspace):
         """Both slots, as a woven model has them."""
         for slot in (0, 1):
             delay()
-            symmetric.start(*site.arguments(begins[slot], rows[slot]), ctas, slot, 0, False, False)
+            symmetric.start(Site(*site.arguments(begins[slot], rows[slot]), ctas, slot))
         for slot in (0, 1):
             delay()
             compare(symmetric.wait(slot, in_workspace), begins[slot])
@@ -225,7 +226,7 @@ def check_stress(device, calls=1_000_000):
                     captured += 2
         return graph, captured
 
-    first = symmetric.fused(*site.arguments(0, site.ROWS), 0, 0, 0, False, False, False)
+    first = symmetric.fused(Site(*site.arguments(0, site.ROWS), 0, 0, 0, False, False), False)
     assert site.is_right(first, 0)
     for bits in first:
         copies = [torch.empty_like(bits) for _ in range(dist.get_world_size())]
@@ -252,7 +253,7 @@ def check_stress(device, calls=1_000_000):
 
 def check_tuning(device):
     """Measured once and kept, the same on all ranks; and the same bits on both sides of all that it decides."""
-    group, world, site, slot = dist.group.WORLD.group_name, dist.get_world_size(), Site(device), 2
+    group, world, site, slot = dist.group.WORLD.group_name, dist.get_world_size(), Inputs(device), 2
     measured, really = [], tuning._times
 
     def times(*args):
@@ -265,7 +266,7 @@ def check_tuning(device):
         return everybody
 
     def call(symmetric, begin, rows):
-        return symmetric.fused(*site.arguments(begin, rows), 0, slot, 0, False, False, False)
+        return symmetric.fused(Site(*site.arguments(begin, rows), 0, slot), False)
 
     def tuned():
         """A Symmetric as in a new process, and its tuning."""
@@ -495,22 +496,22 @@ def check_threads(device):
 
 def check_state(device):
     """What a failed run leaves behind: nothing. And two groups woven into each other."""
-    site, before = Site(device), carveout()
+    site, before = Inputs(device), carveout()
     groups = [dist.group.WORLD.group_name, dist.new_group(range(dist.get_world_size())).group_name]
     one, other = (Symmetric(group, device, False, 60.0, tuning.by_rule(dist.get_world_size())) for group in groups)
     for symmetric in (one, other):
         symmetric.prepare([(slot, torch.bfloat16, (512, 8192), False) for slot in range(2)])
     try:
         with one.call(), other.call():
-            one.start(*site.arguments(0, 512), 4, 0, 0, False, False)
-            other.start(*site.arguments(100, 512), 8, 1, 0, False, False)
+            one.start(Site(*site.arguments(0, 512), 4, 0))
+            other.start(Site(*site.arguments(100, 512), 8, 1))
             assert carveout()[1] == 4
             raise KeyError
     except KeyError:
         assert carveout() == before
     for begin in (0, 200):
-        one.start(*site.arguments(begin, 512), 4, 0, 1, False, False)
-        other.start(*site.arguments(begin + 300, 512), 8, 0, 1, False, False)
+        one.start(Site(*site.arguments(begin, 512), 4, 0, 1))
+        other.start(Site(*site.arguments(begin + 300, 512), 8, 0, 1))
         assert site.is_right(one.wait(0, True), begin) and carveout() != before
         assert site.is_right(other.wait(0, True), begin + 300)
         assert carveout() == before
@@ -530,8 +531,8 @@ def check_empty(device):
         transport, _ = choose.choose(name, dist.group.WORLD.group_name, device)
         x, site = hidden[0, :0], (None, None, None, None, 1e-5, 1.0, 0.0, False)
         for fp32_residual in (False, True):
-            transport.start(x, *site, 8, 0, 0, fp32_residual, fp32_residual)
-            pairs = transport.wait(0, True), transport.fused(x, *site, 0, 2, 0, fp32_residual, fp32_residual, False)
+            transport.start(Site(x, *site, 8, 0, 0, fp32_residual, fp32_residual))
+            pairs = transport.wait(0, True), transport.fused(Site(x, *site, 0, 2, 0, fp32_residual, fp32_residual), False)
             assert all(t.shape == x.shape for pair in pairs for t in pair)
     torch.cuda.synchronize()
     llama.say("empty: no tokens are none, on all transports")
@@ -573,8 +574,8 @@ def check_together(device):
     assert torch.cuda.mem_get_info()[0] >= free - (64 << 20), "memory is not given back"
     transport.prepare(calls)
     assert choose.workspace_bytes() == {device: transport.workspace_bytes()} and transport.workspace_bytes() > held
-    site = Site(device)
-    assert site.is_right(transport.fused(*site.arguments(0, 512), 0, 0, 0, False, False, False), 0)
+    site = Inputs(device)
+    assert site.is_right(transport.fused(Site(*site.arguments(0, 512), 0, 0), False), 0)
     choose.chosen.clear()
     dist.barrier()
     llama.say("together: all ranks, or none")

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from multi_gpu import Site
+from multi_gpu import Inputs
 
+from tw_compile.site import Site
 from tw_compile.transports.symmetric.transport import Symmetric
 from tw_compile.transports.symmetric.tuning import by_rule
 
@@ -61,7 +62,7 @@ def play(case, rank, world, store, pipe):
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     right_calls, error, seconds = 0, None, 0.0
     with torch.no_grad():
-        symmetric, site = Symmetric(dist.group.WORLD.group_name, device, False, PATIENCE_S, by_rule(world)), Site(device)
+        symmetric, site = Symmetric(dist.group.WORLD.group_name, device, False, PATIENCE_S, by_rule(world)), Inputs(device)
         for rows in (case.rows, case.other_rows or case.rows):  # workspaces and kernels
             check_call(symmetric, site, 0, rows, 0)
         symmetric.set_timeout(TIMEOUT_S)
@@ -87,7 +88,7 @@ def play(case, rank, world, store, pipe):
 
 def check_call(symmetric, site, begin, rows, number):
     def call():
-        return symmetric.fused(*site.arguments(begin, rows), 0, 2, number, False, False, False)
+        return symmetric.fused(Site(*site.arguments(begin, rows), 0, 2, number), False)
 
     results = call()
     try:

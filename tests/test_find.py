@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from graphs import all_reduces, capture, text
-from sites import H, LAYER_NORMS, NORMS, all_reduce, hf_norm, in_place, layer_norm, torch_norm, values
+from sites import LAYER_NORMS, NORMS, H, all_reduce, hf_norm, in_place, layer_norm, torch_norm, values
 
 from tw_compile.passes import find
 from tw_compile.passes.find import AllReduce, Match, register_all_reduce

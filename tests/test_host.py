@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tw_compile.site import Site
 from tw_compile.transports.symmetric import gemms, host, transport
 from tw_compile.transports.symmetric.arguments import Arguments
 from tw_compile.transports.symmetric.transport import Symmetric
@@ -202,7 +203,7 @@ def site(weight=None, bias=None, shift=None, center=False):
 def test_a_start_and_a_wait(symmetric_sites, driver):
     x = torch.randn(64, H)
     for _ in range(2):
-        token = symmetric_sites.start(x, None, *site(), 8, SLOT, 7, False, False)
+        token = symmetric_sites.start(Site(x, None, *site(), 8, SLOT, 7, False, False))
         norm, residual = symmetric_sites.wait(SLOT, True)
     assert (token.shape, token.dtype) == ((0,), x.dtype) and norm.shape == residual.shape == x.shape
     (_, fork, *_), (_, done, *_), *calls = driver.noted()
@@ -218,7 +219,7 @@ def test_gemms_have_a_carveout_while_kernels_may_run_beside_them(symmetric_sites
     monkeypatch.setattr(gemms, "as_before", lambda: log.append("before"))
 
     def start(slot):
-        symmetric_sites.start(x, None, *site(), 4, slot, 0, False, False)
+        symmetric_sites.start(Site(x, None, *site(), 4, slot))
 
     start(0), start(1), symmetric_sites.wait(0, True), start(0), symmetric_sites.wait(1, True)
     assert log == [4]
@@ -230,7 +231,7 @@ def test_gemms_have_a_carveout_while_kernels_may_run_beside_them(symmetric_sites
 
 def test_no_tokens_need_no_driver(symmetric_sites, driver):
     x = torch.zeros(0, H)
-    symmetric_sites.start(x, None, *site(), 0, SLOT, 0, True, True)
+    symmetric_sites.start(Site(x, None, *site(), 0, SLOT, 0, True, True))
     assert [t.shape for t in symmetric_sites.wait(SLOT, False)] == [x.shape] * 2 and driver.noted() == []
 
 
@@ -239,9 +240,9 @@ def test_the_kernel_is_given_what_it_can_read(symmetric_sites, driver, rows):
     """Vectors as they are where they are aligned; a residual of the slot's last site as such."""
     x, aligned, odd = torch.randn(rows, H, dtype=torch.bfloat16), torch.randn(H), torch.randn(H + 1, dtype=torch.bfloat16)[1:]
     bias = torch.randn(2 * H, dtype=torch.bfloat16)[::2]
-    _, residual = symmetric_sites.fused(x, None, *site(), 0, SLOT, 0, True, True, True)
+    _, residual = symmetric_sites.fused(Site(x, None, *site(), 0, SLOT, 0, True, True), True)
     assert driver.noted() == [launched(CURRENT, {3: 3, 64: 32}[rows])]
-    symmetric_sites.start(x, residual, *site(aligned, bias, odd, True), 4, SLOT, 0, True, True)
+    symmetric_sites.start(Site(x, residual, *site(aligned, bias, odd, True), 4, SLOT, 0, True, True))
     given, (held_x, *_, held_bias, held_shift) = packed(symmetric_sites, x), symmetric_sites._pending[SLOT][2]
     assert (given.takes_carried, given.residual, given.residual_out) == (1, residual.data_ptr(), residual.data_ptr())
     assert (given.weight, given.weight_is_float) == (aligned.data_ptr(), 1)
@@ -263,17 +264,17 @@ def test_the_kernel_is_given_what_it_can_read(symmetric_sites, driver, rows):
 )
 def test_what_the_kernel_cannot_take_is_an_error(symmetric_sites, driver, residual, inputs, message):
     with pytest.raises(RuntimeError, match=message):
-        symmetric_sites.start(torch.zeros(3, H, dtype=torch.bfloat16), residual, *inputs, 0, SLOT, 0, True, True)
+        symmetric_sites.start(Site(torch.zeros(3, H, dtype=torch.bfloat16), residual, *inputs, 0, SLOT, 0, True, True))
     assert driver.noted() == []
 
 
 def test_a_start_that_was_never_waited_for_is_forgotten(symmetric_sites, driver):
     x = torch.randn(64, H)
-    symmetric_sites.start(x, None, *site(), 0, SLOT, 0, False, False)
+    symmetric_sites.start(Site(x, None, *site(), 0, SLOT, 0, False, False))
     driver.noted()
     driver.fail("wait")  # as after a capture that failed
     with pytest.raises(RuntimeError, match="CUDA_ERROR_LAUNCH_FAILED"):
-        symmetric_sites.start(x, None, *site(), 0, SLOT, 0, False, False)
+        symmetric_sites.start(Site(x, None, *site(), 0, SLOT, 0, False, False))
     assert [name for name, *_ in driver.noted()] == ["wait", "record", "wait"] and not symmetric_sites._pending
 
 
@@ -284,7 +285,7 @@ OTHER, THIRD = 12, 13
 
 
 def begin_and_end(sites, x=torch.zeros(64, H), slot=SLOT):
-    sites.start(x, None, *site(), 4, slot, 0, False, False)
+    sites.start(Site(x, None, *site(), 4, slot))
     return sites.wait(slot, True)
 
 
@@ -316,12 +317,12 @@ def test_a_call_on_another_stream_waits_for_the_one_before(symmetric_sites, driv
 
 
 @pytest.mark.parametrize("do", [
-    lambda sites, x: sites.linear(x, torch.zeros(H, H), None, SLOT), lambda sites, x: sites.fused(x, None, *site(), 4, SLOT, 0, True, True, True),
-    lambda sites, x: sites.start(x, None, *site(), 4, SLOT, 0, True, True), lambda sites, x: sites.wait(1, True),
+    lambda sites, x: sites.linear(x, torch.zeros(H, H), None, SLOT), lambda sites, x: sites.fused(Site(x, None, *site(), 4, SLOT, 0, True, True), True),
+    lambda sites, x: sites.start(Site(x, None, *site(), 4, SLOT, 0, True, True)), lambda sites, x: sites.wait(1, True),
 ], ids=("linear", "fused", "start", "wait"))  # fmt: skip
 def test_every_op_waits_for_the_one_before(symmetric_sites, driver, do):
     x = torch.zeros(64, H)
-    symmetric_sites.start(x, None, *site(), 4, 1, 0, True, True)
+    symmetric_sites.start(Site(x, None, *site(), 4, 1, 0, True, True))
     driver.stream = OTHER
     do(symmetric_sites, x)
     assert followed(driver) == [(CURRENT, OTHER)]
@@ -374,7 +375,7 @@ def test_threads_take_turns_by_whole_calls(symmetric_sites):
         for _ in range(20):
             with symmetric_sites.call(), symmetric_sites.call():
                 log.append(name)
-                symmetric_sites.start(x, None, *site(), 4, SLOT, 0, False, False)
+                symmetric_sites.start(Site(x, None, *site(), 4, SLOT, 0, False, False))
                 time.sleep(1e-4)
                 symmetric_sites.wait(SLOT, True)
                 log.append(name)
@@ -404,8 +405,8 @@ def test_an_exception_between_start_and_wait_leaves_nothing_behind(symmetric_sit
     x = torch.zeros(64, H)
     for error in (ValueError, KeyboardInterrupt):
         with pytest.raises(error), symmetric_sites.call():
-            symmetric_sites.start(x, None, *site(), 4, 0, 0, False, False)
-            symmetric_sites.start(x, None, *site(), 4, 1, 0, False, False)
+            symmetric_sites.start(Site(x, None, *site(), 4, 0))
+            symmetric_sites.start(Site(x, None, *site(), 4, 1))
             assert blas == {"backend": "cublaslt", "carveout": 4}
             driver.noted()
             raise error
@@ -421,7 +422,7 @@ def test_two_groups_woven_in_one_graph(symmetric_sites, world, blas):
     other, x = Symmetric(world.group_name, torch.device("cuda", 0), multicast=False), torch.zeros(64, H)
     for first, last in itertools.product((symmetric_sites, other), repeat=2):
         for sites, ctas in ((symmetric_sites, 4), (other, 8)):
-            sites.start(x, None, *site(), ctas, SLOT, 0, False, False)
+            sites.start(Site(x, None, *site(), ctas, SLOT, 0, False, False))
             assert blas == {"backend": "cublaslt", "carveout": 4}
         for sites in (first, other if first is symmetric_sites else symmetric_sites):
             assert blas["carveout"] == 4
@@ -430,9 +431,9 @@ def test_two_groups_woven_in_one_graph(symmetric_sites, world, blas):
 
 
 def test_a_kernel_that_leaves_no_sms_to_others_sets_no_carveout(symmetric_sites, blas):
-    symmetric_sites.start(torch.zeros(64, H), None, *site(), 16, 0, 0, False, False)
+    symmetric_sites.start(Site(torch.zeros(64, H), None, *site(), 16, 0))
     assert blas["carveout"] is None
-    symmetric_sites.start(torch.zeros(64, H), None, *site(), 4, 1, 0, False, False)
+    symmetric_sites.start(Site(torch.zeros(64, H), None, *site(), 4, 1))
     assert blas["carveout"] == 4
     symmetric_sites.wait(1, True), symmetric_sites.wait(0, True)
 
@@ -442,7 +443,7 @@ def test_a_start_that_fails_leaves_nothing_behind(symmetric_sites, driver, blas,
     begin_and_end(symmetric_sites)
     driver.fail(name)
     with pytest.raises(RuntimeError, match="CUDA_ERROR_LAUNCH_FAILED"):
-        symmetric_sites.start(torch.zeros(64, H), None, *site(), 4, SLOT, 0, False, False)
+        symmetric_sites.start(Site(torch.zeros(64, H), None, *site(), 4, SLOT, 0, False, False))
     assert not symmetric_sites._pending and blas["carveout"] is None
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed._symmetric_memory as symm_mem
 
 from tw_compile import files
+from tw_compile.site import Site
 from tw_compile.transports import agree
 from tw_compile.transports.symmetric import gemms, nvrtc, transport
 from tw_compile.transports.symmetric.arguments import macros
@@ -138,13 +139,13 @@ class Ranks:
         shift, *rest = site(**numerics)
         self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1])
         return self.each(
-            lambda s, rank: s.fused(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual, in_workspace)
+            lambda s, rank: s.fused(Site(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual), in_workspace)
         )
 
     def overlapped(self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=0, **numerics):
         shift, *rest = site(**numerics)
         self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1])
-        self.each(lambda s, rank: s.start(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual))
+        self.each(lambda s, rank: s.start(Site(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual)))
         return self.each(lambda s, rank: s.wait(slot, in_workspace))
 
 
@@ -325,7 +326,7 @@ def test_200_calls_back_to_back(world):
         results.append(
             group.each(
                 lambda s, rank: s.fused(
-                    d["x"][rank, :rows], d["residual"][:rows], d["weight"], None, *site(), 2, 2, i, False, False, False
+                    Site(d["x"][rank, :rows], d["residual"][:rows], d["weight"], None, *site(), 2, 2, i), False
                 )[0],
                 begin=False,
                 end=False,
@@ -351,7 +352,7 @@ def test_carried_residual_through_consecutive_sites(dtype, rows):
         xs = group.each(lambda s, rank: s.linear(a[rank], b[rank], None, 0))
         partials = torch.stack(xs)
         norm, total = expected(partials, total, d["weight"], None)
-        group.each(lambda s, rank: s.start(xs[rank], residuals[rank], d["weight"], None, *site(), CTAS, 0, number, carry, carry))
+        group.each(lambda s, rank: s.start(Site(xs[rank], residuals[rank], d["weight"], None, *site(), CTAS, 0, number, carry, carry)))
         results = group.each(lambda s, rank: s.wait(0, True))
         residuals = [result[1] for result in results]
         for rank, (norm_of_rank, residual) in enumerate(results):
@@ -373,7 +374,7 @@ def test_both_norms_carry_their_residual_through_one_slot(rows):
         carry = number < 3
         norm, total = expected(d["x"], total, d["weight"], None, **norms)
         here = CTAS, 0, number, carry, carry
-        group.each(lambda s, rank: s.start(d["x"][rank], residuals[rank], d["weight"], None, *site(**norms), *here))
+        group.each(lambda s, rank: s.start(Site(d["x"][rank], residuals[rank], d["weight"], None, *site(**norms), *here)))
         results = group.each(lambda s, rank: s.wait(0, False))
         residuals = [result[1] for result in results]
         for rank, (norm_of_rank, residual) in enumerate(results):
@@ -386,7 +387,7 @@ def test_a_capture_loads_no_kernel():
     group, x = ranks(4), torch.zeros(40, 4096, dtype=FP16, device="cuda")
     group.workspaces(FP16, 4096, 40)
     with pytest.raises(RuntimeError, match="no kernel yet for a LayerNorm"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        group.ranks[0].fused(x, None, None, None, *site(center=True), 0, 2, 0, False, False, False)
+        group.ranks[0].fused(Site(x, None, None, None, *site(center=True), 0, 2), False)
 
 
 @pytest.mark.parametrize("rows", (5, 100))
@@ -402,7 +403,7 @@ def test_cuda_graphs(rows):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=group.streams[rank]):
                 for _ in range(3):
-                    s.start(x[rank], d["residual"], d["weight"], None, *site(), CTAS, 1, 0, False, False)
+                    s.start(Site(x[rank], d["residual"], d["weight"], None, *site(), CTAS, 1, 0, False, False))
                     output = s.wait(1, False)
             graphs.append(graph)
             outputs.append(output)
@@ -449,7 +450,7 @@ def test_an_empty_half():
     group.workspaces(BF16, 8192, rows, 0)
     for x, slot in ((d["x"], 0), (d["x"][:, :0], 1)):
         residual = d["residual"][: x.shape[1]]
-        group.each(lambda s, rank: s.start(x[rank], residual, d["weight"], None, *site(), CTAS, slot, 0, False, False))
+        group.each(lambda s, rank: s.start(Site(x[rank], residual, d["weight"], None, *site(), CTAS, slot, 0, False, False)))
     empty, full = (group.each(lambda s, rank: s.wait(slot, False)) for slot in (1, 0))
     assert all(t.shape == (0, 8192) for result in empty for t in result)
     assert_close(full[0][0], expected(d["x"], d["residual"], d["weight"], None)[0])
@@ -481,10 +482,10 @@ def test_calls_from_two_streams(rows):
             outputs = []
             for slot in range(2):
                 x = s.linear(a[which, rank], b, None, slot)
-                s.start(x, d[which]["residual"], d[which]["weight"], None, *site(), CTAS, slot, 0, True, True)
+                s.start(Site(x, d[which]["residual"], d[which]["weight"], None, *site(), CTAS, slot, 0, True, True))
             for slot in range(2):
                 norm, residual = s.wait(slot, True)
-                s.start(s.linear(norm @ c, b, None, slot), residual, d[which]["weight"], None, *site(), CTAS, slot, 1, False, False)
+                s.start(Site(s.linear(norm @ c, b, None, slot), residual, d[which]["weight"], None, *site(), CTAS, slot, 1, False, False))
             for slot in range(2):
                 outputs += s.wait(slot, True)
             return [outputs[0] @ c, outputs[1], outputs[2] @ c, outputs[3]]
@@ -515,10 +516,10 @@ def test_a_capture_between_calls_on_two_streams():
     with group.stand_ins():
         for rank, s in enumerate(group.ranks):
             with torch.cuda.stream(streams()[4 + rank]):  # in front of the capture, on another stream
-                s.fused(d["x"][rank, :0], None, None, None, *site(), CTAS, 1, 0, False, False, False)
+                s.fused(Site(d["x"][rank, :0], None, None, None, *site(), CTAS, 1, 0, False, False), False)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=group.streams[rank]), s.call():
-                s.start(d["x"][rank], d["residual"], d["weight"], None, *site(), CTAS, 1, 0, False, False)
+                s.start(Site(d["x"][rank], d["residual"], d["weight"], None, *site(), CTAS, 1, 0, False, False))
                 outputs.append(s.wait(1, False))
             graphs.append(graph)
     reserve_memory()
@@ -529,7 +530,7 @@ def test_a_capture_between_calls_on_two_streams():
             results = []
             for rank, s in enumerate(group.ranks):
                 with torch.cuda.stream(streams()[4 + rank]), s.call():
-                    s.start(d["x"][rank], d["residual"], d["weight"], None, *site(), CTAS, 1, 0, False, False)
+                    s.start(Site(d["x"][rank], d["residual"], d["weight"], None, *site(), CTAS, 1, 0, False, False))
                     results.append(s.wait(1, False))
         torch.cuda.synchronize()
         for got in (*outputs, *results):
@@ -545,7 +546,7 @@ def test_an_exception_between_start_and_wait_leaves_nothing_behind():
 
     def fail(s, rank):
         with contextlib.suppress(ZeroDivisionError), s.call():
-            s.start(d["x"][rank], None, None, None, *site(), CTAS, 0, 0, False, False)
+            s.start(Site(d["x"][rank], None, None, None, *site(), CTAS, 0, 0, False, False))
             during.append(carveout())
             1 / 0
 
@@ -571,7 +572,7 @@ def test_a_start_without_wait_is_forgotten():
     world, rows = 2, 40
     group, d = ranks(world), data(BF16, 8192, 2, rows)
     group.workspaces(BF16, 8192, rows, 0)
-    group.each(lambda s, rank: s.start(d["x"][rank], None, None, None, *site(), CTAS, 0, 0, False, False))
+    group.each(lambda s, rank: s.start(Site(d["x"][rank], None, None, None, *site(), CTAS, 0, 0, False, False)))
     results = group.overlapped(d["x"], d["residual"], d["weight"], None)
     assert_close(results[0][0], expected(d["x"], d["residual"], d["weight"], None)[0])
     with pytest.raises(RuntimeError, match="nothing was started"):
@@ -598,7 +599,7 @@ def test_what_it_refuses():
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="run once un-captured"), group.stand_ins(), torch.cuda.graph(graph):
         group.ranks[0].fused(
-            torch.zeros(40, 8192, dtype=BF16, device="cuda"), None, None, None, *site(), 0, 7, 0, False, False, False
+            Site(torch.zeros(40, 8192, dtype=BF16, device="cuda"), None, None, None, *site(), 0, 7), False
         )
 
 

@@ -17,9 +17,21 @@ def site(x, residual=None, weight=None, bias=None, scale=1.0, offset=0.0, shift=
     return x, residual, weight, bias, shift, EPS, scale, offset, center
 
 
-def where(slot=0, fp32_residual=False):
-    """group, transport, ctas, slot, site, fp32_residual, sharded_residual"""
-    return dist.group.WORLD.group_name, "process_group", 0, slot, 0, fp32_residual, False
+def where():
+    return dist.group.WORLD.group_name, "process_group"
+
+
+def start(inputs, slot=0, fp32_residual=False):
+    """What ``start`` takes of a site with these inputs."""
+    return *inputs, 0, slot, 0, fp32_residual, False, *where()
+
+
+def wait(token, inputs, slot=0, fp32_residual=False):
+    return token, *inputs[:5], None, slot, fp32_residual, False, False, *where()
+
+
+def fused(inputs, slot=0, fp32_residual=False):
+    return *inputs, 0, slot, 0, fp32_residual, False, False, *where()
 
 
 SITES = {
@@ -57,27 +69,25 @@ def transport(world):
 @every_site
 @either_residual
 def test_opcheck_fused(transport, inputs, fp32_residual):
-    torch.library.opcheck(ops.fused, (*inputs(torch.bfloat16), *where(fp32_residual=fp32_residual), False))
+    torch.library.opcheck(ops.fused, fused(inputs(torch.bfloat16), fp32_residual=fp32_residual))
 
 
 @every_site
 def test_opcheck_start(transport, inputs):
-    torch.library.opcheck(ops.start, (*inputs(torch.bfloat16), *where()))
+    torch.library.opcheck(ops.start, start(inputs(torch.bfloat16)))
 
 
 @every_site
 @either_residual
 def test_opcheck_wait(transport, inputs, fp32_residual):
     given = inputs(torch.bfloat16)
-    token = ops.start(*given, *where(fp32_residual=fp32_residual))
-    group, name, _, slot, _, *flags = where(fp32_residual=fp32_residual)
-    torch.library.opcheck(ops.wait, (token, *given[:5], None, group, name, slot, *flags, False))
+    token = ops.start(*start(given, fp32_residual=fp32_residual))
+    torch.library.opcheck(ops.wait, wait(token, given, fp32_residual=fp32_residual))
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(5)], ids=["no bias", "bias"])
 def test_opcheck_linear(transport, bias):
-    group, name, _, slot, *_ = where()
-    torch.library.opcheck(ops.linear, (values(6, H), values(H, 5), bias, group, name, slot))
+    torch.library.opcheck(ops.linear, (values(6, H), values(H, 5), bias, 0, *where()))
 
 
 @pytest.mark.parametrize("op", [ops.linear, ops.start, ops.wait, ops.fused], ids=str)
@@ -149,12 +159,11 @@ def site_on_a_rank(name, dtype, fp32_residual):
     x, *rest = SITES[name](dtype)
     x = x * (dist.get_rank() + 1)
     before = x.clone()
-    fused = ops.fused(x, *rest, *where(ops.SLOT_WHOLE, fp32_residual), False)
-    token = ops.start(x, *rest, *where(fp32_residual=fp32_residual))
-    group, transport_name, _, slot, _, *flags = where(fp32_residual=fp32_residual)
-    waited = ops.wait(token, x, *rest[:4], None, group, transport_name, slot, *flags, False)
+    at_once = ops.fused(*fused((x, *rest), ops.SLOT_WHOLE, fp32_residual))
+    token = ops.start(*start((x, *rest), fp32_residual=fp32_residual))
+    waited = ops.wait(*wait(token, (x, *rest), fp32_residual=fp32_residual))
     assert torch.equal(x, before), "the inputs are left alone"
-    return fused, waited, x, rest
+    return at_once, waited, x, rest
 
 
 @every_dtype
@@ -165,9 +174,9 @@ def test_a_site_over_the_process_group(ranks, name, fp32_residual, dtype):
     partials = [x for _, _, x, _ in results]
     rest = results[0][3]
     expected = all_reduce_add_norm(partials, *rest)
-    for fused, waited, _, _ in results:
-        assert (fused[0].dtype, fused[1].dtype) == (dtype, torch.float32 if fp32_residual else dtype)
-        for actual, again, right in zip(fused, waited, expected):
+    for at_once, waited, _, _ in results:
+        assert (at_once[0].dtype, at_once[1].dtype) == (dtype, torch.float32 if fp32_residual else dtype)
+        for actual, again, right in zip(at_once, waited, expected):
             assert torch.equal(actual, again), "start and wait give what fused gives"
             assert actual.is_contiguous()
             # The process group rounds the sum to the dtype, the specification does not.
@@ -179,11 +188,10 @@ def test_a_site_over_the_process_group(ranks, name, fp32_residual, dtype):
 
 def two_slots_under_way():
     a, b = torch.full((2, 4), 1.0), torch.full((2, 4), 3.0)
-    group, name, _, _, _, *flags = where()
-    first = ops.start(*site(a), *where(0))
-    second = ops.start(*site(b), *where(1))
-    _, total_b = ops.wait(second, b, *[None] * 5, group, name, 1, *flags, False)
-    _, total_a = ops.wait(first, a, *[None] * 5, group, name, 0, *flags, False)
+    first = ops.start(*start(site(a), 0))
+    second = ops.start(*start(site(b), 1))
+    _, total_b = ops.wait(*wait(second, site(b), 1))
+    _, total_a = ops.wait(*wait(first, site(a), 0))
     return total_a, total_b
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch._inductor.config
 from graphs import rewrite, run, shuffled, text, without_codegen
-from models import STYLES, VOCAB, parallel
+from models import VOCAB, parallel
 from sites import INNER, H, all_reduce, hf_norm, values
 from test_weave import Logging, designed
 from torch._inductor.decomposition import select_decomp_table
@@ -22,6 +22,7 @@ from tw_compile.ops import lowering
 from tw_compile.options import Options
 from tw_compile.passes import outline
 from tw_compile.passes.graph_utils import arguments, aten, prims
+from tw_compile.site import Site
 from tw_compile.transports.symmetric.transport import Symmetric
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -231,9 +232,10 @@ def test_sites_are_numbered_on():
     transport._sites = {}
 
     class Numbering(Logging):
-        def start(self, x, *site):
-            counted.append((site[11], transport._number(*site[11:13])))
-            return super().start(x, *site)
+        def start(self, *given):
+            site = Site._make(given[:-2])
+            counted.append((site.slot, transport._number(site.slot, site.number)))
+            return super().start(*given)
 
     outlined.outputs(Numbering())
     assert counted == [(slot, site) for site in range(6) for slot in (0, 1)]

@@ -10,6 +10,7 @@ from test_split import mlp, mlp_inputs
 from workspace import Workspace
 
 from tw_compile import ops
+from tw_compile.passes.graph_utils import arguments
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -54,7 +55,7 @@ def test_a_dynamic_llama_copies_nothing_either():
 def test_without_symmetric_memory_nothing_is_placed():
     plain = rewrite(mlp, *mlp_inputs(8), mode="weave")
     assert plain.count(ops.linear) == 0
-    assert all(n.args[-2:] == (False, False) for n in plain.after.nodes if n.target is ops.wait)
+    assert not any(arguments(n)["sharded_residual"] or arguments(n)["in_workspace"] for n in plain.after.nodes if n.target is ops.wait)
 
 
 def chain(between, *inputs, ends=lambda norm, residual: norm, mode="fuse", **kwargs):

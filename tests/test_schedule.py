@@ -142,7 +142,7 @@ def starts_of_a_batch(batch):
     stage = schedule.Stage(section, ProcessGroup(dist.group.WORLD.group_name, torch.device("cpu")), torch.device("cpu"))
     stage.set()
     starts, start = [], stage.transport.start
-    stage.transport.start = lambda x, *args: (starts.append(len(x)), start(x, *args))
+    stage.transport.start = lambda site: (starts.append(len(site.x)), start(site))
     assert len(stage.times([None, (0, 4)], batch * 16)) == 2
     return starts
 
@@ -176,9 +176,9 @@ class Logged(ProcessGroup):
         super().__init__(*args)
         self.calls = []
 
-    def start(self, x, *args):
-        self.calls.append(("start", args[9]))
-        return super().start(x, *args)
+    def start(self, site):
+        self.calls.append(("start", site.slot))
+        return super().start(site)
 
     def wait(self, slot, in_workspace):
         self.calls.append(("wait", slot))

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from graphs import capture, rewrite, text, without_codegen
-from models import VOCAB, all_gather, parallel
+from models import all_gather, parallel
 from sites import NORMS, H, hf_norm, torch_norm, values
-from test_ranks import check, error_of, run  # noqa: F401: run is a fixture
+from test_ranks import check, error_of  # noqa: F401: run is a fixture
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -16,8 +16,7 @@ import tw_compile
 from tw_compile import backend, ops
 from tw_compile.passes import find, unshard
 from tw_compile.passes.find import Match
-from tw_compile.passes.graph_utils import c10d
-from tw_compile.report import Refusal
+from tw_compile.passes.graph_utils import arguments, c10d
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -315,7 +314,7 @@ def test_the_residual_stays_with_its_ranks(style, batch, dynamic):
     new = rewrite(parallel(style, 1), ids, mode="weave", symmetric=True, dynamic=dynamic)
     waits = new.after.find_nodes(op="call_function", target=ops.wait)
     assert len(waits) == 2 * 3 and not new.report.joins and not new.report.refusals
-    assert all(node.args[-2] for node in waits), "shard"
+    assert all(arguments(node)["sharded_residual"] for node in waits)
 
 
 # --- on real ranks ---------------------------------------------------------------------------------------------------

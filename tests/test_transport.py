@@ -48,16 +48,16 @@ class Stand(ProcessGroup):
     def linear(self, a, b, bias, slot):
         return super().linear(a, b, bias, slot) * (1.5 if self._is("linear") else 1.0)
 
-    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual):
+    def start(self, site):
         if self._is("no shift"):
-            shift = None
+            site = site._replace(shift=None)
         if self._is("no offset"):
-            offset = 0.0
+            site = site._replace(offset=0.0)
         if self._is("LayerNorm"):
-            center, shift = False, None
-        if self._is("rounds what it carries") and residual is not None:
-            residual = residual.bfloat16()
-        return super().start(x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual)
+            site = site._replace(center=False, shift=None)
+        if self._is("rounds what it carries") and site.residual is not None:
+            site = site._replace(residual=site.residual.bfloat16())
+        return super().start(site)
 
     def wait(self, slot, in_workspace):
         norm, residual = super().wait(slot, in_workspace)
@@ -65,9 +65,9 @@ class Stand(ProcessGroup):
             norm[-1, 16:24] = norm[0, 16:24]
         return norm, residual
 
-    def fused(self, x, *site):
-        norm, residual = super().fused(x, *site)
-        return norm * (1.5 if self._is("fused") or (self._is("33 tokens") and len(x) == 33) else 1.0), residual
+    def fused(self, site, in_workspace):
+        norm, residual = super().fused(site, in_workspace)
+        return norm * (1.5 if self._is("fused") or (self._is("33 tokens") and len(site.x) == 33) else 1.0), residual
 
 
 def settle(requested, missing=(), wrong=(), how="fused"):

@@ -157,9 +157,9 @@ class Sites(ProcessGroup):
         self.others.append(Sites(tuning))
         return self.others[-1]
 
-    def fused(self, x, *site):
-        self.calls.append((len(x), site[8]))
-        return super().fused(x, *site)
+    def fused(self, site, in_workspace):
+        self.calls.append((len(site.x), site.ctas))
+        return super().fused(site, in_workspace)
 
     def workspace(self, rows=64, hidden=HIDDEN):
         return Workspace(self, torch.bfloat16, hidden, rows)

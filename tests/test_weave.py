@@ -10,6 +10,7 @@ from test_split import mlp, mlp_inputs
 
 from tw_compile import ops
 from tw_compile.passes.graph_utils import arguments
+from tw_compile.site import Site
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -54,13 +55,13 @@ class Logging(Plain):
         super().__init__()
         self.log = []
 
-    def start(self, x, *site):
-        self.log.append(f"S{site[11]}")
-        return super().start(x, *site)
+    def start(self, *given):
+        self.log.append(f"S{Site._make(given[:-2]).slot}")
+        return super().start(*given)
 
-    def wait(self, token, *site):
-        self.log.append(f"W{site[8]}")
-        return super().wait(token, *site)
+    def wait(self, token, x, residual, weight, bias, shift, after, slot, *others):
+        self.log.append(f"W{slot}")
+        return super().wait(token, x, residual, weight, bias, shift, after, slot, *others)
 
 
 def designed(sites):

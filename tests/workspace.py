@@ -8,9 +8,9 @@ of the other ranks.
 import math
 
 import torch
-from graphs import RANKS
+from graphs import RANKS, fused
 
-from tw_compile.site import add_norm
+from tw_compile.site import Site, add_norm
 
 ENTRIES = 1 << 16
 NAN = float("nan")
@@ -27,24 +27,24 @@ class Workspace:
             self.slots[key] = _Slot(dtype)
         return self.slots[key]
 
-    def linear(self, a, b, bias, group, transport, slot):
+    def linear(self, a, b, bias, slot, group, transport):
         self.lent["linear"] += 1
         return self._slot(group, slot, a.dtype).write(a @ b if bias is None else a @ b + bias)
 
-    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, fp32_residual, sharded_residual):
-        self._slot(group, slot, x.dtype).start(x, residual, (weight, bias, shift, eps, scale, offset, center))
-        return x.new_empty(0)
+    def start(self, *given):
+        *site, group, _ = given
+        site = Site._make(site)
+        self._slot(group, site.slot, site.x.dtype).start(site)
+        return site.x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, shift, after, group, transport, slot, fp32_residual, sharded_residual, in_workspace):
+    def wait(self, token, x, residual, weight, bias, shift, after, slot, fp32_residual, sharded_residual, in_workspace, group, transport):
         assert fp32_residual == sharded_residual
         self.lent["in_workspace"] += in_workspace
         self.lent["sharded_residual"] += sharded_residual
         return self._slot(group, slot, x.dtype).finish(sharded_residual, in_workspace)
 
-    def fused(self, *site):
-        group, transport, _, slot, _, *flags = site[9:]
-        self.start(*site[:-1])
-        return self.wait(None, *site[:5], None, group, transport, slot, *flags)
+    def fused(self, *given):
+        return fused(self, *given)
 
 
 class _Slot:
@@ -58,17 +58,16 @@ class _Slot:
         self.buffer.fill_(NAN)
         return self.buffer[: value.numel()].view(value.shape).copy_(value)
 
-    def start(self, x, residual, site):
+    def start(self, site):
         assert self.pending is None, "two sites of a slot under way"
-        x = x.clone()
+        self.pending = site._replace(x=site.x.clone())
         self.buffer.fill_(NAN)  # the kernel may write from here on
-        self.pending = x, residual, site
 
     def finish(self, sharded_residual, in_workspace):
-        x, residual, site = self.pending  # the residual is read as late as possible: it must still be there
+        x, (residual, *others) = self.pending.x, self.pending.addends  # read as late as possible: it must still be there
         if residual is not None and residual.data_ptr() == self.own_rows.data_ptr():
             residual = self.every_row
-        norm, total = add_norm(x * RANKS, residual, *site)
+        norm, total = add_norm(x * RANKS, residual, *others)
         self.pending = None
         norm = norm.to(x.dtype)
         norm = self.write(norm) if in_workspace else norm

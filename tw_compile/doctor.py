@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from . import compat, files, records
+from .site import SLOT_WHOLE, Site
 from .transports import agree, choose
 from .transports.symmetric import host, nvrtc, support, tuning
 
@@ -283,7 +284,7 @@ def _measured(name: str, device: torch.device) -> Iterator[Finding]:
 def _seconds(transport, device: torch.device, tokens: int) -> float:
     """Of one call on this rank: the median of some samples."""
     weight = torch.ones(_HIDDEN, dtype=tuning.COMPARED_DTYPE, device=device)
-    transport.prepare([(tuning.SLOT, weight.dtype, (tokens, _HIDDEN), False)])
+    transport.prepare([(SLOT_WHOLE, weight.dtype, (tokens, _HIDDEN), False)])
     seconds = _seconds_on_gpu if device.type == "cuda" else _seconds_on_cpu
     return statistics.median([seconds(transport, weight, tokens) for _ in range(_SAMPLES + 1)][1:])
 
@@ -296,7 +297,7 @@ def _seconds_on_cpu(transport, weight: torch.Tensor, tokens: int) -> float:
     x = weight.expand(tokens, -1)
     dist.barrier()
     begin = time.perf_counter()
-    transport.fused(x, x, weight, None, None, 1e-5, 1.0, 0.0, False, 0, tuning.SLOT, 0, False, False, False)
+    transport.fused(Site(x, x, weight), False)
     return time.perf_counter() - begin
 
 

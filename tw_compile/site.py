@@ -1,10 +1,51 @@
-"""What a site computes, in eager PyTorch: the specification, and the oracle of the tests."""
+"""What a site is given, and what it computes of that, in eager PyTorch: the specification, and the oracle of the tests."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+# The slot of what is not split: 0 and 1 are the woven halves'.
+SLOT_WHOLE = 2
+
 # As the number of a site: the one after that of the site before it in the slot. So layers that are alike make the same calls.
 NEXT_SITE = -1
+
+
+class Site(NamedTuple):
+    """What a site is given. The ops take the same, in this order.
+
+    x:                [..., H] this rank's partial sums
+    residual:         [..., H], dtype and shape of x, or None; or what the slot's last site left with ``sharded_residual``
+    weight:           [H], of x's dtype or float32, or None for ones; used as ``weight + offset``
+    bias:             [H], of x's dtype, or None; added to the sum, which then is multiplied by ``scale``
+    shift:            [H], of x's dtype or float32, or None; added to the norm. Only with ``center``
+    center:           LayerNorm; otherwise RMSNorm
+    ctas:             CTAs of the kernel; 0 leaves it open
+    number:           for error messages; NEXT_SITE counts on from the slot's last one
+    fp32_residual:    the new residual is float32
+    sharded_residual: the new residual need only be good for the slot's next site
+    """
+
+    x: Tensor
+    residual: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    shift: Tensor | None = None
+    eps: float = 1e-5
+    scale: float = 1.0
+    offset: float = 0.0
+    center: bool = False
+    ctas: int = 0
+    slot: int = SLOT_WHOLE
+    number: int = 0
+    fp32_residual: bool = False
+    sharded_residual: bool = False
+
+    @property
+    def addends(self) -> tuple:
+        """What ``add_norm`` takes beside the sum."""
+        return self[1:9]
 
 
 def empty_results(x: Tensor, fp32_residual: bool) -> tuple[Tensor, Tensor]:

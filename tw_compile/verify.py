@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from . import backend, context, ops, passes
 from .explain import ISOLATED, anew
 from .forms import Forms
-from .passes.graph_utils import arguments, aten, calls, value
+from .passes.graph_utils import arguments, aten, calls
 from .report import Report, short
 from .sizes import ForSizes, copied
 from .transports import choose

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from .. import logs, records
 from ..compat import cuda_sleep, resolve_process_group
 from ..options import Options
+from ..site import Site
 from ..transports import agree, choose
 from .plan import SPLIT_RATIOS, Plan, by_rule, by_times, first_half, rule_of_cut
 
@@ -242,7 +243,7 @@ class Stage:
                 rows, columns = phase[-1][1:]
                 x = self.transport.linear(self._input(norms[slot], rows), self.weights[rows, columns], None, slot)
                 if woven:
-                    self.transport.start(*self._site(x, residuals[slot]), ctas, slot, number, True, True)
+                    self.transport.start(self._site(x, residuals[slot], ctas, slot, number))
                     begun.add(slot)
                 else:
                     norms[slot], residuals[slot] = self._fused(x, residuals[slot], slot, number)
@@ -280,10 +281,10 @@ class Stage:
             F.scaled_dot_product_attention(query, keys, keys, **gqa)
 
     def _fused(self, x, residual, slot, number):
-        return self.transport.fused(*self._site(x, residual), 0, slot, number, True, True, True)
+        return self.transport.fused(self._site(x, residual, 0, slot, number), True)
 
-    def _site(self, x, residual):
-        return x, residual, self.weight, None, None, 1e-5, 1.0, 0.0, False
+    def _site(self, x, residual, ctas, slot, number):
+        return Site(x, residual, self.weight, ctas=ctas, slot=slot, number=number, fp32_residual=True, sharded_residual=True)
 
     def _input(self, norm, channels):
         return norm if channels == self.section.hidden else self.value(norm.shape[0], channels)

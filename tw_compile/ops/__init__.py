@@ -24,29 +24,26 @@ Ordering
 """
 
 import torch
-from torch import Tensor
 
-from ..site import NEXT_SITE, empty_results  # noqa: F401
+from ..site import NEXT_SITE, SLOT_WHOLE, Site, empty_results  # noqa: F401
 from . import direct
-
-SLOT_WHOLE = 2
 
 _INPUTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? shift"
 _NUMERICS = "float eps, float scale, float offset, bool center"
 _RESIDUAL = "bool fp32_residual, bool sharded_residual"
-_SITE = f"{_INPUTS}, {_NUMERICS}, str group, str transport, int ctas, int slot, int site, {_RESIDUAL}"
+_SITE = f"{_INPUTS}, {_NUMERICS}, int ctas, int slot, int site, {_RESIDUAL}"  # site.Site
+_WHERE = "str group, str transport"
 
 _lib = torch.library.Library("tokenweave", "DEF")
 # Without this tag every op that takes an unrealised pointwise value gets a copy of its own.
 _tags = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
-_lib.define("linear(Tensor a, Tensor b, Tensor? bias, str group, str transport, int slot) -> Tensor", tags=_tags)
-_lib.define(f"start({_SITE}) -> Tensor", tags=_tags)
+_lib.define(f"linear(Tensor a, Tensor b, Tensor? bias, int slot, {_WHERE}) -> Tensor", tags=_tags)
+_lib.define(f"start({_SITE}, {_WHERE}) -> Tensor", tags=_tags)
 _lib.define(
-    f"wait(Tensor token, {_INPUTS}, Tensor? after, str group, str transport, int slot, {_RESIDUAL}, bool in_workspace)"
-    " -> (Tensor, Tensor)",
+    f"wait(Tensor token, {_INPUTS}, Tensor? after, int slot, {_RESIDUAL}, bool in_workspace, {_WHERE}) -> (Tensor, Tensor)",
     tags=_tags,
 )
-_lib.define(f"fused({_SITE}, bool in_workspace) -> (Tensor, Tensor)", tags=_tags)
+_lib.define(f"fused({_SITE}, bool in_workspace, {_WHERE}) -> (Tensor, Tensor)", tags=_tags)
 
 linear = torch.ops.tokenweave.linear.default
 start = torch.ops.tokenweave.start.default
@@ -61,20 +58,21 @@ for _op in (linear, start, wait, fused):
 
 
 @torch.library.register_fake("tokenweave::linear", lib=_lib)
-def _(a, b, bias, *site):
+def _(a, b, *others):
     return a.new_empty(a.shape[0], b.shape[1])
 
 
 @torch.library.register_fake("tokenweave::start", lib=_lib)
-def _(x, *site):
+def _(x, *others):
     return x.new_empty(0)
 
 
 @torch.library.register_fake("tokenweave::wait", lib=_lib)
-def _(token, x, *site):
-    return empty_results(x, fp32_residual=site[-3])
+def _(token, x, residual, weight, bias, shift, after, slot, fp32_residual, *others):
+    return empty_results(x, fp32_residual)
 
 
 @torch.library.register_fake("tokenweave::fused", lib=_lib)
-def _(x, *site):
-    return empty_results(x, fp32_residual=site[-3])
+def _(*given):
+    site = Site._make(given[: len(Site._fields)])
+    return empty_results(site.x, site.fp32_residual)

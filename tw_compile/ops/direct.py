@@ -4,31 +4,34 @@ The code that Inductor writes calls them as they are. Everything else calls the 
 dispatcher: for so many arguments that takes longer than all that a function does.
 """
 
+from ..site import Site
 from ..transports import choose
 
-
-def _transport(requested, group, tensor):
-    known = choose.chosen.get((group, tensor.device, requested))
-    return (known or choose.choose(requested, group, tensor.device))[0]
+_packed = tuple.__new__  # as Site, which does the same in Python
 
 
-def linear(a, b, bias, group, transport, slot):
-    return _transport(transport, group, a).linear(a, b, bias, slot)
+def linear(a, b, bias, slot, group, transport):
+    found, _ = choose.chosen.get((group, a.device, transport)) or choose.choose(transport, group, a.device)
+    return found.linear(a, b, bias, slot)
 
 
-def start(x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, fp32_residual, sharded_residual):
-    return _transport(transport, group, x).start(
-        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual
-    )
+def start(
+    x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, group, transport
+):  # fmt: skip
+    found, _ = choose.chosen.get((group, x.device, transport)) or choose.choose(transport, group, x.device)
+    packed = x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual
+    return found.start(_packed(Site, packed))
 
 
-def wait(token, x, residual, weight, bias, shift, after, group, transport, slot, fp32_residual, sharded_residual, in_workspace):
-    return _transport(transport, group, x).wait(slot, in_workspace)
+def wait(token, x, residual, weight, bias, shift, after, slot, fp32_residual, sharded_residual, in_workspace, group, transport):
+    found, _ = choose.chosen.get((group, x.device, transport)) or choose.choose(transport, group, x.device)
+    return found.wait(slot, in_workspace)
 
 
 def fused(
-    x, residual, weight, bias, shift, eps, scale, offset, center, group, transport, ctas, slot, site, fp32_residual, sharded_residual, in_workspace
-):
-    return _transport(transport, group, x).fused(
-        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, in_workspace
-    )
+    x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, in_workspace,
+    group, transport
+):  # fmt: skip
+    found, _ = choose.chosen.get((group, x.device, transport)) or choose.choose(transport, group, x.device)
+    packed = x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual
+    return found.fused(_packed(Site, packed), in_workspace)

@@ -80,8 +80,8 @@ def register() -> None:
         return
     _register(linear, _Direct, lambda args: (True,))
     _register(start, _Site, lambda args: (True,))  # a token for all calls
-    _register(wait, _Direct, lambda args: (args[-1], args[-2]))  # in_workspace: the norm, sharded_residual: the residual
-    _register(fused, _Site, lambda args: (args[-1], args[-2]))
+    _register(wait, _Direct, lambda args: (args[-3], args[-4]))  # in_workspace: the norm, sharded_residual: the residual
+    _register(fused, _Site, lambda args: (args[-3], args[-4]))
 
 
 def _register(op, kernel, lent):

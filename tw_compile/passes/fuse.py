@@ -6,7 +6,7 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from .find import Match, stays
-from .graph_utils import VIEWS, WAIT, aten, calls, in_order, same_shape, sort_and_clean, value
+from .graph_utils import RESHAPES, WAIT, aten, calls, in_order, same_shape, sort_and_clean, value
 
 
 def fuse(graph: Graph, matches: list[Match], transport: str, ctas: int) -> list[Node]:
@@ -61,4 +61,4 @@ def summed(all_reduce: Node) -> Node:
 def _view_before(output: Node, total: Node) -> Node:
     """The reshape of ``total`` that the norm reads."""
     shape = value(output).shape
-    return next(u for u in total.users if calls(u, *VIEWS) and same_shape(value(u).shape, shape))
+    return next(u for u in total.users if calls(u, *RESHAPES) and same_shape(value(u).shape, shape))

@@ -13,7 +13,8 @@ WAIT = c10d.wait_tensor.default
 
 _TORCH = str(Path(torch.__file__).parent)
 
-VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+# What changes the shape alone: all elements are there, in their order.
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
 def calls(node, *targets) -> bool:
@@ -24,9 +25,9 @@ def calls(node, *targets) -> bool:
 def is_view(op) -> bool:
     """Whether a call of ``op`` returns its input's memory in another shape, or copies it if there is no other way to that shape.
 
-    By the op's schema, which names the alias; ``_unsafe_view`` returns one without a name.
+    By the op's schema, which names the alias (``OpOverload.is_view``). RESHAPES may copy, or return an alias without a name.
     """
-    return op in VIEWS or getattr(op, "is_view", False)
+    return op in RESHAPES or getattr(op, "is_view", False)
 
 
 def value(node: Node):

@@ -21,7 +21,7 @@ from .. import ops
 from ..compat import OpOverload, detect_fake_mode
 from ..ops.lowering import layer
 from .emit import Emitter
-from .graph_utils import VIEWS, arguments, aten, calls, in_order, prims, value
+from .graph_utils import arguments, aten, calls, in_order, is_view, prims, value
 
 NAME = "tokenweave_layer"
 TRIES = 8  # a woven layer has four sites
@@ -141,7 +141,7 @@ def _round_inside(graph: Graph) -> None:
 
 def _is_rounded(node: Node) -> bool:
     """Whether it is something in fewer bits than that was computed in, or a view of that."""
-    while calls(node, *VIEWS) or getattr(node.target, "is_view", False):
+    while is_view(node.target):
         node = node.args[0]
     if not calls(node, prims.convert_element_type.default):
         return False

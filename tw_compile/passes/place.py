@@ -19,7 +19,7 @@ from collections.abc import Collection
 from torch.fx import Graph, Node
 
 from .. import ops
-from .graph_utils import VIEWS, Ancestors, arguments, aten, calls, in_order, is_view, keeps_rows, same_shape, value
+from .graph_utils import RESHAPES, Ancestors, arguments, aten, calls, in_order, is_view, keeps_rows, same_shape, value
 
 _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear)
 
@@ -80,7 +80,7 @@ def _absorb(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors
     gemm = site.node.args[0]
     if not _only_read_by(gemm, site) or gemm is site.node.args[1]:
         return
-    while calls(gemm, *VIEWS) and keeps_rows(gemm) and len(gemm.args[0].users) == 1:
+    while calls(gemm, *RESHAPES) and keeps_rows(gemm) and len(gemm.args[0].users) == 1:
         gemm = gemm.args[0]
     if not calls(gemm, aten.mm.default, aten.addmm.default) or gemm.kwargs:
         return
@@ -90,7 +90,7 @@ def _absorb(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors
     if previous is not None and not before(previous.done, gemm):
         return
     with graph.inserting_before(gemm):
-        linear = graph.call_function(ops.linear, (a, b, *(bias or [None]), site.group, site.transport, site.slot))
+        linear = graph.call_function(ops.linear, (a, b, *(bias or [None]), site.slot, site.group, site.transport))
     linear.meta = dict(gemm.meta)
     before.replace(gemm, linear)
     gemm.replace_all_uses_with(linear)

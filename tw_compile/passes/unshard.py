@@ -27,7 +27,7 @@ from ..report import Refusal
 from .emit import Emitter
 from .find import AllReduce, collectives, match_site, overtaken, stays
 from .graph_utils import (
-    VIEWS,
+    RESHAPES,
     WAIT,
     Ancestors,
     aten,
@@ -118,7 +118,7 @@ def _site(node: Node, order: list[Node], before: Ancestors) -> _Site | str:
         return f"its rows do not divide by {ranks} ranks"
 
     norm = match.norm.output
-    outputs = [norm, *(user for user in norm.users if calls(user, *VIEWS))]
+    outputs = [norm, *(user for user in norm.users if calls(user, *RESHAPES))]
     steps = _steps(node, TokenAxis(dim), outputs, before)
     if isinstance(steps, str):
         return steps
@@ -218,7 +218,7 @@ def _is_size(node: Node) -> bool:
 
 def _in_order(user: Node, wait: Node, dim: int, gather: Node) -> Node | None:
     """What a user makes of shards one after the other along the first dimension, if it is the whole along ``dim``."""
-    if calls(user, *VIEWS) and all(map(is_one, value(gather.args[0]).shape[:dim])):
+    if calls(user, *RESHAPES) and all(map(is_one, value(gather.args[0]).shape[:dim])):
         return user
     parts = user.users if calls(user, aten.split.Tensor) else [user]
     cats = {cat for part in parts for cat in part.users}

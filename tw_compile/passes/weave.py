@@ -9,7 +9,6 @@ communicates has its place among them as in the split graph, which is the order 
 data flow, and stays so whatever Inductor does. It also keeps Inductor from fusing the two halves' kernels.
 """
 
-import operator
 
 from torch.fx import Graph, Node
 

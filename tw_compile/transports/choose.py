@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ..compat import resolve_process_group
 from ..options import TokenWeaveError
-from ..site import add_norm
+from ..site import Site, add_norm
 from . import agree
 from .process_group import ProcessGroup
 from .symmetric import tuning
@@ -251,8 +251,7 @@ class _Chain:
         residual = self.residual
         for number in range(len(self.xs)):
             x, last = self._x(transport, slot, number), number == len(self.xs) - 1
-            site = x, residual, *self.numerics[number], 0, slot, number, not last, not last
-            norm, residual = transport.fused(*site, False)
+            norm, residual = transport.fused(Site(x, residual, *self.numerics[number], 0, slot, number, not last, not last), False)
             self.got.append((number, norm))
         self.got.append((len(self.xs), residual))
 
@@ -260,7 +259,7 @@ class _Chain:
         residual = self.residual
         for number in range(len(self.xs)):
             x, last = self._x(transport, slot, number), number == len(self.xs) - 1
-            transport.start(x, residual, *self.numerics[number], 0, slot, number, not last, not last)
+            transport.start(Site(x, residual, *self.numerics[number], 0, slot, number, not last, not last))
             yield
             norm, residual = transport.wait(slot, True)
             self.got.append((number, norm.clone()))

@@ -2,37 +2,31 @@
 
 import contextlib
 import threading
-import weakref
 
 import torch
-import torch.distributed as dist
+import torch.distributed._functional_collectives  # defines the ops below
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compat import resolve_process_group
-from ..site import add_norm
+from ..site import Site, add_norm
+
+c10d = torch.ops._c10d_functional
 
 
 class ProcessGroup:
-    """Sites over ``dist.all_reduce``. The sum has the process group's own order and rounding.
+    """Sites over the functional all-reduce that Inductor's code calls. The sum has the process group's own order and rounding.
 
-    On CUDA the collective is issued from a stream of its own, so that the compute stream goes on; on the CPU it runs
-    in the process group's thread. Add and norm follow in ``wait``. There is no memory that calls share: from whichever stream they come,
-    the process group orders its collectives, and what belongs together is kept from other threads by ``call()``, as in Symmetric.
+    The process group runs a collective on a stream, or in a thread, of its own, and the compute goes on. Add and norm follow in
+    ``wait``. Calls share no memory: the process group orders its collectives, whichever streams they come from, and ``call()`` keeps
+    other threads out between a start and its wait, as in Symmetric.
     """
 
     name = "process_group"
 
     def __init__(self, group_name: str, device: torch.device):
-        self._group, self.device = weakref.ref(resolve_process_group(group_name)), device
+        self.group_name, self.device = group_name, device
         self.lock, self._depth = threading.RLock(), 0
-        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self.pending = {}
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """Held weakly: what was chosen for a group is not to keep it."""
-        return self._group()
+        self.pending = {}  # slot -> (the sum under way, the site)
 
     def call(self) -> "ProcessGroup":
         """``with transport.call():`` around calls that belong together: see Symmetric."""
@@ -59,41 +53,29 @@ class ProcessGroup:
 
     def _forget(self, slot: int) -> None:
         """A start() without wait(): its run failed in between."""
-        done, *_ = self.pending.pop(slot)
-        if self.stream is not None:
-            with contextlib.suppress(RuntimeError):  # if that run was a capture
-                torch.cuda.current_stream(self.device).wait_event(done)  # what reuses its memory runs behind it
+        total, _ = self.pending.pop(slot)
+        with contextlib.suppress(RuntimeError):  # if that run was a capture
+            c10d.wait_tensor(total)  # what reuses its memory runs behind it
 
-    def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual) -> Tensor:
+    def start(self, site: Site) -> Tensor:
+        x, slot = site.x, site.slot
         if slot in self.pending:
             self._forget(slot)
-        total = torch.empty_like(x, memory_format=torch.contiguous_format)  # of the compute stream, for CUDA graphs
-        if self.stream is None:
-            total.copy_(x)
-            done = dist.all_reduce(total, group=self.group, async_op=True)
-        else:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                total.copy_(x)
-                dist.all_reduce(total, group=self.group)
-                done = self.stream.record_event()
-        self.pending[slot] = done, total, (residual, weight, bias, shift, eps, scale, offset, center, fp32_residual)
+        self.pending[slot] = self._reduced(x), site
         return x.new_empty(0)
 
     def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, Tensor]:
         if slot not in self.pending:
             raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
-        done, total, site = self.pending.pop(slot)
-        if self.stream is None:
-            done.wait()
-        else:
-            torch.cuda.current_stream(self.device).wait_event(done)
-        return _add_norm(total, *site)
+        total, site = self.pending.pop(slot)
+        return _add_norm(c10d.wait_tensor(total), site)
 
-    def fused(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, in_workspace):
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.group)
-        return _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, fp32_residual)
+    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
+        return _add_norm(c10d.wait_tensor(self._reduced(site.x)), site)
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks, under way until it is waited for."""
+        return c10d.all_reduce_(x.clone(memory_format=torch.contiguous_format), "sum", self.group_name)
 
     def workspace_bytes(self) -> int:
         return 0
@@ -102,12 +84,13 @@ class ProcessGroup:
         """What becomes of a rank that does not come is the process group's own error."""
 
 
-def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, fp32_residual):
-    dtype, of_residual = total.dtype, torch.float32 if fp32_residual else total.dtype
+def _add_norm(total: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    residual, weight, bias, shift, eps, scale, offset, center = site.addends
+    dtype, of_residual = total.dtype, torch.float32 if site.fp32_residual else total.dtype
     plain = weight is not None and weight.dtype == dtype and offset == 0.0 and bias is None and scale == 1.0
     plain = plain and (shift is None or shift.dtype == dtype)
     if not (total.is_cuda and plain):
-        norm, total = add_norm(total, residual, weight, bias, shift, eps, scale, offset, center)
+        norm, total = add_norm(total, *site.addends)
         return norm.to(dtype), total.to(of_residual)
     # Three kernels in place of the reference's dozen; the norm's input is rounded first, as eager does it.
     if residual is not None:
@@ -115,4 +98,4 @@ def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, 
     rounded = total.to(dtype)
     shape = weight.shape
     norm = F.layer_norm(rounded, shape, weight, shift, eps) if center else F.rms_norm(rounded, shape, weight, eps)
-    return norm, total if fp32_residual and residual is not None else rounded.to(of_residual)
+    return norm, total if site.fp32_residual and residual is not None else rounded.to(of_residual)

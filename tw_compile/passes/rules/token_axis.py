@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from ..graph_utils import VIEWS, aten, is_one, is_tensor, prims, value
+from ..graph_utils import RESHAPES, aten, is_one, is_tensor, prims, value
 
 c10d = torch.ops._c10d_functional
 
@@ -224,7 +224,7 @@ def _bmm(node, axes):
     return Split(axes[b], slices={0: axes[b]} if batch else {}) if axes[b].dim in (0, 2) else None
 
 
-@register_token_rule(*VIEWS)
+@register_token_rule(*RESHAPES)
 def _reshape(node, axes):
     """The token dimension of the result is the one with the same number of entries before it, if its steps stay whole."""
     source, sizes = node.args[0], list(node.args[1])

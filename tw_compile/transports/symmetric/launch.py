@@ -7,6 +7,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from ...site import Site
 from . import nvrtc
 from .tuning import two_shot_ctas
 from .workspace import Workspace
@@ -53,13 +54,14 @@ class Call:
         return min(-(-grid // cluster) * cluster, most)
 
     def prepare(
-        self, x, residual, weight, bias, shift, eps, scale, offset, center, site, fp32_residual, sharded_residual, norm_out: int,
-        whole_residual: Tensor,
-    ) -> tuple:  # fmt: skip
+        self, site: Site, number: int, norm_out: int, whole_residual: Tensor, otherwise: int
+    ) -> tuple[nvrtc.Kernel, int, tuple]:
         """Bring the inputs to where the kernel reads them, on the current stream, and pack its arguments.
 
-        Returns what must stay alive until the kernel has run.
+        otherwise: CTAs of the kernel if the site leaves them open
+        Returns (the kernel, its number of CTAs, what must stay alive until it has run).
         """
+        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, _, _, fp32_residual, sharded_residual = site
         if fp32_residual is not sharded_residual:
             raise RuntimeError("over symmetric memory a residual is float32 where it is sharded, and nowhere else")
         if shift is not None and not center:
@@ -89,9 +91,10 @@ class Call:
             shift, shift_at = _readable(shift)
         self.arguments.set(
             self.rows, x_at, residual_at, bias_at, weight_at, norm_out, self.carried_at if sharded_residual else whole_residual.data_ptr(),
-            site, weight_is_float, carried, not sharded_residual, eps, scale, offset, shift_is_float, shift_at,
+            number, weight_is_float, carried, not sharded_residual, eps, scale, offset, shift_is_float, shift_at,
         )  # fmt: skip
-        return x, residual, weight, bias, shift
+        kernel, grid = self.launcher(center, ctas, otherwise)
+        return kernel, grid, (x, residual, weight, bias, shift)
 
 
 def _with_own_storage(t: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ...compat import current_raw_stream, resolve_process_group
-from ...site import NEXT_SITE, empty_results
+from ...site import NEXT_SITE, Site, empty_results
 from .. import agree
 from ..together import together
 from . import gemms, host, nvrtc, support
@@ -167,52 +167,23 @@ class Symmetric:
             self.raise_if_lost(error)
             raise
 
-    def start(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        shift: Tensor | None,
-        eps: float,
-        scale: float,
-        offset: float,
-        center: bool,
-        ctas: int,
-        slot: int,
-        site: int,
-        fp32_residual: bool,
-        sharded_residual: bool,
-    ) -> Tensor:
+    def start(self, site: Site) -> Tensor:
         """Begin a site on the side stream; wait() gives its results. Returns an empty tensor, to hand to wait's op.
 
-        x:        [..., H] this rank's partial sums
-        residual: [..., H], dtype and shape of x, or None; read in own_rows only by two_shot.
-                  Or what the slot's last site left with ``sharded_residual``
-        weight:   [H], of x's dtype or float32, or None for ones; used as ``weight + offset``
-        bias:     [H], of x's dtype, or None; added to the sum, which then is multiplied by ``scale``
-        shift:    [H], of x's dtype or float32, or None; added to the norm. Only with ``center``
-        center:   LayerNorm; otherwise RMSNorm
-        ctas:     CTAs of the kernel; 0 leaves it open
-        site:     number for error messages; NEXT_SITE counts on from the slot's last one
-        fp32_residual:     the new residual is float32; possible together with ``sharded_residual`` only
-        sharded_residual:    the new residual need only be good for the slot's next site
+        A whole residual is read in own_rows only by two_shot. One in float32 is possible where it is sharded, and nowhere else.
         """
+        slot = site.slot
         try:
             stream = self._current()
-            call = self._begin(slot, x, stream)
+            call = self._begin(slot, site.x, stream)
             if call is None:
-                self._pending[slot] = None, fp32_residual, x
-                return x.new_empty(0)
-            held = call.prepare(
-                x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), fp32_residual, sharded_residual,
-                call.activations_at,
-                call.whole_residual,
-            )  # fmt: skip
-            kernel, grid = call.launcher(center, ctas, call.ctas)
-            events = self._events.get(slot) or self._make_events(slot)
-            kernel.start(grid, call.arguments.address, stream, self._side, *events)
-            self._pending[slot] = call, sharded_residual, held
+                self._pending[slot] = None, site.fp32_residual, site.x
+                return site.x.new_empty(0)
+            number = self._number(slot, site.number)
+            kernel, grid, held = call.prepare(site, number, call.activations_at, call.whole_residual, call.ctas)
+            fork, done = self._events.get(slot) or self._make_events(slot)
+            kernel.start(grid, call.arguments.address, stream, self._side, fork, done)
+            self._pending[slot] = call, site.sharded_residual, held
             if not self._carveout:
                 self._carveout = gemms.leave_out(grid)
             return call.token
@@ -232,7 +203,9 @@ class Symmetric:
             stream = self._current()
             if stream != self._on:
                 self._follow(stream)
-            call, sharded_residual, held = self._pop(slot)
+            call, sharded_residual, held = self._pending.pop(slot)
+            if self._carveout and not self._pending:
+                self._end_carveout()
             if call is None:
                 return empty_results(held, sharded_residual)
             self._host.wait(stream, self._events[slot][1])
@@ -242,39 +215,20 @@ class Symmetric:
             self.raise_if_lost(error)
             raise
 
-    def fused(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        shift: Tensor | None,
-        eps: float,
-        scale: float,
-        offset: float,
-        center: bool,
-        ctas: int,
-        slot: int,
-        site: int,
-        fp32_residual: bool,
-        sharded_residual: bool,
-        in_workspace: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
         """start() and wait() in one, on the current stream."""
+        x, sharded_residual = site.x, site.sharded_residual
         try:
             stream = self._current()
-            call = self._begin(slot, x, stream)
+            call = self._begin(site.slot, x, stream)
             if call is None:
-                return empty_results(x, fp32_residual)
+                return empty_results(x, site.fp32_residual)
             norm, whole_residual = call.norm, call.whole_residual
             if call.one_shot:  # it writes for this rank only, and can do so anywhere
                 norm = norm if in_workspace else like(x)
                 whole_residual = whole_residual if sharded_residual else like(x)
-            held = call.prepare(
-                x, residual, weight, bias, shift, eps, scale, offset, center, self._number(slot, site), fp32_residual, sharded_residual,
-                norm.data_ptr(), whole_residual,
-            )  # fmt: skip
-            kernel, grid = call.launcher(center, ctas, call.ctas_alone)
+            number = self._number(site.slot, site.number)
+            kernel, grid, held = call.prepare(site, number, norm.data_ptr(), whole_residual, call.ctas_alone)
             kernel.launch(grid, call.arguments.address, stream)
             del held  # what reuses its memory runs later on this stream
             if not call.one_shot:
@@ -375,17 +329,14 @@ class Symmetric:
                 self._workspaces[key] = thread.submit(Workspace, self, dtype, hidden, bucket).result()
         return self._workspaces[key]
 
-    def _number(self, slot: int, site: int) -> int:
-        self._sites[slot] = number = self._sites.get(slot, NEXT_SITE) + 1 if site == NEXT_SITE else site
+    def _number(self, slot: int, number: int) -> int:
+        self._sites[slot] = number = self._sites.get(slot, NEXT_SITE) + 1 if number == NEXT_SITE else number
         return number
 
 
-    def _pop(self, slot: int) -> tuple:
-        pending = self._pending.pop(slot)
-        if self._carveout and not self._pending:
-            self._carveout = False
-            gemms.as_before()
-        return pending
+    def _end_carveout(self) -> None:
+        self._carveout = False
+        gemms.as_before()
 
     def _make_events(self, slot: int) -> tuple[int, int]:
         self._events[slot] = self._host.event(self._context), self._host.event(self._context)
@@ -430,7 +381,9 @@ class Symmetric:
 
     def _abandon(self, slot: int) -> None:
         """Forget a start() without wait(): its run failed in between. Its kernel may not have ended."""
-        call, *_ = self._pop(slot)
+        call, *_ = self._pending.pop(slot)
+        if self._carveout and not self._pending:
+            self._end_carveout()
         if call is not None and not torch.cuda.is_current_stream_capturing():
             with contextlib.suppress(RuntimeError):  # if that run was a capture; then no kernel runs either
                 for stream in {self._current(), self._uncaptured} - {None}:  # what reuses the memory of its inputs runs behind it

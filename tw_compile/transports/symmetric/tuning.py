@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ... import logs, records
 from ...compat import cuda_sleep, resolve_process_group
+from ...site import SLOT_WHOLE, Site
 from .. import agree
 from ..together import WorkspaceError
 
@@ -38,7 +39,6 @@ SAMPLES = 5
 CALLS = 20  # of a sample
 # Clocks for which the GPU waits before each sample: the host has enqueued it by then, and is not what is measured.
 HEAD_START = 1_000_000
-SLOT = 2  # of the instruments, which share nothing with what the user runs
 
 # What transports are compared at. Those over the process group are several kernels, which the host takes longer to enqueue.
 COMPARED_TOKENS, COMPARED_HIDDEN, COMPARED_DTYPE = (1, 32, 256, 2048), 4096, torch.bfloat16
@@ -184,7 +184,7 @@ def compare(transports: dict, group_name: str, device: torch.device) -> dict[str
         begin = time.perf_counter()
         logs.say_that_it_tunes()
         for transport in transports.values():
-            transport.prepare([(SLOT, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
+            transport.prepare([(SLOT_WHOLE, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
         weight = torch.ones(COMPARED_HIDDEN, dtype=COMPARED_DTYPE, device=device)
         runs = [(transport, weight, tokens, 0, COMPARED_HEAD_START) for transport in transports.values() for tokens in COMPARED_TOKENS]
         taken = [[seconds_of_call(*run) for run in runs] for _ in range(SAMPLES + 1)]
@@ -238,7 +238,7 @@ def seconds_of_call(instrument, weight, tokens, ctas, head_start=HEAD_START) -> 
     """Seconds of a call that takes, as layer after layer does, what the one before has left in the workspace."""
 
     def site(x, residual):
-        return instrument.fused(x, residual, weight, None, None, 1e-5, 1.0, 0.0, False, ctas, SLOT, 0, True, True, True)
+        return instrument.fused(Site(x, residual, weight, ctas=ctas, fp32_residual=True, sharded_residual=True), True)
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(instrument.device)

@@ -1,0 +1,198 @@
+"""What of a graph is a norm over the last dimension.
+
+An RMSNorm is any of
+
+    (r32 * rsqrt(mean(r32²) + eps)).to(dtype) * weight            Hugging Face
+    (r32 * rsqrt(mean(r32²) + eps) * weight).to(dtype)            torch.nn.RMSNorm
+    (r32 * rsqrt(mean(r32²) + eps) * (1 + weight)).to(dtype)      Gemma
+
+and a LayerNorm is the same of r32 - mean(r32), and may have a bias of its own, added last: the *shift*.
+"""
+
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .graph_utils import RESHAPES, aten, calls, is_tensor, keeps_rows, other_operand, prims, same_size, value
+
+NO_NORM = "no RMSNorm or LayerNorm follows"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm: its result, and what it is, ``row * rsqrt(mean(row²) + eps) * (weight + offset) + shift``.
+
+    center: LayerNorm, whose row is r - mean(r); otherwise RMSNorm, whose row is r, and which has no shift
+    """
+
+    output: Node
+    weight: Node | None
+    shift: Node | None
+    eps: float
+    offset: float
+    center: bool
+
+    @property
+    def kind(self) -> str:
+        return "LayerNorm" if self.center else "RMSNorm"
+
+
+def match_norm(total: Node) -> Norm | str:
+    """The norm over the last dimension that reads ``total``, perhaps through a reshape; or the reason why none was found."""
+    reason = NO_NORM
+    for start in (total, *(u for u in total.users if calls(u, *RESHAPES) and keeps_rows(u))):
+        # A model may cast the value anew for each time that it reads it.
+        rows = [r for r in (start, *_casts(start, torch.float32)) if value(r).dtype == torch.float32]
+        for norm in (*_rms_norms(rows, total), *_layer_norms(rows, total)):
+            if isinstance(norm, Norm):
+                return norm
+            reason = norm
+    return reason
+
+
+def _casts(node: Node, dtype) -> list[Node]:
+    return [u for u in node.users if calls(u, prims.convert_element_type.default) and u.args[1] == dtype]
+
+
+def _rms_norms(rows: list[Node], total: Node) -> Iterator[Norm | str]:
+    """Whatever starts with the mean of squares: a norm, or the reason why it cannot be fused."""
+    for square in _squares(rows):
+        yield _normalised(rows, square, "mean of squares", total, center=False)
+
+
+def _layer_norms(rows: list[Node], total: Node) -> Iterator[Norm | str]:
+    """Whatever starts with a variance: ``var``, ``var_mean``, or the mean of squares of x - mean(x)."""
+    both = [u for r in rows for u in r.users if calls(u, aten.var_mean.correction)]
+    means = [u for r in rows for u in r.users if calls(u, aten.mean.dim) and _of_rows(u)] + _items(filter(_of_rows, both), 1)
+    centered = [u for r in rows for u in r.users if calls(u, aten.sub.Tensor) and u.args[1] in means and not u.kwargs]
+    variances = [u for r in rows for u in r.users if calls(u, aten.var.correction)]
+    for variance in (*_items(both, 0), *variances, *_squares(centered)):
+        yield _normalised(centered, variance, "variance", total, center=True)
+
+
+def _items(pairs: Iterable[Node], index: int) -> list[Node]:
+    return [u for pair in pairs for u in pair.users if calls(u, operator.getitem) and u.args[1] == index]
+
+
+def _squares(nodes: list[Node]) -> list[Node]:
+    """The means of the squares of ``nodes``."""
+    squares = [
+        u for node in nodes for u in node.users
+        if (calls(u, aten.pow.Tensor_Scalar) and u.args[1] == 2) or (calls(u, aten.mul.Tensor) and u.args == (node, node))
+    ]  # fmt: skip
+    return [u for square in squares for u in square.users if calls(u, aten.mean.dim)]
+
+
+def _dims(reduction: Node) -> list[int]:
+    return list(reduction.args[1] if len(reduction.args) > 1 and reduction.args[1] else range(value(reduction.args[0]).dim()))
+
+
+def _of_rows(reduction: Node) -> bool:
+    """Whether it is over the last dimension, and keeps it."""
+    rank, result = value(reduction.args[0]).dim(), value(reduction)
+    result = result if isinstance(result, torch.Tensor) else result[0]
+    return [d % rank for d in _dims(reduction)] == [rank - 1] and result.dim() == rank
+
+
+def _normalised(rows: list[Node], spread: Node, what: str, total: Node, center: bool) -> Norm | str:
+    """The norm that divides one of ``rows`` by sqrt(spread + eps), or why it cannot be fused. what: the name of ``spread``."""
+    reduction = spread.args[0] if calls(spread, operator.getitem) else spread
+    if not _of_rows(reduction):
+        return f"the {what} is over dimensions {_dims(reduction)}, not the last one"
+    if not calls(reduction, aten.mean.dim) and reduction.kwargs.get("correction") != 0:
+        return "the variance is divided by H - 1, not by H (unbiased=False)"
+    shifted = _one(spread, aten.add.Tensor, aten.add.Scalar)
+    if not shifted or not is_number(shifted.args[1]) or shifted.kwargs:
+        return f"the {what} is not followed by + eps"
+    scaled = _divided(rows, shifted)
+    if not scaled:
+        return f"x * rsqrt({what} + eps) is not complete"
+    return _weighted(scaled, float(shifted.args[1]), total, center)
+
+
+def _one(node: Node, *targets) -> Node | None:
+    return next((u for u in node.users if calls(u, *targets)), None)
+
+
+def _divided(rows: list[Node], square: Node) -> Node | None:
+    """One of ``rows``, divided by the square root of ``square``."""
+    for root in square.users:
+        power = root.args[1] if calls(root, aten.pow.Tensor_Scalar) else None
+        if calls(root, aten.sqrt.default) or power == 0.5:
+            quotients = (u for u in root.users if calls(u, aten.div.Tensor) and u.args[0] in rows and u.args[1] is root)
+        elif calls(root, aten.rsqrt.default) or power == -0.5:
+            quotients = (u for u in root.users if calls(u, aten.mul.Tensor) and other_operand(u, root) in rows)
+        else:
+            continue
+        if found := next(quotients, None):
+            return found
+    return None
+
+
+def _weighted(scaled: Node, eps: float, total: Node, center: bool) -> Norm | str:
+    """The tail of the norm: a weight, with ``center`` a shift, and a cast back before, between or after them; all optional."""
+    dtype, output, weight, offset, shift = value(total).dtype, scaled, None, 0.0, None
+    for _ in range(3):
+        if len(output.users) != 1:
+            break
+        user = next(iter(output.users))
+        other = other_operand(user, output) if calls(user, aten.mul.Tensor, aten.add.Tensor) else None
+        if calls(user, prims.convert_element_type.default) and user.args[1] == dtype and value(output).dtype != dtype:
+            output = user
+        elif calls(user, aten.mul.Tensor) and weight is None and shift is None and _is_vector(other, total):
+            output, (weight, offset) = user, _weight(other, total)
+        elif calls(user, aten.add.Tensor) and center and shift is None and _is_vector(other, total) and not user.kwargs:
+            output, shift = user, _as_it_was(other, total)
+        else:
+            break
+    if value(output).dtype != dtype:
+        return f"the norm of a {dtype} value leaves as {value(output).dtype}" + (
+            f" (its weight is {value(weight).dtype})" if weight is not None else ""
+        )
+    for name, vector in (("weight", weight), ("bias", shift)):
+        if vector is not None and value(vector).dtype not in (dtype, torch.float32):
+            return f"the norm's {name} is {value(vector).dtype}, its input {dtype}"
+    return Norm(output, weight, shift, eps, offset, center)
+
+
+def _is_vector(operand, total: Node) -> bool:
+    """Whether it is [H], and not made of ``total``, which comes out of the op that takes the vector."""
+    return is_tensor(operand) and value(operand).dim() == 1 and has_row_length(operand, total) and not _made_of(operand, total)
+
+
+def _made_of(node: Node, total: Node) -> bool:
+    seen, left = set(), [node]
+    while left:
+        node = left.pop()
+        if node is total:
+            return True
+        left += [a for a in node.all_input_nodes if a not in seen]
+        seen.update(node.all_input_nodes)
+    return False
+
+
+def _weight(vector: Node, total: Node) -> tuple[Node, float]:
+    """(weight, offset), where the factor is weight + offset."""
+    offset = 0.0
+    if calls(vector, aten.add.Tensor, aten.add.Scalar) and vector.args[1] in (1, 1.0) and not vector.kwargs:
+        vector, offset = vector.args[0], 1.0
+    return _as_it_was(vector, total), offset
+
+
+def _as_it_was(vector: Node, total: Node) -> Node:
+    """The parameter behind a cast to float32: the kernel widens it itself, and need not do so for each call."""
+    if calls(vector, prims.convert_element_type.default) and vector.args[1] == torch.float32:
+        if value(vector.args[0]).dtype == value(total).dtype:
+            return vector.args[0]
+    return vector
+
+
+def is_number(argument) -> bool:
+    return isinstance(argument, (int, float)) and not isinstance(argument, bool)
+
+
+def has_row_length(vector: Node, total: Node) -> bool:
+    return same_size(value(vector).shape[0], value(total).shape[-1])
