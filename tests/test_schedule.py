@@ -175,7 +175,7 @@ def test_what_is_left_to_decide_is_tuned(world, monkeypatch, batch, options, exp
 
 def test_a_plan_says_how_many_ctas_a_start_has(world, monkeypatch):
     monkeypatch.setattr(schedule, "possible", lambda device: True)
-    for plan, ctas in ((Plan(256, 6, 5, 1.1), 6), (Plan(None, 6, 5, 0.9), 0)):
+    for plan, ctas in ((Plan(256, 6, 0.625, 1.1), 6), (Plan(None, 6, 0.625, 0.9), 0)):
         new = rewrite(mlp, *mlp_inputs(1, 300), plan_of=lambda *_: plan)
         nodes = new.after.find_nodes(op="call_function", target=ops.start) + new.after.find_nodes(op="call_function", target=ops.fused)
         assert {arguments(node)["ctas"] for node in nodes} == {ctas}
@@ -222,13 +222,13 @@ def of_ranks_with_different_plans(cases):
     return seen
 
 
-A, B = Plan(8, 0, 4, 1.2), Plan(512, 0, 4, 1.2)
+A, B = Plan(8, 0, 0.5, 1.2), Plan(512, 0, 0.5, 1.2)
 
 
 CASES = {  # each rank's plan -> tuned, what they agree on, mode
     (A, B): (0, A, "weave"),
     (None, B): (0, B, "fuse"),
-    (None, None): (1, Plan(2000, 4, 5, 1.1), "fuse"),
+    (None, None): (1, Plan(2000, 4, 0.625, 1.1), "fuse"),
 }
 
 
