@@ -15,10 +15,9 @@ of them are the CUDA driver's.
 
 import argparse
 import os
-import statistics
-import time
 
 import result_file
+import timing
 import torch
 import torch.distributed as dist
 
@@ -71,7 +70,7 @@ def measure(peer, device, tokens, ctas):
 
     def times(gemm_calls, kernel_calls):
         """Microseconds of a GEMM and of a kernel, while the others run."""
-        gemm, kernel = together(lambda: gemms(gemm_calls), lambda: kernels(kernel_calls), side, device)
+        gemm, kernel = timing.times_beside(lambda: gemms(gemm_calls), lambda: kernels(kernel_calls), side, device, SAMPLES)
         return gemm / max(gemm_calls, 1), kernel / max(kernel_calls, 1)
 
     gemm_us, comm_us = times(GEMMS, 0)[0], times(0, KERNELS)[1]
@@ -87,30 +86,6 @@ def measure(peer, device, tokens, ctas):
         "carveout_us": round(carveout_us, 1), "slowdown": round(beside_us / gemm_us - 1, 4), "carveout_slowdown": round(carveout_us / gemm_us - 1, 4),
         "share": round(ctas / sms, 4), "comm_us": round(comm_us, 1), "comm_beside_us": round(comm_beside_us, 1),
     }  # fmt: skip
-
-
-def together(run, run_on_side, side, device):
-    """Microseconds of each, enqueued on the current stream and on ``side``: medians of the slowest rank."""
-    taken, align, current = [], torch.zeros(1, device=device), torch.cuda.current_stream()
-    for sample in range(-2, SAMPLES):
-        torch.cuda.synchronize()
-        dist.all_reduce(align)
-        torch.cuda._sleep(5_000_000)  # the host has enqueued all before the GPU begins: it is not the host that is measured
-        side.wait_stream(current)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        events[2].record(side)
-        with torch.cuda.stream(side):
-            run_on_side()
-        events[3].record(side)
-        events[0].record()
-        run()
-        events[1].record()
-        torch.cuda.synchronize()
-        if sample >= 0:
-            taken.append([events[i].elapsed_time(events[i + 1]) * 1e3 for i in (0, 2)])
-    slowest = torch.tensor([statistics.median(times) for times in zip(*taken)], device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return slowest.tolist()
 
 
 def times_of_host(peer, device, group):
@@ -132,26 +107,9 @@ def times_of_host(peer, device, group):
         kernel.start(ctas, given, current, side, fork, done)
         calls.wait(current, done)
 
-    times = time_of_host(pair, device), time_of_host(driver, device)
+    times = timing.host_time(pair, device), timing.host_time(driver, device)
     peer.wait(1 - SLOT, True)
     return times
-
-
-def time_of_host(run, device, calls=100):
-    """Microseconds of the host for a call, on the slowest rank."""
-    taken = []
-    for sample in range(-3, 30):
-        torch.cuda.synchronize()
-        dist.all_reduce(torch.zeros(1, device=device))
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            run()
-        if sample >= 0:
-            taken.append((time.perf_counter() - begin) / calls * 1e6)
-    slowest = torch.tensor(statistics.median(taken), device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return slowest.item()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Writes benchmarks/results/compile-*.json, one row for each side and cache, with
 """
 
 import argparse
+import functools
 import json
 import os
 import socket
@@ -23,6 +24,7 @@ import tempfile
 import time
 
 import common
+import timing
 import torch
 import torch.distributed as dist
 import variants
@@ -90,10 +92,9 @@ def compile_once(args, device):
         ids = torch.randint(config.vocab, (1, args.tokens), device=device)
         run = common.Side(args.side, model, dynamic=not args.regions).run
         dist.barrier()  # opens the connections, which is not compiling
-        seconds = seconds_of(run, ids) - seconds_of(run, ids)
-    slowest = torch.tensor([seconds, sum(in_passes)], device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return dict(zip(("seconds", "passes_seconds"), (round(each, 3) for each in slowest.tolist())))
+        first, second = (timing.whole_seconds(functools.partial(run, ids), device) for _ in range(2))
+    slowest = timing.slowest([first - second, sum(in_passes)], device)
+    return dict(zip(("seconds", "passes_seconds"), (round(each, 3) for each in slowest)))
 
 
 def timed_passes():
@@ -108,14 +109,6 @@ def timed_passes():
 
     passes.rewrite = timed
     return taken
-
-
-def seconds_of(run, ids):
-    begin = time.perf_counter()
-    run(ids)
-    if ids.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""How long a call takes on all ranks, as a CUDA graph: of functions in turns, lest what the GPUs do between them decides."""
+"""All that the benchmarks measure time with: the time of a call is that of the slowest rank.
+
+Of several functions, as CUDA graphs, in turns, lest what the GPUs do between them decides; of two on streams beside each other; of
+the host alone; and of one call from its beginning to its end.
+"""
 
 import functools
 import random
@@ -33,9 +37,7 @@ def median_times(runs, device, samples, calls=4):
             seconds = seconds_of(runs[name], device, calls)
             if sample >= 0:
                 taken[name].append(seconds / calls)
-    slowest = torch.tensor([*taken.values()], device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return {name: statistics.median(row) for name, row in zip(taken, slowest.tolist())}
+    return {name: statistics.median(row) for name, row in zip(taken, slowest([*taken.values()], device))}
 
 
 def times_of(runs, l2, samples, device):
@@ -74,3 +76,56 @@ def seconds_of(run, device, calls=1):
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def whole_seconds(run, device):
+    """Seconds of one call on this rank, until the GPU has done all of it."""
+    begin = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def times_beside(run, run_on_side, side, device, samples):
+    """Microseconds of each, enqueued on the current stream and on ``side``: medians of the slowest rank."""
+    taken, align, current = [], torch.zeros(1, device=device), torch.cuda.current_stream()
+    for sample in range(-2, samples):
+        torch.cuda.synchronize()
+        dist.all_reduce(align)
+        torch.cuda._sleep(5_000_000)  # the host has enqueued all before the GPU begins: it is not the host that is measured
+        side.wait_stream(current)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        events[2].record(side)
+        with torch.cuda.stream(side):
+            run_on_side()
+        events[3].record(side)
+        events[0].record()
+        run()
+        events[1].record()
+        torch.cuda.synchronize()
+        if sample >= 0:
+            taken.append([events[i].elapsed_time(events[i + 1]) * 1e3 for i in (0, 2)])
+    return slowest([statistics.median(times) for times in zip(*taken)], device)
+
+
+def host_time(run, device, calls=100):
+    """Microseconds of the host for a call, on the slowest rank."""
+    taken = []
+    for sample in range(-3, 30):
+        torch.cuda.synchronize()
+        dist.all_reduce(torch.zeros(1, device=device))
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        if sample >= 0:
+            taken.append((time.perf_counter() - begin) / calls * 1e6)
+    return slowest([statistics.median(taken)], device)[0]
+
+
+def slowest(times, device):
+    """The same list of numbers, or of lists of numbers, with those of the slowest rank in each place."""
+    of_all = torch.tensor(times, device=device)
+    dist.all_reduce(of_all, dist.ReduceOp.MAX)
+    return of_all.tolist()

@@ -15,7 +15,7 @@ from tw_compile.passes.find import Match
 
 @pytest.fixture(autouse=True)
 def registrations_end_with_the_test(world, monkeypatch):
-    for module, registry in ("find", "_ALL_REDUCES"), ("token_axis", "_RULES"):
+    for module, registry in ("find", "_ALL_REDUCES"), ("rules.token_axis", "_RULES"):
         module = importlib.import_module(f"tw_compile.passes.{module}")
         monkeypatch.setattr(module, registry, dict(getattr(module, registry)))
 

@@ -5,7 +5,6 @@ when a call first needs it, for the sizes of that call (sizes.py), and again whe
 """
 
 import contextlib
-import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -17,19 +16,16 @@ from . import context, logs, ops, passes
 from .autotune.plan import Place, first_half, place_of_cut
 from .compat import (
     BoxedBool,
-    CustomInferenceAwareGraphPass,
-    DisableAutocast,
     TracingContext,
     V,
     detect_fake_mode,
-    disable_current_modes,
     enable_python_dispatcher,
-    no_python_dispatcher,
     reorder_for_locality,
     tracing,
     view_to_reshape,
 )
 from .compat import inductor_config as config
+from .inductor import outline, outside, uncompiled, user_passes
 from .options import Options, TokenWeaveError
 from .passes.cut import batch_of, cut_at, plan_by_rule
 from .passes.find import collectives
@@ -207,11 +203,11 @@ class Forms:
             self.left = new.report
             raise context.Left(new.report.reasons[-1])
         self.places = _places(new.report)
-        with _outside():
+        with outside():
             for group, device in self.places:
                 choose.choose(self.options.transport, group, device, self._timeout)
         if self.plan is None and not self.options.fused_only:
-            with _outside():
+            with outside():
                 plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, first)
             if plan is not None and seen["section"] is not None:
                 self.rehearsal = {"section": asdict(seen["section"]), "plan": asdict(plan)}
@@ -256,7 +252,7 @@ class Forms:
         else:
             message = f"a graph was compiled {MOST_VARIANTS} times for different sizes: others run uncompiled. See docs/ranks.md, Sizes"
             say_once(message)
-            run = _uncompiled(made, new)
+            run = uncompiled(made, new)
         variants.append(_Variant(made, run, _sites_of(new)))
         return variants[-1]
 
@@ -275,9 +271,9 @@ class Forms:
                 gm, patches = copied(made.gm, new.graph), {}
                 if new.sites:
                     # The user's passes of this place see the graph as a whole, before layers are calls.
-                    for user_pass in _user_passes():
+                    for user_pass in user_passes():
                         user_pass(gm.graph)
-                    _outline(gm, new.report)
+                    outline(gm, new.report)
                     patches = {"post_grad_custom_pre_pass": None, "reorder_for_locality": False}
                     for name, which in (("before", made.gm), ("after", gm)):
                         logs.artifact(name, functools.partial(which.print_readable, print_output=False), self.compile_id)
@@ -353,7 +349,7 @@ class Forms:
         now = config.get_config_copy()
         changes = {name: given for name, given in self.config.items() if now.get(name) != given}
         # Fake tensors of symbolic sizes are decomposed in Python.
-        with _outside(), enable_python_dispatcher(), config.patch(changes):
+        with outside(), enable_python_dispatcher(), config.patch(changes):
             yield
 
     def _prepare(self, variant: _Variant, known: dict) -> None:
@@ -361,7 +357,7 @@ class Forms:
         for (group, device), calls in variant.calls(known).items():
             transport, _ = choose.choose(self.options.transport, group, device, self._timeout)
             try:
-                with _outside():
+                with outside():
                     transport.prepare(calls)
             except WorkspaceError as error:
                 if self.options.transport != "auto":
@@ -407,44 +403,6 @@ def _sites_of(new: passes.Rewritten) -> list[tuple]:
     return found
 
 
-@contextlib.contextmanager
-def _outside():
-    """Outside of whatever Dynamo, AOTAutograd or the user has switched on: tensors are real, and ops do what they do alone."""
-    with torch.inference_mode(False), torch.no_grad(), DisableAutocast(), disable_current_modes(), no_python_dispatcher():
-        yield
-
-
 def _places(report: Report) -> list[tuple[str, torch.device]]:
     """The groups and devices of a graph's sites."""
     return [(group, torch.device(device)) for group, device in dict.fromkeys((site.group, site.device) for site in report.sites)]
-
-
-def _uncompiled(made: ForSizes, new: passes.Rewritten) -> Callable:
-    gm = copied(made.gm, new.graph)
-
-    def run(args):
-        given = list(args)
-        args.clear()
-        with torch.no_grad():
-            return gm(*given)
-
-    return run
-
-
-def _user_passes() -> list[Callable]:
-    given = config.post_grad_custom_pre_pass or ()
-    given = given if isinstance(given, (list, tuple)) else (given,)
-    aware = [isinstance(each, CustomInferenceAwareGraphPass) for each in given]
-    return [functools.partial(each, is_inference=True) if knows else each for each, knows in zip(given, aware)]
-
-
-def _outline(gm: torch.fx.GraphModule, report: Report) -> None:
-    """Let Inductor compile one of the layers that are alike."""
-    if config.cpp_wrapper or config.fx_wrapper:
-        report.reasons.append("each layer is compiled: only code in Python can call one for several")
-        return
-    layer, found = passes.outline(gm.graph)
-    if layer is not None:
-        report.alike = found
-    elif found:
-        report.reasons.append(f"each layer is compiled: {found}")

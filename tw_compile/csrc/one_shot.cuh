@@ -10,7 +10,7 @@
 // round e - 1, which they do after their reads of all rounds before. `x` and the outputs are private to the rank. The
 // outputs may lie where x does, since the thread that writes a vector has copied it before.
 #pragma once
-#include "row.cuh"
+#include "norm.cuh"
 #include "sync.cuh"
 
 namespace tw {

@@ -8,7 +8,7 @@
 // In place is safe because only its owner reads a row, and of that only the thread which later overwrites it, after the
 // data has come.
 #pragma once
-#include "row.cuh"
+#include "norm.cuh"
 #include "sync.cuh"
 
 namespace tw {

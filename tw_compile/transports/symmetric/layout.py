@@ -11,7 +11,7 @@ def own_rows(rank: int, world: int, rows: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the threads of a group share a row (csrc/row.cuh), and what of it is in flight.
+    """How the threads of a group share a row (csrc/vector.cuh), and what of it is in flight.
 
     Threads, unroll and chunks are the same for all kernels, as the order of summation hangs on them.
 

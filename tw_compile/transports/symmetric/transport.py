@@ -40,7 +40,6 @@ from .workspace import Workspace
 
 MAX_HIDDEN = 32768
 
-
 # Shapes of calls that are remembered, at most: those that have not come for longest are forgotten, and cost some time when they come.
 MAX_CALLS = 256
 

@@ -1,0 +1,124 @@
+"""The layout of the package: who may import whom, and how long a file may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tw_compile
+
+ROOT = Path(tw_compile.__file__).parent
+MOST_LINES = 400
+
+# Each module imports only from those on lines below its own. A package is its __init__, which Python also runs before its modules: that
+# does not count here.
+LAYERS = """
+__init__
+verify
+backend
+forms
+inductor
+regions
+sizes
+context
+
+passes
+passes.wire
+passes.outline
+passes.place
+passes.weave
+passes.conform
+passes.split
+passes.cut
+passes.unshard
+passes.fuse
+passes.rules
+passes.rules.attention
+passes.rules.cache
+passes.rules.mask
+passes.rules.gather
+passes.rules.token_axis
+passes.find
+passes.norms
+passes.emit
+passes.graph_utils
+
+autotune
+autotune.schedule
+autotune.plan
+
+ops.lowering
+ops
+ops.direct
+
+transports
+transports.choose
+transports.process_group
+transports.symmetric
+transports.symmetric.transport
+transports.symmetric.launch
+transports.symmetric.workspace
+transports.symmetric.arguments
+transports.symmetric.layout
+transports.symmetric.tuning
+transports.symmetric.support
+transports.symmetric.nvrtc
+transports.symmetric.host
+transports.symmetric.gemms
+transports.together
+transports.agree
+
+site
+options
+report
+files
+compat
+""".split()
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(name: str) -> set[str]:
+    """The modules of the package that one imports, anywhere in it."""
+    path, found = FILES[name], set()
+    package = [*path.parent.relative_to(ROOT.parent).parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[: len(package) + 1 - node.level], *filter(None, [node.module])]) if node.level else node.module
+            # What is imported from a package is a module of it, or a name that its __init__ has.
+            found.update(f"{base}.{alias.name}" if module(f"{base}.{alias.name}") in FILES else base for alias in node.names)
+    return {module(each) for each in found if each.split(".")[0] == ROOT.name}
+
+
+def module(dotted: str) -> str:
+    return dotted.removeprefix(ROOT.name).removeprefix(".") or "__init__"
+
+
+def test_every_module_has_a_place():
+    assert sorted(LAYERS) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_down(name):
+    """So there is no circle either."""
+    up = {other for other in imports(name) if LAYERS.index(other) <= LAYERS.index(name)}
+    assert not up, f"{name} imports from the same or a higher layer"
+
+
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
+def test_no_file_is_too_long(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MOST_LINES, f"{lines} lines"
+
+
+def test_imports_are_seen():
+    assert {"context", "compat", "autotune.plan", "passes.find", "transports.choose"} <= imports("forms")
+    assert {"transports.choose", "site"} == imports("ops.direct")
