@@ -171,18 +171,18 @@ class Symmetric:
 
         A whole residual is read in own_rows only by two_shot. One in float32 is possible where it is sharded, and nowhere else.
         """
-        slot = site.slot
+        x, *_, slot, number, fp32_residual, sharded_residual = site
         try:
             stream = self._current()
-            call = self._begin(slot, site.x, stream)
+            call = self._begin(slot, x, stream)
             if call is None:
-                self._pending[slot] = None, site.fp32_residual, site.x
-                return site.x.new_empty(0)
-            number = self._number(slot, site.number)
+                self._pending[slot] = None, fp32_residual, x
+                return x.new_empty(0)
+            number = self._number(slot, number)
             kernel, grid, held = call.prepare(site, number, call.activations_at, call.whole_residual, call.ctas)
-            fork, done = self._events.get(slot) or self._make_events(slot)
-            kernel.start(grid, call.arguments.address, stream, self._side, fork, done)
-            self._pending[slot] = call, site.sharded_residual, held
+            events = self._events.get(slot) or self._make_events(slot)
+            kernel.start(grid, call.arguments.address, stream, self._side, *events)
+            self._pending[slot] = call, sharded_residual, held
             if not self._carveout:
                 self._carveout = gemms.leave_out(grid)
             return call.token
@@ -196,13 +196,14 @@ class Symmetric:
         in_workspace: the norm may be memory of the workspace, valid until the slot is next used; otherwise it is a new tensor.
         With ``sharded_residual`` the residual is memory of the workspace, float32, and means something to the slot's next site only.
         """
-        if slot not in self._pending:
+        pending = self._pending.pop(slot, None)
+        if pending is None:
             raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
         try:
+            call, sharded_residual, held = pending
             stream = self._current()
             if stream != self._on:
                 self._follow(stream)
-            call, sharded_residual, held = self._pending.pop(slot)
             if self._carveout and not self._pending:
                 self._end_carveout()
             if call is None:
