@@ -5,6 +5,7 @@ setup(
     version="0.1.0",
     description='torch.compile(model, backend="tokenweave"): overlap the all-reduces of tensor-parallel LLMs with compute',
     packages=find_packages(include=["tw_compile", "tw_compile.*"]),
+    py_modules=["tokenweave"],  # what TORCH_LOGS="tokenweave" names
     package_data={"tw_compile": ["csrc/*.cu", "csrc/*.cuh", "csrc/*.c"]},
     python_requires=">=3.10",
     # cuda-bindings compiles and loads the kernels at run time (NVRTC), so that no CUDA toolkit is needed; CUDA builds

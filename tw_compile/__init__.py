@@ -10,6 +10,7 @@ The pipeline, in the order in which a graph meets it::
     report.py      what was found, what was done, why not
 """
 
+from . import logs
 from .options import TokenWeaveError
 from .passes.find import AllReduce, register_all_reduce
 from .passes.rules.token_axis import Split, TokenAxis, register_token_rule
@@ -33,3 +34,5 @@ __all__ = [
     "verify",
     "workspace_bytes",
 ]
+
+logs.register()

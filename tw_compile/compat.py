@@ -125,9 +125,20 @@ tracing = _name("torch._guards.tracing")
 TensorifyState = _name("torch._dynamo.symbolic_convert.TensorifyState", ("specialize", "should_specialize"))
 TensorifyScalarRestartAnalysis = _name("torch._dynamo.exc.TensorifyScalarRestartAnalysis")
 
+# What Dynamo tells of graph breaks: a list of (reason, user_stack) that grows, and counts of reasons, also of frames that it skips.
+graph_break_reasons = _name("torch._dynamo.output_graph.graph_break_reasons", missing=[])
+dynamo_counters = _name("torch._dynamo.utils.counters", missing=[])
+
 # Calls of a region of torch.compiler.nested_compile_region; and how AOTAutograd calls one that writes to its inputs.
 invoke_subgraph = _name("torch.ops.higher_order.invoke_subgraph")
 auto_functionalized = _name("torch.ops.higher_order.auto_functionalized_v2")
+
+# --- logging -----------------------------------------------------------------------------------------------------------------
+
+# What shows more than results; none of it is needed for them.
+register_log = _name("torch._logging._internal.register_log", missing=[])
+trace_structured = _name("torch._logging.trace_structured", missing=[])
+CompileContext = _name("torch._guards.CompileContext", ("current_compile_id",), missing=[])
 
 # --- Inductor ----------------------------------------------------------------------------------------------------------------
 

@@ -20,11 +20,15 @@ _Loaded = TypeVar("_Loaded")
 _DIGEST = hashlib.sha256().digest_size
 
 
+def directory() -> Path:
+    """Where all of it is kept."""
+    given = os.environ.get("TW_COMPILE_CACHE_DIR")
+    return Path(given) if given else Path.home() / ".cache" / "tw_compile"
+
+
 def path(name: str, key: object, suffix: str) -> Path:
     """Where what belongs to ``name`` and ``key``, whose ``repr`` says all that it depends on, is kept."""
-    directory = os.environ.get("TW_COMPILE_CACHE_DIR")
-    directory = Path(directory) if directory else Path.home() / ".cache" / "tw_compile"
-    return directory / f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.{suffix}"
+    return directory() / f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.{suffix}"
 
 
 def kept(path: Path, make: Callable[[], bytes], load: Callable[[Path], _Loaded]) -> _Loaded:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import context, ops, passes
+from . import context, logs, ops, passes
 from .autotune.plan import Place, first_half, place_of_cut
 from .compat import (
     BoxedBool,
@@ -62,7 +62,7 @@ def compile_forms(gm, inputs: list, options: Options, inner_compile: Callable, k
     run = made.begin()
     if run is not None:
         return run
-    record(made.left)
+    made.record(made.left)
     if not options.off:
         say_once(f"nothing to fuse or weave in a graph: {made.left.reasons[-1]}")
     return inner_compile(gm, inputs, **kwargs)
@@ -113,7 +113,7 @@ class Forms:
 
     def __init__(self, gm, inputs, options, inner_compile, kwargs):
         self.gm, self.inputs, self.options, self.inner_compile, self.kwargs = gm, inputs, options, inner_compile, kwargs
-        self.config = config.get_config_copy()
+        self.config, self.compile_id = config.get_config_copy(), logs.compile_id()
         self.left: Report | None = None
         self.plan, self.rehearsal = None, None
         self.learnt: list[_Learnt] = []
@@ -270,6 +270,8 @@ class Forms:
                         user_pass(gm.graph)
                     _outline(gm, new.report)
                     patches = {"post_grad_custom_pre_pass": None, "reorder_for_locality": False}
+                    for name, which in (("before", made.gm), ("after", gm)):
+                        logs.artifact(name, functools.partial(which.print_readable, print_output=False), self.compile_id)
                 kwargs = self.kwargs | {"cudagraphs": BoxedBool(bool(self.kwargs.get("cudagraphs")))}
                 with config.patch(patches):
                     run = self.inner_compile(gm, made.inputs, **kwargs)
@@ -291,7 +293,12 @@ class Forms:
             report.transport = transport.name
             report.reasons += [why_not] if why_not else []
         report.rehearsal = self.rehearsal
+        self.record(report)
+
+    def record(self, report: Report) -> None:
+        """Add the report of a form of this graph to ``tw_compile.reports()``, and to the logs."""
         record(report)
+        logs.artifact("report", report.__str__, self.compile_id, logging.INFO)
 
     @property
     def _timeout(self) -> float | None:

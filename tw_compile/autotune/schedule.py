@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from .. import files
+from .. import files, logs
 from ..compat import cuda_sleep, resolve_process_group
 from ..options import Options
 from ..site import Site
@@ -113,6 +113,7 @@ def _path(section: Section, group: str, device: torch.device, requested: str):
 
 def _tune_schedule(section: Section, group: str, device: torch.device, requested: str) -> Plan:
     begin = time.perf_counter()
+    logs.say_that_it_tunes()
     transport = choose.another(requested, group, device)
     stage = Stage(section, transport, device)
     lacking = agree.exchange(group, "the tuning of a schedule", stage.set() or "")

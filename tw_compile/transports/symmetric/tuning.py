@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
-from ... import files
+from ... import files, logs
 from ...compat import cuda_sleep, resolve_process_group
 from ...site import SLOT_WHOLE, Site
 from .. import agree
@@ -150,6 +150,7 @@ def measure(owner, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tuning:
     path = _path(owner, dtype, hidden)
     reason, mine = max(lacking), None
     if not reason:
+        logs.say_that_it_tunes()
         try:
             mine = _times(owner, dtype, hidden)
         except WorkspaceError as error:  # which all ranks have
@@ -181,6 +182,7 @@ def compare(transports: dict, group_name: str, device: torch.device) -> dict[str
     seconds = next((theirs for theirs in map(json.loads, said) if theirs), None)
     if seconds is None:
         begin = time.perf_counter()
+        logs.say_that_it_tunes()
         for transport in transports.values():
             transport.prepare([(SLOT_WHOLE, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
         weight = torch.ones(COMPARED_HIDDEN, dtype=COMPARED_DTYPE, device=device)
