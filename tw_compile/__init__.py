@@ -11,15 +11,18 @@ The pipeline, in the order in which a graph meets it::
 """
 
 from . import logs
+from .explain import Explanation, explain
 from .options import TokenWeaveError
 from .passes.find import AllReduce, register_all_reduce
 from .passes.rules.token_axis import Split, TokenAxis, register_token_rule
-from .report import Refusal, Report, Site, explain, reports
+from .report import Break, Refusal, Report, Site, reports
 from .transports.choose import workspace_bytes
 from .verify import Verification, verify
 
 __all__ = [
     "AllReduce",
+    "Break",
+    "Explanation",
     "Refusal",
     "Report",
     "Site",

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import compat, regions
+from . import breaks, compat, regions
 from .compat import (
     InductorWrapper,
     TensorifyScalarRestartAnalysis,
@@ -45,6 +45,7 @@ def compile_graph(gm, inputs, *, mode=None, options=None, forms=Forms, inner_com
         return compile_fx(gm, inputs, config_patches=patches)
     lowering.register()
     _fix_module_floats(gm)
+    broken = breaks.break_of(gm)
     if any(map(is_traceable_wrapper_subclass, inputs)):
         regions.inline(gm)  # AOTAutograd does not pass a DTensor to a region
 
@@ -56,7 +57,7 @@ def compile_graph(gm, inputs, *, mode=None, options=None, forms=Forms, inner_com
         if regions.inline(gm):
             with torch.no_grad():
                 fake_tensor_prop(gm, inputs)
-        return compile_forms(gm, inputs, ours, inner_compile or _inductor, kwargs, forms)
+        return compile_forms(gm, inputs, ours, inner_compile or _inductor, kwargs, forms, broken)
 
     # What Inductor caches is the graph that the passes have made, by its content. AOTAutograd would cache what comes of the graph
     # before them, which does not say what the ranks have agreed on.

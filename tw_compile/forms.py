@@ -49,16 +49,18 @@ MOST_CALLS = 4096
 FUSE, PLAIN = "fuse", "plain"
 
 
-def compile_forms(gm, inputs: list, options: Options, inner_compile: Callable, kwargs: dict, forms) -> Callable:
+def compile_forms(gm, inputs: list, options: Options, inner_compile: Callable, kwargs: dict, forms, broken=None) -> Callable:
     """What runs a graph of inference that AOTAutograd has traced: its forms; or where it has no sites, what Inductor makes of it.
 
     inner_compile: Inductor's; kwargs: further arguments of its; forms: Forms, or what stands for it
+    broken: where Dynamo broke the graph (report.Break), or None
     Raises TokenWeaveError for a request that cannot be met, on every rank alike.
     """
     view_to_reshape(gm)
     if config.reorder_for_locality:
         reorder_for_locality(gm.graph)  # Inductor would do it to the graph that is woven
     made = forms(gm, inputs, options, inner_compile, kwargs)
+    made.broken = broken
     run = made.begin()
     if run is not None:
         return run
@@ -115,6 +117,7 @@ class Forms:
         self.gm, self.inputs, self.options, self.inner_compile, self.kwargs = gm, inputs, options, inner_compile, kwargs
         self.config, self.compile_id = config.get_config_copy(), logs.compile_id()
         self.left: Report | None = None
+        self.broken = None
         self.plan, self.rehearsal = None, None
         self.learnt: list[_Learnt] = []
         self.variants: dict[object, list[_Variant]] = {}
@@ -297,6 +300,7 @@ class Forms:
 
     def record(self, report: Report) -> None:
         """Add the report of a form of this graph to ``tw_compile.reports()``, and to the logs."""
+        report.broken = self.broken
         record(report)
         logs.artifact("report", report.__str__, self.compile_id, logging.INFO)
 

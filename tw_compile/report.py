@@ -49,6 +49,17 @@ class UnsplitOp:
     reason: str
 
 
+@dataclass(frozen=True)
+class Break:
+    """Where Dynamo broke a graph, so that what follows is another one.
+
+    source: ``file:line, in function: code`` of the model, '' where Dynamo does not tell
+    """
+
+    source: str
+    reason: str
+
+
 @dataclass
 class Report:
     """One compiled graph.
@@ -60,6 +71,7 @@ class Report:
     split:      (first half, second half) along the cut axis, as numbers or symbolic text; None where not woven
     rehearsal:  what was tuned (``schedule.Section``), and the ``Plan`` that came of it, as plain data; None where nothing was
     reasons:    why mode or transport are not what could have been hoped for
+    broken:     where Dynamo ended the graph before the model did; None where it did not
     """
 
     requested: dict
@@ -72,6 +84,7 @@ class Report:
     refusals: list[Refusal] = field(default_factory=list)
     joins: list[UnsplitOp] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    broken: Break | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data: what ``json.dumps`` takes and ``from_dict`` gives back."""
@@ -85,6 +98,8 @@ class Report:
             object.__setattr__(site, "shape", tuple(site.shape))
         if data["split"] is not None:
             data["split"] = tuple(data["split"])
+        if data["broken"] is not None:
+            data["broken"] = Break(**data["broken"])
         return cls(**data)
 
     def __str__(self) -> str:
@@ -100,6 +115,7 @@ class Report:
         if self.rehearsal:
             lines += [f"  tuned: {_plan(**self.rehearsal['plan'])}"]
         lines += [f"  because {reason}" for reason in self.reasons]
+        lines += [f"  graph break at {short(self.broken.source)}: {self.broken.reason}"] if self.broken else []
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
         rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), _form(s)) for s in self.sites]
         rows += [("refused", r.all_reduce, short(r.source), r.reason) for r in self.refusals]
@@ -147,17 +163,3 @@ def record(report: Report) -> None:
 def reports() -> list[Report]:
     """One Report for each graph compiled in this process, newest last; a compilation served from a cache counts."""
     return list(_reports)
-
-
-def explain(model, *args, **kwargs) -> list[Report]:
-    """Compile ``model`` for the backend, run it once on the arguments, and return the reports of its graphs.
-
-    Every rank of the model's process groups must call it, as it runs the model. No gradients.
-    """
-    import torch
-
-    before = len(_reports)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend="tokenweave")(*args, **kwargs)
-    return _reports[before:]

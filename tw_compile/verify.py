@@ -7,6 +7,7 @@ import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from . import backend, context, ops, passes
+from .explain import ISOLATED, anew
 from .forms import Forms
 from .passes.graph_utils import arguments, aten, calls
 from .report import Report, short
@@ -64,11 +65,10 @@ def verify(model, *args, options: dict | None = None, **kwargs) -> Verification:
     No code is generated, so this takes seconds, and shows what the passes and the kernels do, not what Inductor does. All ranks of
     the model's process groups must call it, with the same arguments. No gradients.
     """
-    torch._dynamo.reset()
     found = Verification()
     compiler = partial(backend.compile_graph, forms=partial(_Verified, found), inner_compile=_as_it_is)
     with torch.no_grad():
-        torch.compile(model, backend=compiler, options=options)(*args, **kwargs)
+        torch.compile(anew(model), backend=compiler, options=options, **ISOLATED)(*args, **kwargs)
     return found
 
 

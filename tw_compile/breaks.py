@@ -1,0 +1,53 @@
+"""Where Dynamo broke a graph, and why: as it has told, or counted."""
+
+import os
+
+import torch
+
+from . import compat
+from .report import Break
+
+
+def break_of(gm: torch.fx.GraphModule) -> Break | None:
+    """Where and why Dynamo ended a graph before the model did; None where it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return _break(reason) if reason is not None and reason.graph_break else None
+
+
+class Breaks:
+    """The graph breaks from now on."""
+
+    def __init__(self):
+        self.seen, self.counts = len(_places()), dict(_counts())
+
+    def since(self) -> list[Break]:
+        """Each once, though Dynamo tells of one in every function that it leads out of."""
+        found = dict.fromkeys(map(_break, _places()[self.seen :]))
+        told = {b.reason for b in found}
+        counted = [_summary(reason) for reason, count in _counts().items() if count > self.counts.get(reason, 0)]
+        return [*found, *(Break("", reason) for reason in counted if reason not in told)]
+
+
+def _places() -> list:
+    return compat.graph_break_reasons if compat.has(compat.graph_break_reasons) else []
+
+
+def _counts() -> dict[str, int]:
+    return compat.dynamo_counters["graph_break"] if compat.has(compat.dynamo_counters) else {}
+
+
+def _break(reason) -> Break:
+    lines = [line for line in reason.user_stack if not line.filename.startswith(_NOT_THE_MODEL)]
+    source = f"{lines[-1].filename}:{lines[-1].lineno}, in {lines[-1].name}: {lines[-1].line}" if lines else ""
+    return Break(source, _summary(reason.reason))
+
+
+# Of a stack, the innermost line of the model tells most.
+_NOT_THE_MODEL = os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep
+
+
+def _summary(reason: str) -> str:
+    """One line of the many in which Dynamo tells of a break: what it is, and the explanation."""
+    what, *rest = reason.strip().splitlines() or [""]
+    explanation = next((line.strip().removeprefix("Explanation: ") for line in rest if "Explanation: " in line), "")
+    return f"{what}: {explanation}" if explanation else what
