@@ -214,7 +214,7 @@ def of_ranks_with_different_plans(cases):
         (path,) = Path(folder).iterdir()
         for plans in cases:
             plan = plans[dist.get_rank()]
-            path.unlink() if plan is None else path.write_text(json.dumps(asdict(plan)))
+            path.unlink() if plan is None else path.write_text(json.dumps({"value": asdict(plan)}))
             with Rank(folder, _tune_schedule=faster_from(2000)) as rank:
                 compiled(Block())(*mlp_inputs(40)[:2])
                 (report,) = rank.reports

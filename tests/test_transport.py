@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tw_compile import TokenWeaveError
+from tw_compile import TokenWeaveError, records
 from tw_compile.transports import choose
 from tw_compile.transports.process_group import ProcessGroup
 from tw_compile.transports.symmetric import tuning
@@ -175,27 +175,29 @@ def compare(kept, seconds, cannot=()):
         patch.setenv("TW_COMPILE_CACHE_DIR", folder)
         patch.setattr(tuning, "_seconds", take)
         patch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
-        path = tuning.files.path("transports", ("GPU", 2, [*transports], tuning.agree.version()), "json")
+        key = {"transports": [*transports], "gpu": "GPU", "ranks": 2, "version": tuning.agree.version()}
+        path = records.path("transports", key)
         if kept[rank] is not None:
             path.write_text(kept[rank])
         try:
             said = tuning.compare(transports, group, CPU)
         except WorkspaceError as error:
             return str(error), os.listdir(folder)
-        return said, bool(measured), json.loads(path.read_text())
+        return said, bool(measured), records.read("transports", key)
 
 
 def test_the_slowest_rank_decides_which_is_the_fastest(ranks):
     seconds = [{"peer": 1.0, "process_group": 3.0}, {"peer": 4.0, "process_group": 2.0}]
     wanted = {"peer": pytest.approx(4.0), "process_group": pytest.approx(3.0)}
     assert ranks(compare, (None, None), seconds) == [(wanted, True, wanted)] * 2
-    for junk in ("{", "[]", '{"peer": 1.0}', '{"peer": "x", "process_group": 1}'):
+    for junk in ("{", "[]", '{"value": {"peer": 1.0}}', '{"value": {"peer": "x", "process_group": 1}}'):
         assert ranks(compare, (junk, None), seconds) == [(wanted, True, wanted)] * 2
 
 
 def test_what_a_rank_knows_all_take(ranks):
     seconds, known = [{"peer": 1.0, "process_group": 3.0}] * 2, {"peer": 0.5, "process_group": 0.25}
-    for kept in ((json.dumps(known), None), (None, json.dumps(known)), (json.dumps(known), json.dumps({"peer": 9, "process_group": 9}))):
+    of_known, of_other = (json.dumps({"value": value}) for value in (known, {"peer": 9, "process_group": 9}))
+    for kept in ((of_known, None), (None, of_known), (of_known, of_other)):
         assert ranks(compare, kept, seconds) == [(known, False, known)] * 2
 
 

@@ -218,7 +218,7 @@ def really():
         first, second, third = sites.workspace(), sites.workspace(128), Sites().workspace()
         assert torch.equal(torch.get_rng_state(), before)
         (path,), one_shot, two_shot = Path(folder).iterdir(), *sites.others
-        kept = Tuning.from_dict(json.loads(path.read_bytes()))
+        kept = Tuning.from_dict(json.loads(path.read_bytes())["value"])
         calls = {other.tuning.one_shot_rows: set(other.calls) for other in (one_shot, two_shot)}
         return [first.tuning, second.tuning, third.tuning, kept], rank.measured, calls, sites.calls
 
@@ -280,14 +280,14 @@ def of_ranks_with_different_disks(cases):
     return seen
 
 
-A_JSON, B_JSON = (json.dumps(asdict(choice)) for choice in (A, B))
+A_JSON, B_JSON = (json.dumps({"value": asdict(choice)}) for choice in (A, B))
 NEW = Tuning(0, by_rule(2).ctas)
 CASES = {  # what is on each rank's disk -> what they agree on, measurements
     (A_JSON, A_JSON): ([A, A], 0),
     (A_JSON, B_JSON): ([A, A], 0),
     (None, B_JSON): ([B, B], 0),
     (None, None): ([NEW, NEW], 1),
-    ("{", json.dumps({"one_shot_rows": 500, "ctas": [[1, 8]]})): ([NEW, NEW], 1),
+    ("{", json.dumps({"value": {"one_shot_rows": 500, "ctas": [[1, 8]]}})): ([NEW, NEW], 1),
     ("[]", "{}"): ([NEW, NEW], 1),
 }
 

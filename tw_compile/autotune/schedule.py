@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from .. import files, logs
+from .. import logs, records
 from ..compat import cuda_sleep, resolve_process_group
 from ..options import Options
 from ..site import Site
@@ -77,8 +77,8 @@ def sms_of(device: torch.device) -> int | None:
 def known(section: Section, group: str, device: torch.device, requested: str) -> Plan | None:
     """The plan for a section that this machine has on disk."""
     try:
-        return Plan(**json.loads(_path(section, group, device, requested).read_bytes()))
-    except (OSError, ValueError, TypeError):  # not there, or not one of ours
+        return Plan(**records.read("plan", _key(section, group, device, requested)))
+    except TypeError:  # not there, or not one of ours
         return None
 
 
@@ -101,14 +101,14 @@ def agree_on(section: Section | None, group: str, device: torch.device, requeste
             torch.cuda.empty_cache()
     section = section or first
     if section is not None and plan.gain is not None and plan != known(section, group, device, requested):
-        files.write(_path(section, group, device, requested), json.dumps(asdict(plan)).encode())
+        records.write("plan", _key(section, group, device, requested), asdict(plan))
     return plan
 
 
-def _path(section: Section, group: str, device: torch.device, requested: str):
+def _key(section: Section, group: str, device: torch.device, requested: str) -> dict:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     world = resolve_process_group(group).size()
-    return files.path("plan", (asdict(section), requested, gpu, world, agree.version()), "json")
+    return {"section": asdict(section), "transport": requested, "gpu": gpu, "ranks": world, "version": agree.version()}
 
 
 def _tune_schedule(section: Section, group: str, device: torch.device, requested: str) -> Plan:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
-from ... import files, logs
+from ... import logs, records
 from ...compat import cuda_sleep, resolve_process_group
 from ...site import SLOT_WHOLE, Site
 from .. import agree
@@ -131,12 +131,12 @@ _measured = {}  # path -> Tuning of this process: also for what could not be mea
 
 def known(owner, dtype: torch.dtype, hidden: int) -> Tuning | None:
     """The tuning for a Symmetric, as far as this rank knows without asking others."""
-    path = _path(owner, dtype, hidden)
-    if path in _measured:
+    key = _key(owner, dtype, hidden)
+    if (path := records.path("tuning", key)) in _measured:
         return _measured[path]
     try:
-        return Tuning.from_dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or not one of ours
+        return Tuning.from_dict(records.read("tuning", key))
+    except (ValueError, TypeError, KeyError):  # not there, or not one of ours
         return None
 
 
@@ -147,7 +147,7 @@ def measure(owner, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tuning:
     """
     begin = time.perf_counter()
     lacking = agree.exchange(owner.group_name, "a tuning", _lacking(owner, dtype, hidden, max_ctas) or "")
-    path = _path(owner, dtype, hidden)
+    key = _key(owner, dtype, hidden)
     reason, mine = max(lacking), None
     if not reason:
         logs.say_that_it_tunes()
@@ -163,10 +163,10 @@ def measure(owner, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tuning:
         said = agree.exchange(owner.group_name, "the end of a tuning", json.dumps([*mine.values()]))
         times = dict(zip(mine, map(max, *map(json.loads, said))))
         tuning = by_times(owner.world, times)
-        files.write(path, json.dumps(asdict(tuning)).encode())
+        records.write("tuning", key, asdict(tuning))
         log.debug("seconds of (kernel, tokens, CTAs): %s", times)
         log.info("tuned for %s [%d] in %.1f s: %s", dtype, hidden, time.perf_counter() - begin, tuning)
-    _measured[path] = tuning
+    _measured[records.path("tuning", key)] = tuning
     return tuning
 
 
@@ -177,8 +177,8 @@ def compare(transports: dict, group_name: str, device: torch.device) -> dict[str
     Measured once on a machine, and kept. Raises WorkspaceError on all ranks where one cannot make a workspace.
     """
     gpu, world = torch.cuda.get_device_name(device), dist.get_world_size(resolve_process_group(group_name))
-    path = files.path("transports", (gpu, world, [*transports], agree.version()), "json")
-    said = agree.exchange(group_name, "a comparison of transports", json.dumps(_kept_times(path, transports)))
+    key = {"transports": [*transports], "gpu": gpu, "ranks": world, "version": agree.version()}
+    said = agree.exchange(group_name, "a comparison of transports", json.dumps(_kept_times(key)))
     seconds = next((theirs for theirs in map(json.loads, said) if theirs), None)
     if seconds is None:
         begin = time.perf_counter()
@@ -194,22 +194,23 @@ def compare(transports: dict, group_name: str, device: torch.device) -> dict[str
         sizes = len(COMPARED_TOKENS)
         seconds = {name: math.exp(statistics.fmean(map(math.log, slowest[i * sizes :][:sizes]))) for i, name in enumerate(transports)}
         log.info("compared transports in %.1f s, seconds of %s tokens: %s", time.perf_counter() - begin, COMPARED_TOKENS, slowest)
-    if seconds != _kept_times(path, transports):
-        files.write(path, json.dumps(seconds).encode())
+    if seconds != _kept_times(key):
+        records.write("transports", key, seconds)
     return seconds
 
 
-def _kept_times(path, transports) -> dict[str, float] | None:
+def _kept_times(key: dict) -> dict[str, float] | None:
     try:
-        seconds = json.loads(path.read_bytes())
-        return {name: float(seconds[name]) for name in transports}
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or not one of ours
+        seconds = records.read("transports", key)
+        return {name: float(seconds[name]) for name in key["transports"]}
+    except (ValueError, TypeError, KeyError):  # not there, or not one of ours
         return None
 
 
-def _path(owner, dtype, hidden):
+def _key(owner, dtype, hidden) -> dict:
     gpu = torch.cuda.get_device_name(owner.device)
-    return files.path("tuning", (gpu, owner.world, owner.name, str(dtype), hidden, agree.version()), "json")
+    of = {"transport": owner.name, "dtype": str(dtype).removeprefix("torch."), "hidden": hidden}
+    return {**of, "gpu": gpu, "ranks": owner.world, "version": agree.version()}
 
 
 def _lacking(owner, dtype, hidden, max_ctas) -> str | None:

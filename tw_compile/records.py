@@ -1,0 +1,69 @@
+"""What was measured on this machine, as JSON: each file has a value, and the key that says what it was measured for.
+
+kind          key                                                        value
+plan          section, transport, gpu, ranks, version                    ``autotune.plan.Plan``
+tuning        transport, dtype, hidden, gpu, ranks, version              ``transports.symmetric.tuning.Tuning``
+transports    transports, gpu, ranks, version                            seconds of a call over each, by name
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import files
+
+KINDS = "plan", "tuning", "transports"
+
+
+@dataclass(frozen=True)
+class Record:
+    """kind: one of KINDS; key and value: plain data"""
+
+    kind: str
+    key: dict
+    value: dict
+
+    @property
+    def path(self) -> Path:
+        return path(self.kind, self.key)
+
+    @property
+    def id(self) -> str:
+        """What names it on a command line."""
+        return self.path.stem.removeprefix(f"{self.kind}-")[:8]
+
+
+def path(kind: str, key: dict) -> Path:
+    return files.path(kind, json.dumps(key, sort_keys=True), "json")
+
+
+def read(kind: str, key: dict) -> dict | None:
+    """The value for a key; None where there is none that can be read."""
+    found = _load(path(kind, key))
+    return found and found.get("value")
+
+
+def write(kind: str, key: dict, value: dict) -> bool:
+    """Whether it could be written, for this user alone."""
+    return files.write(path(kind, key), json.dumps({"key": key, "value": value}, indent=1).encode())
+
+
+def on_disk() -> tuple[list[Record], list[Path]]:
+    """(all records of this machine, files that are none: damaged, or of an earlier version of this package)"""
+    records, others = [], []
+    for kind in KINDS:
+        for place in sorted(files.directory().glob(f"{kind}-*.json")):
+            data = _load(place) or {}
+            if isinstance(data.get("key"), dict) and isinstance(data.get("value"), dict) and path(kind, data["key"]) == place:
+                records.append(Record(kind, data["key"], data["value"]))
+            else:
+                others.append(place)
+    return records, others
+
+
+def _load(place: Path) -> dict | None:
+    try:
+        data = json.loads(place.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
