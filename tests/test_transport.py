@@ -173,7 +173,7 @@ def compare(kept, seconds, cannot=()):
     transports = {name: SimpleNamespace(name=name, prepare=prepare) for name in seconds[0]}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TW_COMPILE_CACHE_DIR", folder)
-        patch.setattr(tuning, "_seconds", take)
+        patch.setattr(tuning, "seconds_of_call", take)
         patch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
         key = {"transports": [*transports], "gpu": "GPU", "ranks": 2, "version": tuning.agree.version()}
         path = records.path("transports", key)

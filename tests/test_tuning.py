@@ -345,4 +345,4 @@ def test_a_rank_that_is_lost_meanwhile_is_named(world):
 
     with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(Event, "synchronize", fail):
         with pytest.raises(RuntimeError, match="rank 0 waited for rank 1"):
-            tuning._seconds(Lost(A), torch.ones(HIDDEN), 4, 0)
+            tuning.seconds_of_call(Lost(A), torch.ones(HIDDEN), 4, 0)

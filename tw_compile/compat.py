@@ -69,11 +69,15 @@ def missing_on_gpus() -> list[str]:
     return list(_missing_on_gpus)
 
 
+def is_tested() -> bool:
+    """Whether this PyTorch is one that was tested."""
+    return _release(TESTED[0]) <= _release(torch.__version__) <= _release(TESTED[1])
+
+
 @functools.cache
 def warn_if_untested() -> None:
     """Say, once, that this PyTorch is none that was tested."""
-    version = _release(torch.__version__)
-    if not _release(TESTED[0]) <= version <= _release(TESTED[1]):
+    if not is_tested():
         log.warning(
             "tw_compile was tested with PyTorch %s to %s, and this is %s. If anything is wrong, compare with backend='inductor'",
             *TESTED,

@@ -113,7 +113,7 @@ class Report:
             head += f", {self.alike} layers compiled as one"
         lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} unsplit ops"]
         if self.rehearsal:
-            lines += [f"  tuned: {_plan(**self.rehearsal['plan'])}"]
+            lines += [f"  tuned: {plan_text(**self.rehearsal['plan'])}"]
         lines += [f"  because {reason}" for reason in self.reasons]
         lines += [f"  graph break at {short(self.broken.source)}: {self.broken.reason}"] if self.broken else []
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
@@ -133,7 +133,8 @@ def short(source: str) -> str:
     return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
 
 
-def _plan(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None) -> str:
+def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None) -> str:
+    """What a Plan says, in words."""
     if gain is None:
         return f"no, for lack of memory; it is woven from {min_tokens} tokens on by a rule"
     cut = f"split ratio {split_ratio:g}" + (f", {ctas} CTAs" if ctas else "")

@@ -127,7 +127,7 @@ def _best(usable: list[str], reasons: dict[str, str], group_name: str, device: t
     for name in usable:
         if right and device.type != "cuda":
             break  # nothing to compare by
-        tested, reason = _self_tested(name, group_name, device) if name in _SYMMETRIC else (_make(name, group_name, device), None)
+        tested, reason = self_tested(name, group_name, device) if name in _SYMMETRIC else (_make(name, group_name, device), None)
         if reason is None:
             right[name] = tested
         else:
@@ -154,7 +154,7 @@ def fastest(names: list[str], seconds: dict[str, float]) -> str:
     return next((name for name in names if seconds and seconds[name] * (1 - MARGIN) <= least), names[0])
 
 
-def _self_tested(name: str, group_name: str, device: torch.device) -> tuple["Symmetric | None", str | None]:
+def self_tested(name: str, group_name: str, device: torch.device) -> tuple["Symmetric | None", str | None]:
     """A transport whose small calls have the process group's answer on all ranks; or how they differ on some. A collective.
 
     The kernels must not be wrong in silence on a machine that this project has not: multimem has never been run. They are not tuned

@@ -50,8 +50,13 @@ def missing() -> str | None:
     return None
 
 
+def find_compiler() -> str | None:
+    """This machine's C compiler, as a command; None if there is none."""
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
 def _compile() -> bytes:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = find_compiler()
     if compiler is None:
         raise RuntimeError("the driver is called through csrc/host.c, and there is no C compiler for it")
     with tempfile.TemporaryDirectory() as directory:

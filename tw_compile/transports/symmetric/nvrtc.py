@@ -37,6 +37,12 @@ def missing() -> str | None:
     return None
 
 
+def version() -> str:
+    """NVRTC's own version. Raises RuntimeError where it is missing."""
+    _, nvrtc = _bindings()
+    return "{}.{}".format(*check(nvrtc.nvrtcVersion()))
+
+
 def check(answer: tuple):
     """The value in what a cuda.bindings function returned. Raises RuntimeError if the call failed."""
     status, *values = answer

@@ -1,6 +1,7 @@
 """What a rank and its group need for the transports over symmetric memory."""
 
 import os
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -11,9 +12,17 @@ from . import host, nvrtc
 
 def unavailable(group_name: str, device: torch.device, multicast: bool) -> str | None:
     """Why this rank cannot use the transport, as far as it can tell alone; None if it can."""
+    world = resolve_process_group(group_name).size()
+    return unavailable_to(world, device, multicast, lambda index: _not_neighbours(group_name, index))
+
+
+def unavailable_to(world: int, device: torch.device, multicast: bool, not_neighbours: Callable[[int], str | None]) -> str | None:
+    """The same for a group of so many ranks, which need not be there.
+
+    not_neighbours: why the GPU of this index cannot reach the memory of the others of the group; None if it can
+    """
     if device.type != "cuda" or torch.version.cuda is None:
         return "it needs NVIDIA GPUs"
-    world = resolve_process_group(group_name).size()
     if not 2 <= world <= 8:
         return f"it joins 2 to 8 ranks, and the group has {world}"
     if reason := nvrtc.missing() or host.missing():
@@ -22,10 +31,18 @@ def unavailable(group_name: str, device: torch.device, multicast: bool) -> str |
     needed, capability = ((9, 0) if multicast else (8, 0)), torch.cuda.get_device_capability(index)
     if capability < needed:
         return f"it needs compute capability {needed[0]}.{needed[1]}, and this GPU has {capability[0]}.{capability[1]}"
-    if reason := _not_neighbours(group_name, index):
+    if reason := not_neighbours(index):
         return reason
-    if multicast and not _has_multicast(index):
+    if multicast and not has_multicast(index):
         return "there is no NVLink multicast here, or it is switched off"
+    return None
+
+
+def unreachable(index: int, others: Iterable[int]) -> str | None:
+    """Why a GPU cannot reach the memory of others of this machine; None if it can."""
+    for other in others:
+        if other != index and not torch.cuda.can_device_access_peer(index, other):
+            return f"GPU {index} cannot reach the memory of GPU {other}"
     return None
 
 
@@ -39,13 +56,11 @@ def _not_neighbours(group_name: str, index: int) -> str | None:
         return "the ranks of the group are not all on one host"
     if torch.cuda.device_count() < on_host:
         return None  # each rank sees GPUs of its own
-    for device in (rank % on_host for rank in ranks):
-        if device != index and not torch.cuda.can_device_access_peer(index, device):
-            return f"GPU {index} cannot reach the memory of GPU {device}"
-    return None
+    return unreachable(index, (rank % on_host for rank in ranks))
 
 
-def _has_multicast(index: int) -> bool:
+def has_multicast(index: int) -> bool:
+    """Whether a GPU has NVLink multicast, and it is not switched off. Only asks."""
     if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0") not in ("", "0"):
         return False
     return SymmetricMemory.has_multicast_support(DeviceType.CUDA, index)

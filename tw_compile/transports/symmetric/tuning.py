@@ -187,7 +187,7 @@ def compare(transports: dict, group_name: str, device: torch.device) -> dict[str
             transport.prepare([(SLOT_WHOLE, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
         weight = torch.ones(COMPARED_HIDDEN, dtype=COMPARED_DTYPE, device=device)
         runs = [(transport, weight, tokens, 0, COMPARED_HEAD_START) for transport in transports.values() for tokens in COMPARED_TOKENS]
-        taken = [[_seconds(*run) for run in runs] for _ in range(SAMPLES + 1)]
+        taken = [[seconds_of_call(*run) for run in runs] for _ in range(SAMPLES + 1)]
         mine = [statistics.median(samples) for samples in zip(*taken[1:])]
         said = agree.exchange(group_name, "the end of a comparison of transports", json.dumps(mine))
         slowest = [max(theirs) for theirs in zip(*map(json.loads, said))]
@@ -230,11 +230,11 @@ def _times(owner, dtype, hidden) -> dict[tuple[str, int, int], float]:
     instruments = {kernel: owner.another(Tuning(rows, by_rule(owner.world).ctas)) for kernel, rows in always.items()}
     weight = torch.ones(hidden, dtype=dtype, device=owner.device)
     wanted = variants(owner.world)
-    taken = [[_seconds(instruments[kernel], weight, *size) for kernel, *size in wanted] for _ in range(SAMPLES + 1)]
+    taken = [[seconds_of_call(instruments[kernel], weight, *size) for kernel, *size in wanted] for _ in range(SAMPLES + 1)]
     return {variant: statistics.median(samples) for variant, *samples in zip(wanted, *taken[1:])}
 
 
-def _seconds(instrument, weight, tokens, ctas, head_start=HEAD_START) -> float:
+def seconds_of_call(instrument, weight, tokens, ctas, head_start=HEAD_START) -> float:
     """Seconds of a call that takes, as layer after layer does, what the one before has left in the workspace."""
 
     def site(x, residual):

@@ -1,0 +1,151 @@
+"""tw-compile doctor: a line for whatever it looks at, on any machine, and what to do where something is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tw_compile import cli, doctor
+from tw_compile.doctor import MISSING, NOTE, OK
+from tw_compile.transports.symmetric import host, nvrtc, support
+
+ROOT = Path(__file__).parent.parent
+TOPOLOGY = """\
+\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tNV18\tSYS\tPIX\t0-31\t0\t\tN/A
+GPU1\tNV18\t X \tNV18\tSYS\t0-31\t0\t\tN/A
+GPU2\tSYS\tNV18\t X \tSYS\t32-63\t1\t\tN/A
+NIC0\tPIX\tSYS\tSYS\t X
+
+Legend:
+
+  X    = Self
+"""
+
+
+def found(findings):
+    return {finding.name: finding for finding in findings}
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with so many GPUs, of a kind that has all. Functions of torch and of ours may be replaced on top."""
+
+    def machine(number, smi=TOPOLOGY, **changes):
+        properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=150e9)
+        for name, value in {
+            "is_available": lambda: True, "device_count": lambda: number, "get_device_properties": lambda index: properties,
+            "get_device_capability": lambda index: (9, 0), "can_device_access_peer": lambda index, other: True,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, changes.get(name, value))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(doctor.compat, "missing_on_gpus", lambda: [])
+        monkeypatch.setattr(doctor, "_smi", lambda *arguments: smi if "topo" in arguments else "580.1\n580.1\n")
+        monkeypatch.setattr(host, "missing", lambda: changes.get("host"))
+        monkeypatch.setattr(nvrtc, "missing", lambda: changes.get("nvrtc"))
+        monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+        monkeypatch.setattr(support, "has_multicast", lambda index: changes.get("multicast", False))
+        return found(doctor.examine())
+
+    return machine
+
+
+def test_a_machine_without_gpus(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_smi", lambda *arguments: None)
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "process_group for a group on the CPU\n" in said and "not peer: it needs NVIDIA GPUs" in said
+    assert said.endswith("nothing that is needed is missing\n")
+
+
+def test_one_gpu(gpus):
+    seen = gpus(1)
+    assert "one GPU alone has nothing to reduce" in seen["transport"].text and "links" not in seen
+    assert seen["GPUs"].text == "1 × NVIDIA H200 (9.0, 150 GB)" and MISSING not in {f.status for f in seen.values()}
+
+
+def test_gpus_that_have_all(gpus):
+    seen = gpus(3, multicast=True)
+    assert (seen["links"].text, seen["peer access"].status) == ("NVLink (NV18): 2, PCIe (SYS): 1 pairs", OK)
+    assert seen["transport"].text == "multimem or peer, whichever is faster, for a group of 3 GPUs"
+    assert seen["driver"].text == "NVIDIA 580.1" and MISSING not in {f.status for f in seen.values()}
+
+
+def test_why_not_a_better_transport(gpus):
+    seen = gpus(2)
+    assert seen["transport"].text.splitlines() == [
+        "peer for a group of 2 GPUs",
+        "not multimem: there is no NVLink multicast here, or it is switched off",
+    ]
+    seen = gpus(2, can_device_access_peer=lambda index, other: False)
+    assert "not peer: GPU 0 cannot reach the memory of GPU 1" in seen["transport"].text
+    assert seen["transport"].status == seen["peer access"].status == NOTE
+
+
+@pytest.mark.parametrize("name, reason, advice", [("host", "there is no C compiler for it", "install gcc"), ("nvrtc", "no NVRTC", "pip install")])
+def test_what_is_missing_comes_with_what_to_do(gpus, name, reason, advice, monkeypatch, capsys):
+    seen = gpus(2, **{name: reason})
+    (missing,) = [finding for finding in seen.values() if finding.status == MISSING]
+    assert missing.text == reason and advice in missing.advice
+    assert seen["transport"].text.startswith("process_group") and f"not peer: {reason}" in seen["transport"].text
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert f"-> {missing.advice}" in said and said.endswith(f"missing: {missing.name}\n")
+
+
+def test_a_driver_for_which_this_pytorch_is_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_smi", lambda *arguments: "580.1\n")
+    driver = found(doctor.examine())["driver"]
+    assert driver.status == MISSING and "PyTorch sees no GPU" in driver.text
+
+
+def test_a_probe_that_fails_is_a_line(monkeypatch):
+    before = doctor.examine()
+
+    def fail():
+        raise OSError("the bus is gone")
+        yield
+
+    monkeypatch.setattr(doctor, "_PROBES", dict.fromkeys(doctor._PROBES, fail))
+    after = doctor.examine()
+    assert len(after) == len(doctor._PROBES) <= len(before)
+    assert {finding.text for finding in after} == {"could not be found out: OSError: the bus is gone"}
+
+
+def test_links_that_nvidia_smi_does_not_tell(gpus):
+    for smi in (None, "", "no devices were found"):
+        assert gpus(2, smi)["links"].status == NOTE
+
+
+def test_a_wrong_command_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctors"])
+    assert end.value.code == 2 and "invalid choice" in capsys.readouterr().err
+
+
+def torchrun(ranks):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "tw_compile", "doctor"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_ranks():
+    done = torchrun(2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("self-test passed") >= 1 and "GB/s on the wire" in done.stdout
+    assert done.stdout.count("nothing that is needed is missing") == 1, "rank 0 alone prints"
+
+
+@pytest.mark.gpu
+def test_ranks_on_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    done = torchrun(2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("self-test passed") == 2 and "without multicast" in done.stdout
