@@ -18,6 +18,7 @@ from .passes.rules.token_axis import Split, TokenAxis, register_token_rule
 from .report import Break, Refusal, Report, Site, reports
 from .transports.choose import workspace_bytes
 from .verify import Verification, verify
+from .warmup import warmup
 
 __all__ = [
     "AllReduce",
@@ -35,6 +36,7 @@ __all__ = [
     "register_token_rule",
     "reports",
     "verify",
+    "warmup",
     "workspace_bytes",
 ]
 
