@@ -117,7 +117,7 @@ class Report:
         lines += [f"  because {reason}" for reason in self.reasons]
         lines += [f"  graph break at {short(self.broken.source)}: {self.broken.reason}"] if self.broken else []
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
-        rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), _form(s)) for s in self.sites]
+        rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), form_of(s)) for s in self.sites]
         rows += [("refused", r.all_reduce, short(r.source), r.reason) for r in self.refusals]
         rows += [("unsplit", j.op, short(j.source), j.reason) for j in self.joins]
         # The layers of a model are alike: a row each would say the same many times.
@@ -126,6 +126,16 @@ class Report:
         for row in rows:
             lines.append("  " + "  ".join([cell.ljust(width) for cell, width in zip(row, widths)] + [row[3]]).rstrip())
         return "\n".join(lines)
+
+    def html(self, profile=None) -> str:
+        """The report as one page of HTML that needs nothing else.
+
+        profile: for a timeline: a ``torch.profiler.profile`` of calls of the model that has ended, or the path of its Chrome trace
+        Raises OSError or ValueError where that cannot be read, or is no trace.
+        """
+        from .html import page  # which is above this
+
+        return page(self, profile)
 
 
 def short(source: str) -> str:
@@ -143,7 +153,8 @@ def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float
     return f"woven from {min_tokens} tokens on, with {cut}: {gain:.2f} times as fast as fused at the most tokens"
 
 
-def _form(site: Site) -> str:
+def form_of(site: Site) -> str:
+    """What the op of a site does, in words."""
     return f"all-reduce + add + {site.norm}" if site.residual else f"all-reduce + {site.norm}"
 
 

@@ -1,0 +1,238 @@
+"""A report as one page of HTML that needs nothing else: no script, no font, no image from elsewhere."""
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from .report import Report, form_of, plan_text, short
+
+# Kernels that a timeline shows at most: around the communication in the middle of the profile.
+MAX_KERNELS = 600
+_WIDTH, _LANE, _LABEL = 1100, 30, 150  # pixels of the timeline, of a lane in height, and of what is in front of it
+
+# The first that is found in a kernel's name counts: Inductor's names have the ops in them that a kernel came from.
+KINDS = (
+    ("all-reduce + norm", r"two_shot|one_shot"),
+    ("process group", r"^nccl"),
+    ("elementwise", r"^triton_(?!tem)"),
+    ("attention", r"flash|fmha|sdpa|attention"),
+    ("GEMM", r"gemm|nvjet|cutlass|xmma|splitk|gemv|^triton_tem"),
+    ("elementwise", r""),
+)
+_COMMUNICATION = "all-reduce + norm", "process group"
+
+
+def page(report: Report, profile=None) -> str:
+    """The page of a report.
+
+    profile: of calls of the compiled model, for a timeline: a ``torch.profiler.profile`` that has ended, the path of the Chrome trace
+             that it has exported, or what is in one; None for no timeline
+    """
+    parts = [_head(report), _reasons(report), _sites(report)]
+    parts.append(_table("Refused", ("all-reduce", "place", "why"), [(r.all_reduce, short(r.source), r.reason) for r in report.refusals]))
+    parts.append(_table("Unsplit ops", ("op", "place", "why"), [(j.op, short(j.source), j.reason) for j in report.joins]))
+    parts.append(_timeline(kernels_of(profile)) if profile is not None else "")
+    return _PAGE.format(style=_STYLE, body="\n".join(part for part in parts if part))
+
+
+# --- the report ----------------------------------------------------------------------------------------------------------------------
+
+
+def _head(report: Report) -> str:
+    woven = sum(site.woven for site in report.sites)
+    numbers = {
+        "sites": len(report.sites),
+        "woven": woven,
+        "refused": len(report.refusals),
+        "unsplit ops": len(report.joins),
+    }
+    cards = "".join(f"<div><b>{number}</b>{name}</div>" for name, number in numbers.items())
+    facts = {"transport": report.transport, "split": " | ".join(map(str, report.split or ())), "layers compiled as one": report.alike}
+    asked = ", ".join(f"{name}={value}" for name, value in report.requested.items() if value != "auto")
+    facts |= {"requested": asked or "auto", "tuned": plan_text(**report.rehearsal["plan"]) if report.rehearsal else ""}
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value)
+    return f'<h1>tokenweave <span class="{report.mode}">{report.mode}</span></h1><div class="cards">{cards}</div><dl>{rows}</dl>'
+
+
+def _reasons(report: Report) -> str:
+    reasons = [*report.reasons]
+    if report.broken:
+        reasons.append(f"graph break at {short(report.broken.source)}: {report.broken.reason}")
+    items = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
+    return f"<h2>Why not more</h2><ul>{items}</ul>" if items else ""
+
+
+def _sites(report: Report) -> str:
+    """Equal sites in one row: the layers of a model are alike."""
+    done = {True: "woven", False: "fused" if report.mode != "off" else "found"}
+    rows = Counter((done[s.woven], "×".join(map(str, s.shape)), s.dtype, form_of(s), short(s.source)) for s in report.sites)
+    cells = [(what, count, *rest) for (what, *rest), count in rows.items()]
+    return _table("Sites", ("", "number", "shape", "dtype", "op", "place"), cells)
+
+
+def _table(title: str, names: tuple, rows: list[tuple]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(name, value)}</td>" for name, value in zip(names, row)) + "</tr>" for row in rows)
+    return f'<h2>{escape(title)}</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(name: str, value: object) -> str:
+    text = escape(str(value))
+    if name == "":
+        return f'<span class="{text}">{text}</span>'
+    return f"<code>{text}</code>" if name in ("place", "all-reduce", "shape") or (name == "op" and "." in text) else text
+
+
+# --- the timeline --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Something that ran on a GPU. start, us: microseconds; lane: GPU and stream"""
+
+    name: str
+    kind: str
+    lane: str
+    start: float
+    us: float
+
+    @property
+    def end(self) -> float:
+        return self.start + self.us
+
+
+def kernels_of(profile) -> list[Kernel]:
+    """What ran on GPUs, in order of time. profile: see ``page``
+
+    Raises ValueError for what is no profile, and OSError for a file that cannot be read.
+    """
+    if hasattr(profile, "export_chrome_trace"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "trace.json")
+            profile.export_chrome_trace(path)
+            return kernels_of(path)
+    data = json.loads(Path(profile).read_bytes()) if isinstance(profile, str | os.PathLike) else profile
+    events = data.get("traceEvents") if isinstance(data, dict) else None
+    if not isinstance(events, list):
+        raise ValueError("it is no Chrome trace: it has no 'traceEvents'")
+    found = [
+        Kernel(event["name"], kind_of(event["name"]), f"GPU {event.get('pid', 0)}, stream {event.get('tid', 0)}", event["ts"], event["dur"])
+        for event in events
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
+    return sorted(found, key=lambda kernel: kernel.start)
+
+
+def kind_of(name: str) -> str:
+    """What a kernel does, by its name."""
+    return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
+
+
+def hidden(kernels: list[Kernel]) -> tuple[float, float]:
+    """(microseconds of communication, those of them beside which other kernels of the same GPU ran)"""
+    total = beside = 0.0
+    for gpu in {_gpu_of(kernel.lane) for kernel in kernels}:
+        mine = [kernel for kernel in kernels if _gpu_of(kernel.lane) == gpu]
+        compute = _union([kernel for kernel in mine if kernel.kind not in _COMMUNICATION])
+        for begin, end in _union([kernel for kernel in mine if kernel.kind in _COMMUNICATION]):
+            total += end - begin
+            beside += sum(max(0.0, min(end, stop) - max(begin, start)) for start, stop in compute)
+    return total, beside
+
+
+def _gpu_of(lane: str) -> str:
+    return lane.partition(",")[0]
+
+
+def _union(kernels: list[Kernel]) -> list[tuple[float, float]]:
+    spans: list[tuple[float, float]] = []
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        if spans and kernel.start <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(spans[-1][1], kernel.end)
+        else:
+            spans.append((kernel.start, kernel.end))
+    return spans
+
+
+def _timeline(kernels: list[Kernel]) -> str:
+    if not kernels:
+        return "<h2>Timeline</h2><p>The profile has nothing that ran on a GPU.</p>"
+    total, beside = hidden(kernels)
+    shown = _middle(kernels)
+    begin, end = shown[0].start, max(kernel.end for kernel in shown)
+    scale = _WIDTH / max(end - begin, 1e-3)
+    lanes = {lane: number for number, lane in enumerate(sorted(dict.fromkeys(kernel.lane for kernel in shown), key=_gpu_of))}
+    parts = [f'<text x="0" y="{_LANE * (n + 0.65):.1f}">{escape(lane)}</text>' for lane, n in lanes.items()]
+    for kernel in shown:
+        x, width = _LABEL + (kernel.start - begin) * scale, max(kernel.us * scale, 0.5)
+        title = escape(f"{kernel.kind}, {kernel.us:.1f} µs: {kernel.name[:200]}")
+        where = f'x="{x:.2f}" y="{_LANE * lanes[kernel.lane] + 3}" width="{width:.2f}" height="{_LANE - 6}"'
+        parts.append(f'<rect class="{_class(kernel.kind)}" {where}><title>{title}</title></rect>')
+    bottom = _LANE * len(lanes)
+    step = _step(end - begin)
+    for number in range(int((end - begin) / step) + 1):
+        x = _LABEL + number * step * scale
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom + 4}"/><text x="{x:.1f}" y="{bottom + 18}">{number * step:g}</text>')
+    parts.append(f'<text x="0" y="{bottom + 18}">microseconds</text>')
+    kinds = dict.fromkeys(kernel.kind for kernel in shown)
+    legend = "".join(f'<span><i class="{_class(kind)}"></i>{escape(kind)}</span>' for kind in kinds)
+    told = f"{len(kernels)} kernels" + (f", of which {len(shown)} are shown" if len(shown) < len(kernels) else "")
+    share = f"; {100 * beside / total:.0f} % of {total / 1e3:.2f} ms of communication had compute beside it" if total else ""
+    size = f'viewBox="0 0 {_LABEL + _WIDTH + 40} {bottom + 24}" width="{_LABEL + _WIDTH + 40}"'
+    drawn = f'<div class="wide"><svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg></div>'
+    return f'<h2>Timeline</h2><p>{told}{share}.</p><p class="legend">{legend}</p>{drawn}'
+
+
+def _middle(kernels: list[Kernel]) -> list[Kernel]:
+    """At most MAX_KERNELS, around the communication in the middle."""
+    if len(kernels) <= MAX_KERNELS:
+        return kernels
+    at = [number for number, kernel in enumerate(kernels) if kernel.kind in _COMMUNICATION] or [len(kernels) // 2]
+    first = min(max(0, at[len(at) // 2] - MAX_KERNELS // 2), len(kernels) - MAX_KERNELS)
+    return kernels[first : first + MAX_KERNELS]
+
+
+def _step(span: float) -> float:
+    """A round number of microseconds, of which 5 to 12 are in the span."""
+    step = 10.0 ** len(str(int(span / 10)))
+    return next((step / d for d in (10, 5, 2, 1) if span / (step / d) <= 12), step)
+
+
+def _class(kind: str) -> str:
+    return re.sub(r"\W+", "-", kind)
+
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1340px; margin: 2em auto; padding: 0 1.5em; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.1em; margin: 2em 0 .5em; }
+h1 span, td span { padding: .1em .6em; border-radius: 1em; background: var(--soft); }
+.weave, .woven { background: #22883344 !important; } .fuse, .fused { background: #ccbb4455 !important; } .off { background: #ee667744 !important; }
+.cards { display: flex; gap: 1em; flex-wrap: wrap; } .cards div { border: 1px solid var(--line); border-radius: .5em; padding: .5em 1.2em; }
+.cards b { display: block; font-size: 1.5em; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2em 1.2em; } dt { opacity: .7; } dd { margin: 0; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; }
+th, td { padding: .35em .8em .35em 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+code { font: 13px ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+svg text { font-size: 12px; fill: currentColor; } svg line { stroke: currentColor; opacity: .15; }
+.legend span { margin-right: 1.5em; } .legend i { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em; }
+.GEMM { fill: #4477aa; background: #4477aa; } .attention { fill: #66ccee; background: #66ccee; }
+.all-reduce-norm { fill: #ee6677; background: #ee6677; } .elementwise { fill: #ccbb44; background: #ccbb44; }
+.process-group { fill: #aa3377; background: #aa3377; }
+"""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>tokenweave report</title><style>{style}</style></head>
+<body>
+{body}
+</body>
+</html>
+"""
