@@ -1,13 +1,15 @@
-"""``torch.compile(model, backend="tokenweave")``: all-reduces of tensor-parallel LLMs hidden behind compute.
+"""``torch.compile(model, backend="tokenweave")`` overlaps the all-reduces of tensor-parallel LLMs with compute.
 
-The pipeline, in the order in which a graph meets it::
+The pipeline, in the order in which a graph passes through it::
 
-    backend.py     torch.compile's entry: options, training check, Inductor behind the passes
+    backend.py     torch.compile's entry: options, training check, then Inductor with the passes in front
     forms.py       the fused and the woven form of a graph, and the choice in each call
+    variants.py    compiles a form for given sizes
     context.py     what all ranks have agreed on
-    passes/        unshard -> find -> fuse -> split -> weave -> place, on ATen as Inductor gets it
-    ops/           the ops that the rewritten graph calls, and how they communicate
-    report.py      what was found, what was done, why not
+    passes/        unshard -> find -> fuse -> split -> weave -> place -> outline, on the ATen graph that Inductor gets
+    ops/           the ops of the rewritten graph
+    transports/    how the ranks exchange data
+    report.py      what was found, what was done, and why not more
 """
 
 from . import logs

@@ -1,4 +1,4 @@
-"""Where Dynamo broke a graph, and why: as it has told, or counted."""
+"""Where Dynamo broke a graph, and why: from its list of graph breaks, and from its counters."""
 
 import os
 
@@ -9,23 +9,23 @@ from .report import Break
 
 
 def break_of(gm: torch.fx.GraphModule) -> Break | None:
-    """Where and why Dynamo ended a graph before the model did; None where it did not."""
+    """The graph break at which this graph ends; None if it ends with the model."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return _break(reason) if reason is not None and reason.graph_break else None
 
 
 class Breaks:
-    """The graph breaks from now on."""
+    """Records the graph breaks that happen after it is made."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seen, self.counts = len(_places()), dict(_counts())
 
     def since(self) -> list[Break]:
-        """Each once, though Dynamo tells of one in every function that it leads out of."""
+        """Those graph breaks, each once. Dynamo lists a break in every function that it leads out of."""
         found = dict.fromkeys(map(_break, _places()[self.seen :]))
-        told = {b.reason for b in found}
+        reasons = {b.reason for b in found}
         counted = [_summary(reason) for reason, count in _counts().items() if count > self.counts.get(reason, 0)]
-        return [*found, *(Break("", reason) for reason in counted if reason not in told)]
+        return [*found, *(Break("", reason) for reason in counted if reason not in reasons)]
 
 
 def _places() -> list:
@@ -42,12 +42,12 @@ def _break(reason) -> Break:
     return Break(source, _summary(reason.reason))
 
 
-# Of a stack, the innermost line of the model tells most.
+# The source of a break is the innermost line of its stack that is in the model.
 _NOT_THE_MODEL = os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep
 
 
 def _summary(reason: str) -> str:
-    """One line of the many in which Dynamo tells of a break: what it is, and the explanation."""
+    """Dynamo's message in one line: its first line, and its explanation."""
     what, *rest = reason.strip().splitlines() or [""]
     explanation = next((line.strip().removeprefix("Explanation: ") for line in rest if "Explanation: " in line), "")
     return f"{what}: {explanation}" if explanation else what
