@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from graphs import all_reduces, capture, text
-from sites import H, LAYER_NORMS, NORMS, all_reduce, hf_norm, in_place, layer_norm, torch_norm, values
+from sites import LAYER_NORMS, NORMS, H, all_reduce, hf_norm, in_place, layer_norm, torch_norm, values
 
 from tw_compile.passes import find
 from tw_compile.passes.find import AllReduce, Match, register_all_reduce
@@ -350,7 +350,7 @@ def test_refused_two_users_of_the_reduced_value():
 
 
 def test_refused_reduced_value_leaves_the_graph():
-    refused("the reduced value leaves the graph without a norm", lambda x: all_reduce(x), values(8, H))
+    refused("the reduced value leaves the graph without a norm", all_reduce, values(8, H))
 
 
 def test_refused_reduced_value_leaves_beside_the_norm():

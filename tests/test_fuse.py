@@ -4,7 +4,7 @@ import expecttest
 import pytest
 import torch
 from graphs import all_reduces, rewrite, text
-from sites import H, LAYER_NORMS, NORMS, all_reduce, hf_norm, in_place, layer_norm, torch_norm, values
+from sites import LAYER_NORMS, NORMS, H, all_reduce, hf_norm, in_place, layer_norm, torch_norm, values
 
 from tw_compile import ops
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch._inductor.config
 from graphs import rewrite, run, shuffled, text, without_codegen
-from models import STYLES, VOCAB, parallel
+from models import VOCAB, parallel
 from sites import INNER, H, all_reduce, hf_norm, values
 from test_weave import Logging, designed
 from torch._inductor.decomposition import select_decomp_table
@@ -160,7 +160,8 @@ def test_the_longest_run_is_taken():
 
 @pytest.mark.parametrize("first, second", [(1.0, 2.0), (0.0, -0.0), (1.0, True), (1, 1.0)])
 def test_other_constants_are_another_layer(first, second):
-    check(mlps(4, lambda i, norm, up, down: (norm @ up).clamp(min=second if i == 2 else first) @ down), *mlps_inputs(4, 8), count=0, mode="fuse")
+    layers = mlps(4, lambda i, norm, up, down: (norm @ up).clamp(min=second if i == 2 else first) @ down)
+    check(layers, *mlps_inputs(4, 8), count=0, mode="fuse")
 
 
 def test_other_sizes_are_another_layer():

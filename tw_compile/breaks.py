@@ -1,6 +1,7 @@
 """Where Dynamo broke a graph, and why: from its list of graph breaks, and from its counters."""
 
 import os
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class Breaks:
         return [*found, *(Break("", reason) for reason in counted if reason not in reasons)]
 
 
-def _places() -> list:
+def _places() -> list[Any]:
     return compat.graph_break_reasons if compat.has(compat.graph_break_reasons) else []
 
 
@@ -36,7 +37,7 @@ def _counts() -> dict[str, int]:
     return compat.dynamo_counters["graph_break"] if compat.has(compat.dynamo_counters) else {}
 
 
-def _break(reason) -> Break:
+def _break(reason: Any) -> Break:
     lines = [line for line in reason.user_stack if not line.filename.startswith(_NOT_THE_MODEL)]
     source = f"{lines[-1].filename}:{lines[-1].lineno}, in {lines[-1].name}: {lines[-1].line}" if lines else ""
     return Break(source, _summary(reason.reason))

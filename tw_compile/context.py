@@ -141,9 +141,9 @@ def agreed(
             said = _exchange(group, options, signatures[group], outcomes[group], problem)
             problem = problem or _problem(group, said)
             if not problem:
-                merged = wire.merge(merged, group, [theirs["outcome"] for theirs in said])
-                problem = ("left", "its ranks cannot agree on what to do with its collectives") if merged is None else None
-                merged = merged or decision
+                possible = wire.merge(merged, group, [theirs["outcome"] for theirs in said])
+                problem = ("left", "its ranks cannot agree on what to do with its collectives") if possible is None else None
+                merged = possible or decision
         again = merged != decision
         if len(asked) > 1:  # a rank's new decision holds for all of its groups
             for group in asked:

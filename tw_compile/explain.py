@@ -3,6 +3,7 @@
 import inspect
 import types
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class Explanation(list[Report]):
         return "\n".join(lines)
 
 
-def explain(model: Callable, *args, options: dict | None = None, **kwargs) -> Explanation:
+def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Explanation:
     """Compile ``model`` with the backend, run it once, and return the reports of its graphs and all graph breaks.
 
     model:   a module or a function, not compiled, or what torch.compile returned
@@ -48,13 +49,14 @@ def explain(model: Callable, *args, options: dict | None = None, **kwargs) -> Ex
     return Explanation(reports()[before:], broken.since())
 
 
-def anew(function: Callable) -> Callable:
+def anew(function: Callable[..., Any]) -> Callable[..., Any]:
     """A new function that calls ``function``. What Dynamo compiles for it is separate, and is freed with it."""
-    original: Callable = function
+    original: Callable[..., Any] = function
     if not getattr(function, "_torchdynamo_disable", False):  # a disabled function has an original, too, and stays disabled
-        original = getattr(function, "_orig_mod", None) or getattr(function, "_torchdynamo_orig_callable", function)
+        original = getattr(function, "_torchdynamo_orig_callable", function)
+        original = getattr(function, "_orig_mod", None) or original
 
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
     name = getattr(original, "__name__", "call")

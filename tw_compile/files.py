@@ -104,4 +104,4 @@ def _private_directory(reason: str | None) -> Path:
     return Path(directory.name)
 
 
-_private_directories: list[tempfile.TemporaryDirectory] = []  # keeps them until the process ends
+_private_directories: list[tempfile.TemporaryDirectory[str]] = []  # keeps them until the process ends

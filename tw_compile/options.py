@@ -42,7 +42,7 @@ class Options:
     timeout: int | str = "auto"
     most: str = "weave"
 
-    CHOICES: ClassVar[dict[str, tuple]] = {
+    CHOICES: ClassVar[dict[str, tuple[str | bool, ...]]] = {
         "mode": ("auto", "weave", "fuse", "off"),
         "transport": ("auto", "multimem", "peer", "process_group"),
         "cuda_graphs": ("auto", True, False),

@@ -9,6 +9,7 @@ transports    transports, gpu, ranks, version                            seconds
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import files
 
@@ -20,8 +21,8 @@ class Record:
     """One result. kind: one of KINDS; key, value: JSON objects"""
 
     kind: str
-    key: dict
-    value: dict
+    key: dict[str, Any]
+    value: dict[str, Any]
 
     @property
     def path(self) -> Path:
@@ -33,17 +34,17 @@ class Record:
         return self.path.stem.removeprefix(f"{self.kind}-")[:8]
 
 
-def path(kind: str, key: dict) -> Path:
+def path(kind: str, key: dict[str, Any]) -> Path:
     return files.path(kind, json.dumps(key, sort_keys=True), "json")
 
 
-def read(kind: str, key: dict) -> dict | None:
+def read(kind: str, key: dict[str, Any]) -> dict[str, Any] | None:
     """The value for a key; None if there is no readable record."""
     found = _load(path(kind, key))
     return found and found.get("value")
 
 
-def write(kind: str, key: dict, value: dict) -> bool:
+def write(kind: str, key: dict[str, Any], value: dict[str, Any]) -> bool:
     """Write a record, with access for this user only. Returns False if it cannot be written."""
     return files.write(path(kind, key), json.dumps({"key": key, "value": value}, indent=1).encode())
 
@@ -61,7 +62,7 @@ def on_disk() -> tuple[list[Record], list[Path]]:
     return records, others
 
 
-def _load(place: Path) -> dict | None:
+def _load(place: Path) -> dict[str, Any] | None:
     try:
         data = json.loads(place.read_bytes())
     except (OSError, ValueError):

@@ -44,7 +44,7 @@ class Variant:
 
     sized: the graph with the sizes that it was compiled for, and the conditions on others
     run:   the compiled graph: a function of a list of inputs
-    sites: for each site: group, device, slot, dtype, shape of the reduced value in the symbols of ``sized``, whether its norm is a LayerNorm
+    sites: for each site: group, device, slot, dtype, shape of the reduced value in the symbols of ``sized``, whether a LayerNorm follows
     """
 
     sized: ForSizes

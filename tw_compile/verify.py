@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
@@ -55,12 +55,12 @@ class Verification:
         for difference in self.differences:
             site, relative = difference.site, difference.relative
             done = "woven" if site.woven else "fused"
-            told = "not compared" if relative is None else f"{relative:.1e}"
-            lines.append(f"  {told:<12}  {done}  {'×'.join(map(str, site.shape))} {site.dtype}  {short(site.source)}")
+            text = "not compared" if relative is None else f"{relative:.1e}"
+            lines.append(f"  {text:<12}  {done}  {'×'.join(map(str, site.shape))} {site.dtype}  {short(site.source)}")
         return "\n".join([*lines, f"  {self.outputs:<12.1e}  of what the graphs return and write"])
 
 
-def verify(model: Callable, *args, options: dict | None = None, **kwargs) -> Verification:
+def verify(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Verification:
     """Run each graph of ``model`` as it is and rewritten, and compare the two at each site. Add the result to bug reports.
 
     model:   a module or a function, not compiled, or what torch.compile returned
@@ -78,12 +78,12 @@ def verify(model: Callable, *args, options: dict | None = None, **kwargs) -> Ver
     return found
 
 
-def _as_it_is(gm: GraphModule, inputs: list, **kwargs) -> Callable:
+def _as_it_is(gm: GraphModule, inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
     gm.recompile()
     return _boxed(lambda args: gm(*args))
 
 
-def _boxed(run: Callable) -> Callable:
+def _boxed(run: Callable[..., Any]) -> Callable[..., Any]:
     run._boxed_call = True  # type: ignore[attr-defined]  # how Inductor knows a function that empties its arguments
     return run
 
@@ -91,18 +91,18 @@ def _boxed(run: Callable) -> Callable:
 class _Comparer(Compiler):
     """In place of compiled code, runs the original and the rewritten graph and compares them."""
 
-    def __init__(self, found: Verification, *args):
+    def __init__(self, found: Verification, *args: Any) -> None:
         super().__init__(*args)
         self.found = found
 
-    def compile(self, sized: ForSizes, new: passes.Rewritten, together: bool) -> Callable:
+    def compile(self, sized: ForSizes, new: passes.Rewritten, together: bool) -> Callable[..., Any]:
         before, after = copied(sized.gm), copied(sized.gm, new.graph)
         if new.sites:
             self.complete(new.report)
         self.found.reports.append(new.report)
         return _boxed(lambda args: self._compare(before, after, new, args))
 
-    def _compare(self, before: GraphModule, after: GraphModule, new: passes.Rewritten, args: list) -> tuple:
+    def _compare(self, before: GraphModule, after: GraphModule, new: passes.Rewritten, args: list[Any]) -> tuple[Any, ...]:
         """Run both graphs. Only the rewritten one, which runs last, writes to the arguments of the call."""
         saved = _saved(before.graph, args)
         names = {name for pair in new.values.values() for name in pair}
@@ -123,7 +123,7 @@ class _Comparer(Compiler):
             self.found.first = self._first(before, after, saved, args) or f"no op by itself: at {said}"
         return results
 
-    def _first(self, before: GraphModule, after: GraphModule, saved: Callable, args: list) -> str:
+    def _first(self, before: GraphModule, after: GraphModule, saved: Callable[..., Any], args: list[Any]) -> str:
         """The first op whose results differ. It runs both graphs once more, as it keeps the values of all nodes."""
         kept = saved(args)
         right, run = _Run(before, None), _Run(after, None)
@@ -154,7 +154,7 @@ class _Run(Interpreter):
         return result
 
 
-def _saved(graph: Graph, args: list) -> Callable[[list], list]:
+def _saved(graph: Graph, args: list[Any]) -> Callable[[list[Any]], list[Any]]:
     """A function of arguments that replaces those that the graph writes to by copies of their present values."""
     written = {node.args[0] for node in graph.nodes if calls(node, aten.copy_.default)}
     at = [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in written]
@@ -191,28 +191,25 @@ def _is_sharded(node: Node, number: int) -> bool:
     return not choose.is_process_group(cast(str, arguments(node)["group"]))
 
 
-def _joined(parts: dict, wanted: torch.Tensor | None) -> torch.Tensor | None:
-    """A value of the rewritten graph, of which ``parts`` are the halves or the whole, in the shape of ``wanted``; None if it does not fit."""
+def _joined(parts: dict[int | None, torch.Tensor | None], wanted: torch.Tensor | None) -> torch.Tensor | None:
+    """A value of the rewritten graph in the shape of ``wanted``; None if it does not fit. parts: its halves, or the whole under None"""
     if wanted is None:
         return None
-    if parts.get(None) is not None:
-        got = parts[None]
-    elif parts.get(0) is not None and parts.get(1) is not None and parts[0].dim() == parts[1].dim():
-        if parts[0].dim() != wanted.dim():
+    got, first, second = parts.get(None), parts.get(0), parts.get(1)
+    if got is None:
+        if first is None or second is None or not first.dim() == second.dim() == wanted.dim():
             return None
-        shapes = zip(parts[0].shape, parts[1].shape, wanted.shape)
-        dims = [d for d, (a, b, w) in enumerate(shapes) if a + b == w and _others(parts, wanted, d)]
+        shapes = zip(first.shape, second.shape, wanted.shape)
+        dims = [d for d, (a, b, w) in enumerate(shapes) if a + b == w and _are_equal_but_for(d, first, second, wanted)]
         if not dims:
             return None
-        got = torch.cat([parts[0], parts[1]], dims[0])
-    else:
-        return None
+        got = torch.cat([first, second], dims[0])
     return got.reshape(wanted.shape) if got.numel() == wanted.numel() else None
 
 
-def _others(parts: dict, wanted: torch.Tensor, dim: int) -> bool:
-    """Whether all dimensions but ``dim`` are equal."""
-    return all(a == b == w for d, (a, b, w) in enumerate(zip(parts[0].shape, parts[1].shape, wanted.shape)) if d != dim)
+def _are_equal_but_for(dim: int, *tensors: torch.Tensor) -> bool:
+    """Whether all dimensions but one are equal."""
+    return len({(*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor in tensors}) == 1
 
 
 def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The sites over the process group's own all-reduce: anywhere, on any device."""
+"""Sites over the process group's own all-reduce, on any device."""
 
 import contextlib
 import threading
@@ -14,35 +14,35 @@ from ..site import add_norm
 
 
 class ProcessGroup:
-    """Sites over ``dist.all_reduce``. The sum has the process group's own order and rounding.
+    """Sites over ``dist.all_reduce``. The sum has the process group's order and rounding.
 
-    On CUDA the collective is issued from a stream of its own, so that the compute stream goes on; on the CPU it runs
-    in the process group's thread. Add and norm follow in ``wait``. There is no memory that calls share: from whichever stream they come,
-    the process group orders its collectives, and what belongs together is kept from other threads by ``call()``, as in Symmetric.
+    On CUDA the collective is issued from a separate stream, so that the compute stream goes on; on the CPU it runs in the process group's
+    thread. ``wait`` computes add and norm. Calls share no memory. The process group orders collectives from all streams, and ``call()``
+    keeps the ops of one call together where several threads call, as in Symmetric.
     """
 
     name = "process_group"
 
-    def __init__(self, group_name: str, device: torch.device):
+    def __init__(self, group_name: str, device: torch.device) -> None:
         self._group, self.device = weakref.ref(resolve_process_group(group_name)), device
         self.lock, self._depth = threading.RLock(), 0
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self.pending = {}
+        self.pending: dict[int, tuple] = {}  # slot -> the started site
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """Held weakly: what was chosen for a group is not to keep it."""
+        """The process group. It is held weakly, so that a transport does not keep a destroyed group alive."""
         return self._group()
 
     def call(self) -> "ProcessGroup":
-        """``with transport.call():`` around calls that belong together: see Symmetric."""
+        """``with transport.call():`` keeps the ops of one call together: see Symmetric."""
         return self
 
     def __enter__(self) -> None:
         self.lock.acquire()
         self._depth += 1
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self._depth -= 1
             if not self._depth:
@@ -51,18 +51,18 @@ class ProcessGroup:
         finally:
             self.lock.release()
 
-    def prepare(self, calls) -> None:
-        """Nothing is to be made."""
+    def prepare(self, calls: list[tuple]) -> None:
+        """Make what these calls need: nothing."""
 
     def linear(self, a: Tensor, b: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
     def _forget(self, slot: int) -> None:
-        """A start() without wait(): its run failed in between."""
+        """Drop a site that was started but not waited for, as its run has failed."""
         done, *_ = self.pending.pop(slot)
         if self.stream is not None:
             with contextlib.suppress(RuntimeError):  # if that run was a capture
-                torch.cuda.current_stream(self.device).wait_event(done)  # what reuses its memory runs behind it
+                torch.cuda.current_stream(self.device).wait_event(done)  # later work may reuse its memory
 
     def start(self, x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual) -> Tensor:
         if slot in self.pending:
@@ -99,7 +99,7 @@ class ProcessGroup:
         return 0
 
     def raise_if_lost(self, cause: BaseException | None = None) -> None:
-        """What becomes of a rank that does not come is the process group's own error."""
+        """Nothing: the process group raises its own error for a rank that does not come."""
 
 
 def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, fp32_residual):
@@ -109,7 +109,7 @@ def _add_norm(total, residual, weight, bias, shift, eps, scale, offset, center, 
     if not (total.is_cuda and plain):
         norm, total = add_norm(total, residual, weight, bias, shift, eps, scale, offset, center)
         return norm.to(dtype), total.to(of_residual)
-    # Three kernels in place of the reference's dozen; the norm's input is rounded first, as eager does it.
+    # Three kernels in place of the reference's twelve. The norm's input is rounded first, as in eager mode.
     if residual is not None:
         total = total + residual
     rounded = total.to(dtype)
