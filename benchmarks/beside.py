@@ -83,7 +83,8 @@ def measure(peer, device, tokens, ctas):
     torch.backends.cuda.preferred_blas_library("default")
     return {
         "tokens": tokens, "ranks": world, "ctas": ctas, "gemm_us": round(gemm_us, 1), "beside_us": round(beside_us, 1),
-        "carveout_us": round(carveout_us, 1), "slowdown": round(beside_us / gemm_us - 1, 4), "carveout_slowdown": round(carveout_us / gemm_us - 1, 4),
+        "carveout_us": round(carveout_us, 1),
+        "slowdown": round(beside_us / gemm_us - 1, 4), "carveout_slowdown": round(carveout_us / gemm_us - 1, 4),
         "share": round(ctas / sms, 4), "comm_us": round(comm_us, 1), "comm_beside_us": round(comm_beside_us, 1),
     }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Ways to weave a layer: cuts, more than two pieces, attention that is not cut, numbers of CTAs, and GEMMs with an SM carveout for them or without.
+"""Ways to weave a layer: cuts, more than two pieces, attention that is not cut, numbers of CTAs, and GEMMs with an SM carveout for them
+or without.
 
     torchrun --nproc-per-node 8 benchmarks/schedule.py --model 70B --tokens 1024 2048 4096 8192
 
@@ -49,7 +50,8 @@ def section_of(config, ranks, sizes):
     """Two layers of a Llama on one of ``ranks`` ranks."""
     hidden, heads, kv_heads = config.hidden, config.heads // ranks, max(config.kv_heads // ranks, 1)
     q, kv, inner = heads * config.head_dim, kv_heads * config.head_dim, config.intermediate // ranks
-    attention = ("mm", hidden, q), ("mm", hidden, kv), ("mm", hidden, kv), ("attention", heads, kv_heads, config.head_dim), ("mm", q, hidden)
+    qkv = ("mm", hidden, q), ("mm", hidden, kv), ("mm", hidden, kv)
+    attention = *qkv, ("attention", heads, kv_heads, config.head_dim), ("mm", q, hidden)
     mlp = ("mm", hidden, inner), ("mm", hidden, inner), ("mm", inner, hidden)
     return Section(hidden, "bfloat16", tuple(sizes), 1, 0, (attention, mlp) * 2)
 
@@ -77,7 +79,8 @@ class Ways(Stage):
         tokens, slots = sum(pieces), range(len(pieces))
         for number, phase in enumerate(self.section.phases):
             # Each half's norm and residual, waited for when it is asked for.
-            halves = (self.transport.wait(slot, True) if number else (self.value(pieces[slot], self.section.hidden), None) for slot in slots)
+            first = ((self.value(pieces[slot], self.section.hidden), None) for slot in slots)
+            halves = (self.transport.wait(slot, True) for slot in slots) if number else first
             whole = any(op[0] == "attention" for op in phase)
             if whole:
                 halves = list(halves)

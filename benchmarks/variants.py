@@ -16,7 +16,7 @@ import torch.distributed._symmetric_memory as symm_mem
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import llama  # noqa: E402  (the example's model is the one that is measured)
+import llama
 
 MODELS = {
     **llama.SIZES,

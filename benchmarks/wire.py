@@ -84,7 +84,8 @@ extern "C" __global__ void __launch_bounds__(32, 1) bulk(const __grid_constant__
     if (n >= pieces) return;
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(ptx::shared_address(full + i)), "r"(TW_PIECE) : "memory");
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :: "r"(ptx::shared_address(here + i * TW_PIECE)), "l"(place(n)), "r"(TW_PIECE), "r"(ptx::shared_address(full + i)) : "memory");
+                 :: "r"(ptx::shared_address(here + i * TW_PIECE)), "l"(place(n)), "r"(TW_PIECE),
+                    "r"(ptx::shared_address(full + i)) : "memory");
   };
   for (int i = 0; i < TW_PIECES; ++i) fetch(blockIdx.x + i * static_cast<u64>(gridDim.x), i);
   int i = 0;

@@ -87,8 +87,8 @@ have it in the table above, add it to `MODELS` in `tests/zoo.py`, with what you 
 NOTES = {
     "the reduced value has 4 users": "their norms stand behind attention and MLP, not before them: the sum of the embedding "
     "goes to q, k, v and the first residual, and there is no norm to fuse it with",
-    "aten.sort.default": "tokens are sorted by expert, and then taken from there by index: an entry of the sorted ones may come from either "
-    "half, so experts run on all tokens. Attention, router and both communications stay cut",
+    "aten.sort.default": "tokens are sorted by expert, and then taken from there by index: an entry of the sorted ones may come from "
+    "either half, so experts run on all tokens. Attention, router and both communications stay cut",
 }  # fmt: skip
 
 

@@ -272,7 +272,7 @@ def _checkpoint(folder):
     files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
     if not files:
         raise Stop(f"--weights: there are no *.safetensors files in {folder}")
-    file_of = {key: file for file in files for key in file.keys()}
+    file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  # not a dict: safetensors' file has no __iter__
 
     def read(name, shape, sharded_dim):
         key = name if name.startswith("lm_head") else f"model.{name}"

@@ -149,7 +149,8 @@ def text(graph: Graph, inputs: str = "") -> str:
         else:
             arguments = [*_positional(node, show), *(f"{k}={show(v)}" for k, v in node.kwargs.items())]
             half = node.meta.get("half")
-            lines.append(("" if half is None else str(half), f"{show(node)} = {_name(node)}({', '.join(arguments)}) : {_type(node.meta['val'])}"))
+            line = f"{show(node)} = {_name(node)}({', '.join(arguments)}) : {_type(node.meta['val'])}"
+            lines.append(("" if half is None else str(half), line))
     halves = any(half for half, _ in lines)
     return _with_canonical_symbols("\n".join(f"{half:1} {line}" if halves else line for half, line in lines)) + "\n"
 
@@ -160,7 +161,8 @@ def _positional(node, show):
         return map(show, node.args)
     named = [(a.name, v) for a, v in zip(node.target._schema.arguments, node.args)]
     dull = {"eps", "group", "transport", "ctas", "site"}
-    said = [(k, v) for k, v in named if k not in dull and v is not None and v is not False and (k, v) not in (("scale", 1.0), ("offset", 0.0))]
+    said = [(k, v) for k, v in named if k not in dull and v is not None and v is not False]
+    said = [pair for pair in said if pair not in (("scale", 1.0), ("offset", 0.0))]
     return [show(v) if isinstance(v, Node) and k not in ("shift", "after") else f"{k}={show(v)}" for k, v in said]
 
 

@@ -77,7 +77,7 @@ def test_causal_with_large_scores():
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_every_query_sees_every_key(batch):
-    new = split(lambda q, k, v: SDPA(q, k, v), batch=batch)
+    new = split(SDPA, batch=batch)
     assert keys_of_first_half(new) == 6
 
 
@@ -115,7 +115,8 @@ def random_mask(*shape):
 
 @pytest.mark.parametrize("kind", ["float", "bool"])
 @pytest.mark.parametrize("batch, shape", [(1, (1, 1, 6, 6)), (1, (1, HEADS, 6, 6)), (1, (6, 6)), (1, (1, 1, 1, 6)), (4, (4, 1, 6, 6)),
-                                          (4, (1, 1, 6, 6)), (4, (4, 1, 1, 6)), (4, (6, 6)), (6, (6, 6)), (6, (6, HEADS, 6, 6))])  # fmt: skip
+                                          (4, (1, 1, 6, 6)), (4, (4, 1, 1, 6)), (4, (6, 6)), (6, (6, 6)),
+                                          (6, (6, HEADS, 6, 6))])  # fmt: skip
 def test_a_mask_is_cut_by_its_rows_or_by_its_batch(batch, shape, kind):
     mask = random_mask(*shape)
     split(lambda q, k, v, m: SDPA(q, k, v, attn_mask=m), mask == 0 if kind == "bool" else mask, batch=batch)

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from graphs import without_codegen
-from models import VOCAB, parallel, whole
+from models import VOCAB, whole
 from sites import H, all_reduce, hf_norm, values
 from test_split import mlp, mlp_inputs
+from torch import nn
 
 import tw_compile
 from tw_compile import backend, ops
@@ -148,7 +148,7 @@ def test_a_split_of_a_dynamic_length(world, quick):
 
     def run(tokens, **options):
         torch._dynamo.reset()
-        x, residual, *weights = inputs = mlp_inputs(tokens)
+        x, residual, *_ = inputs = mlp_inputs(tokens)
         torch._dynamo.mark_dynamic(x, 0)
         torch._dynamo.mark_dynamic(residual, 0)
         with torch.no_grad():
@@ -250,7 +250,7 @@ def test_a_pass_of_the_user_still_runs_and_sees_our_graph(world, quick):
 
 def test_a_pass_that_the_user_configured_globally_still_runs(world, quick):
     seen = []
-    with torch._inductor.config.patch(post_grad_custom_pre_pass=lambda graph: seen.append(graph)):
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=seen.append):
         compiled(mlp)(*mlp_inputs(8))
     assert len(seen) == 1
 

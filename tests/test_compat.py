@@ -63,7 +63,10 @@ def test_what_stands_for_a_missing_name(monkeypatch):
         absent.uuid()
 
 
-@pytest.mark.parametrize("version, warns", [("2.10.1", True), ("2.11.0+cu130", False), ("2.14.1", False), ("2.15.0a0+git1234", True), ("3.0", True)])
+@pytest.mark.parametrize(
+    "version, warns",
+    [("2.10.1", True), ("2.11.0+cu130", False), ("2.14.1", False), ("2.15.0a0+git1234", True), ("3.0", True)],
+)
 def test_versions_that_were_not_tested(version, warns, monkeypatch, caplog):
     anew = read_anew()
     monkeypatch.setattr(torch, "__version__", version)
@@ -77,7 +80,8 @@ def test_versions_that_were_not_tested(version, warns, monkeypatch, caplog):
 def test_the_package_without_some_names():
     """All of it can be imported."""
     code = """
-import torch._inductor.compile_fx, torch._inductor.cudagraph_trees, torch._inductor.fx_passes.post_grad, torch.distributed.distributed_c10d as c10d
+import torch._inductor.compile_fx, torch._inductor.cudagraph_trees, torch._inductor.fx_passes.post_grad
+import torch.distributed.distributed_c10d as c10d
 del torch._inductor.ir.FallbackKernel, torch._inductor.fx_passes.post_grad.reorder_for_locality, c10d._get_process_group_store
 import tw_compile
 print(*tw_compile.compat.missing())
@@ -90,6 +94,34 @@ print(*tw_compile.compat.missing())
         "torch._inductor.ir.FallbackKernel",
         "torch._inductor.fx_passes.post_grad.reorder_for_locality",
     }
+
+
+def test_the_package_without_symmetric_memory():
+    """Where PyTorch has no symmetric memory, sites run over the process group, and the reason is said."""
+    code = """
+import os, torch, torch.distributed as dist, torch.distributed._symmetric_memory as symmetric_memory
+del torch._C._distributed_c10d._SymmetricMemory, symmetric_memory.rendezvous
+import tw_compile
+from tw_compile import doctor
+from tw_compile.transports import choose
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+group, device = dist.group.WORLD.group_name, torch.device("cuda", 0)
+torch.version.cuda = "13.0"
+assert tw_compile.compat.missing() == []
+for name in ("multimem", "peer"):
+    print(choose.unavailable(name, group, device))
+    assert doctor._why_not(name, 2) == choose.unavailable(name, group, device)
+assert choose.unavailable("process_group", group, device) is None
+assert choose.unavailable("peer", group, torch.device("cpu")) == "it needs NVIDIA GPUs"
+assert choose.candidates("auto", group, device)[0] == ["process_group"]
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        assert line.startswith(f"PyTorch {torch.__version__} lacks names that it needs (")
+        assert "torch._C._distributed_c10d._SymmetricMemory" in line and "torch.distributed._symmetric_memory.rendezvous" in line
+    assert len(done.stdout.splitlines()) == 2
 
 
 def test_no_private_name_is_used_elsewhere():

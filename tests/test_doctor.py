@@ -43,7 +43,7 @@ def gpus(monkeypatch):
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, changes.get(name, value))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(doctor.compat, "missing_on_gpus", lambda: [])
+        monkeypatch.setattr(doctor.compat, "missing_on_gpus", list)
         monkeypatch.setattr(doctor, "_smi", lambda *arguments: smi if "topo" in arguments else "580.1\n580.1\n")
         monkeypatch.setattr(host, "missing", lambda: changes.get("host"))
         monkeypatch.setattr(nvrtc, "missing", lambda: changes.get("nvrtc"))
@@ -65,7 +65,7 @@ def test_a_machine_without_gpus(monkeypatch, capsys):
 
 def test_one_gpu(gpus):
     seen = gpus(1)
-    assert "one GPU alone has nothing to reduce" in seen["transport"].text and "links" not in seen
+    assert "none for one GPU" in seen["transport"].text and "links" not in seen
     assert seen["GPUs"].text == "1 × NVIDIA H200 (9.0, 150 GB)" and MISSING not in {f.status for f in seen.values()}
 
 
@@ -87,7 +87,9 @@ def test_why_not_a_better_transport(gpus):
     assert seen["transport"].status == seen["peer access"].status == NOTE
 
 
-@pytest.mark.parametrize("name, reason, advice", [("host", "there is no C compiler for it", "install gcc"), ("nvrtc", "no NVRTC", "pip install")])
+@pytest.mark.parametrize(
+    "name, reason, advice", [("host", "there is no C compiler for it", "install gcc"), ("nvrtc", "no NVRTC", "pip install")]
+)
 def test_what_is_missing_comes_with_what_to_do(gpus, name, reason, advice, monkeypatch, capsys):
     seen = gpus(2, **{name: reason})
     (missing,) = [finding for finding in seen.values() if finding.status == MISSING]
@@ -115,7 +117,7 @@ def test_a_probe_that_fails_is_a_line(monkeypatch):
     monkeypatch.setattr(doctor, "_PROBES", dict.fromkeys(doctor._PROBES, fail))
     after = doctor.examine()
     assert len(after) == len(doctor._PROBES) <= len(before)
-    assert {finding.text for finding in after} == {"could not be found out: OSError: the bus is gone"}
+    assert {finding.text for finding in after} == {"the check failed: OSError: the bus is gone"}
 
 
 def test_links_that_nvidia_smi_does_not_tell(gpus):

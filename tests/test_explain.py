@@ -8,7 +8,6 @@ from test_split import mlp, mlp_inputs
 
 import tw_compile
 from tw_compile import report
-from tw_compile.explain import ISOLATED
 
 
 def broken(x, w):

@@ -68,7 +68,7 @@ def test_what_cannot_be_loaded_is_made_anew(place, caplog):
 
     kept(place, b"of another machine")
     assert kept(place, b"new", load) == ("loaded", [], 1) and kept(place, b"newer", load) == ("loaded", [], 0)
-    assert "it cannot be loaded: wrong ELF class" in caplog.text
+    assert "cannot be loaded and is made again: wrong ELF class" in caplog.text
 
 
 def test_what_cannot_be_loaded_though_it_is_new_is_an_error(place):
@@ -87,7 +87,7 @@ def test_what_others_can_write_to_is_not_loaded(place, of, bits, caplog):
     target.chmod(mode(target) | bits)
     made, where, makes = kept(place)
     assert (made, makes) == (b"new", 1) and where.parent != place.parent and mode(where.parent) == 0o700
-    assert f"no compiled programs are kept: others can write to {target}: chmod go-w {target}" in caplog.text
+    assert f"compiled programs are not cached: others can write to {target}: chmod go-w {target}" in caplog.text
     caplog.clear()
     assert kept(place, b"newer")[0] == b"newer" and not caplog.text, "said once"
     target.chmod(mode(target) & ~bits)

@@ -350,7 +350,7 @@ def test_refused_two_users_of_the_reduced_value():
 
 
 def test_refused_reduced_value_leaves_the_graph():
-    refused("the reduced value leaves the graph without a norm", lambda x: all_reduce(x), values(8, H))
+    refused("the reduced value leaves the graph without a norm", all_reduce, values(8, H))
 
 
 def test_refused_reduced_value_leaves_beside_the_norm():

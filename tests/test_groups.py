@@ -1,4 +1,4 @@
-"""Where an all-reduce has its group from: a name in the graph, or with ``compile_on_one_rank`` a mesh or a group that the graph is given."""
+"""Where an all-reduce has its group from: a name in the graph, or with ``compile_on_one_rank`` a mesh or group that the graph is given."""
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ from tw_compile import backend
 
 pytestmark = [
     pytest.mark.usefixtures("world"),
-    pytest.mark.skipif(not hasattr(distributed_config, "patch") or torch.__version__ < "2.13", reason="Dynamo does not trace all forms before 2.13"),
+    pytest.mark.skipif(
+        not hasattr(distributed_config, "patch") or torch.__version__ < "2.13", reason="Dynamo does not trace all forms before 2.13"
+    ),
 ]
 
 

@@ -23,8 +23,8 @@ from tw_compile.transports.symmetric.layout import Layout, own_rows
 from tw_compile.transports.symmetric.tuning import by_rule
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNELS = ("two_shot", "one_shot")
@@ -731,7 +731,11 @@ def test_a_layer_norm_of_a_large_mean(machine, kernel):
 
 
 @needs_gxx
-@pytest.mark.parametrize("hidden, dtype", [(8, torch.float16), (72, torch.bfloat16), (520, torch.float32), (5120, torch.bfloat16), (9216, torch.bfloat16), (4104, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "hidden, dtype",
+    [(8, torch.float16), (72, torch.bfloat16), (520, torch.float32), (5120, torch.bfloat16), (9216, torch.bfloat16), (4104, torch.float32)],
+    ids=str,
+)
 def test_layouts(machine, hidden, dtype):
     """Rows that do not fill the last vectors, one chunk or several."""
     kernels = machine(dtype, hidden, 2, "peer")
@@ -821,7 +825,7 @@ def test_both_transports_touch_every_vector_once_at_the_same_addresses(machine, 
 
     loads = [(rank, at) for rank, is_store, at in seen["peer"] if not is_store]
     stores = [at for _, is_store, at in seen["peer"] if is_store]
-    vectors = [at for at in range(0, rows * row, 16)]
+    vectors = range(0, rows * row, 16)
     if kernel == "one_shot":
         assert not stores
         for rank in range(world):  # its staging places may be used again, by another row
@@ -855,7 +859,7 @@ def test_another_number_of_tokens_is_noticed(machine, kernel, rows):
         kernels = machine(torch.bfloat16, 64, world, "peer")
         kernels.run([example(torch.bfloat16, 64, world, rows)], odd, kernel, ctas=2, fewer=(odd,))
         assert kernels.status == 1
-        magic, rank, site, peer, phase, mine, call = kernels.error.tolist()
+        magic, rank, _, peer, phase, mine, call = kernels.error.tolist()
         assert magic & 0xFFFFFFFF == 0x7457F417 and phase == 2 and odd in (rank, peer)
         assert [mine, call] == ([rows - 1, 7 << 18 | rows] if rank == odd else [rows, 7 << 18 | rows - 1])
 

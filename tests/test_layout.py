@@ -13,16 +13,24 @@ MOST_LINES = 400
 # Each module imports only from those on lines below its own. A package is its __init__, which Python also runs before its modules: that
 # does not count here.
 LAYERS = """
+__main__
+cli
+plans
+doctor
 __init__
+warmup
 verify
+explain
 backend
 forms
-inductor
+variants
 regions
+breaks
 sizes
 context
 
 passes
+passes.section
 passes.wire
 passes.outline
 passes.place
@@ -71,6 +79,10 @@ transports.agree
 site
 options
 report
+html
+wording
+records
+logs
 files
 compat
 """.split()
@@ -88,7 +100,7 @@ def imports(name: str) -> set[str]:
     """The modules of the package that one imports, anywhere in it."""
     path, found = FILES[name], set()
     package = [*path.parent.relative_to(ROOT.parent).parts]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _run(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -96,6 +108,14 @@ def imports(name: str) -> set[str]:
             # What is imported from a package is a module of it, or a name that its __init__ has.
             found.update(f"{base}.{alias.name}" if module(f"{base}.{alias.name}") in FILES else base for alias in node.names)
     return {module(each) for each in found if each.split(".")[0] == ROOT.name}
+
+
+def _run(tree: ast.AST):
+    """The nodes of a module, without what only type checkers see."""
+    yield tree
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            yield from _run(node)
 
 
 def module(dotted: str) -> str:

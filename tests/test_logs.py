@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from graphs import without_codegen
 from test_split import mlp, mlp_inputs
@@ -80,4 +79,4 @@ def test_it_says_once_and_on_rank_0_only_that_it_tunes(world, monkeypatch, tmp_p
             logs.say_that_it_tunes()
             logs.say_that_it_tunes()
         assert len(caplog.records) == times
-    assert f"is kept in {tmp_path}" in caplog.text
+    assert f"is cached in {tmp_path}" in caplog.text

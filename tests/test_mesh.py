@@ -1,7 +1,6 @@
 """A 2-D mesh on four real ranks: the all-reduces of the tensor-parallel groups are sites, those of the others are not."""
 
 import torch
-import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from graphs import without_codegen
 from models import VOCAB, parallel, whole

@@ -37,11 +37,15 @@ def fused(inputs, slot=0, fp32_residual=False):
 SITES = {
     "residual and weight": lambda d: site(values(6, H, dtype=d), values(6, H, dtype=d), values(H, dtype=d)),
     "nothing but x": lambda d: site(values(6, H, dtype=d)),
-    "bias, factor and offset": lambda d: site(*(values(2, 3, H, dtype=d) for _ in range(2)), values(H, dtype=d), values(H, dtype=d), 0.5, 1.0),
+    "bias, factor and offset": lambda d: site(
+        *(values(2, 3, H, dtype=d) for _ in range(2)), values(H, dtype=d), values(H, dtype=d), 0.5, 1.0
+    ),
     "weight in float32": lambda d: site(values(6, H, dtype=d), values(6, H, dtype=d), values(H)),
     "not contiguous": lambda d: site(values(H, 6, dtype=d).t(), values(H, 6, dtype=d).t(), values(H, dtype=d)),
     "layer norm": lambda d: site(values(6, H, dtype=d), None, values(H, dtype=d), shift=values(H, dtype=d), center=True),
-    "layer norm and all": lambda d: site(*(values(6, H, dtype=d) for _ in range(2)), values(H), values(H, dtype=d), 0.5, 1.0, values(H), True),
+    "layer norm and all": lambda d: site(
+        *(values(6, H, dtype=d) for _ in range(2)), values(H), values(H, dtype=d), 0.5, 1.0, values(H), True
+    ),
     "layer norm of x alone": lambda d: site(values(6, H, dtype=d), center=True),
     "no tokens": lambda d: site(values(0, H, dtype=d), values(0, H, dtype=d), values(H, dtype=d)),
 }

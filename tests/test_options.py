@@ -31,7 +31,10 @@ def test_every_transport(transport):
     assert parse({"tokenweave.transport": transport})[0].transport == transport
 
 
-@pytest.mark.parametrize("name, near", [("min_token", "min_tokens"), ("modes", "mode"), ("cta", "ctas"), ("transports", "transport"), ("Split", "split")])
+@pytest.mark.parametrize(
+    "name, near",
+    [("min_token", "min_tokens"), ("modes", "mode"), ("cta", "ctas"), ("transports", "transport"), ("Split", "split")],
+)
 def test_an_unknown_option_names_the_nearest(name, near):
     assert error(**{name: 1}).startswith(f"unknown option 'tokenweave.{name}'; did you mean 'tokenweave.{near}'?")
 

@@ -161,7 +161,8 @@ def test_the_longest_run_is_taken():
 
 @pytest.mark.parametrize("first, second", [(1.0, 2.0), (0.0, -0.0), (1.0, True), (1, 1.0)])
 def test_other_constants_are_another_layer(first, second):
-    check(mlps(4, lambda i, norm, up, down: (norm @ up).clamp(min=second if i == 2 else first) @ down), *mlps_inputs(4, 8), count=0, mode="fuse")
+    layers = mlps(4, lambda i, norm, up, down: (norm @ up).clamp(min=second if i == 2 else first) @ down)
+    check(layers, *mlps_inputs(4, 8), count=0, mode="fuse")
 
 
 def test_other_sizes_are_another_layer():

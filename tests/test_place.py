@@ -42,7 +42,8 @@ def test_a_llama_copies_nothing_between_its_sites(style, batch, mode):
         norms -= 1  # the last one is joined before the head
         gemms -= not embedding  # what comes before the first site is not cut: its GEMM is sliced
     model, n = parallel(style, layers, dtype=torch.float32), halves(mode)
-    check(model, torch.randint(0, VOCAB, (batch, 12)), mode=mode, linear=gemms * n, in_workspace=norms * n, sharded_residual=sites * n, orders=3)
+    counts = dict(linear=gemms * n, in_workspace=norms * n, sharded_residual=sites * n)
+    check(model, torch.randint(0, VOCAB, (batch, 12)), mode=mode, **counts, orders=3)
 
 
 def test_a_dynamic_llama_copies_nothing_either():

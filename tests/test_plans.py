@@ -67,7 +67,7 @@ def test_nothing_was_tuned(machine, capsys, tmp_path):
     folder = machine("a", tuned=False)
     assert run(capsys, "list") == (0, f"0 plans in {folder}\n")
     status, said = run(capsys, "export", tmp_path / "file")
-    assert status == 1 and said.startswith("tw-compile: nothing was tuned by this version") and not (tmp_path / "file").exists()
+    assert status == 1 and said.startswith("tw-compile: there is no plan to export") and not (tmp_path / "file").exists()
 
 
 def test_show(machine, capsys):
@@ -84,7 +84,7 @@ def test_clear(machine, capsys):
     machine("a", version="of last year")
     (folder / "plan-0.json").write_text(json.dumps(PLAN))  # as earlier versions wrote it, without a key
     _, said = run(capsys, "list")
-    assert said.count("not used: of of last year") == 3 and "1 files of an earlier version" in said
+    assert said.count("not used: from of last year") == 3 and "1 unusable files, damaged or of an earlier version" in said
     run(capsys, "clear", "--stale")
     assert set(ids(capsys)) == {"plan", "transports"} and len([*folder.iterdir()]) == 2
     run(capsys, "clear")
@@ -112,16 +112,20 @@ def test_some_and_of_another_version(machine, capsys, tmp_path):
     assert "1 of them are not used" in run(capsys, "import", file)[1]
 
 
+def exported(**record):
+    return json.dumps({"format": "tw_compile plans 1", "records": [record]})
+
+
 def changed(of, **changes):
     """An export with one value that is changed."""
-    return json.dumps({"format": "tw_compile plans 1", "records": [{"kind": of, "key": keys("v")[of], "value": VALUES[of] | changes}]})
+    return exported(kind=of, key=keys("v")[of], value=VALUES[of] | changes)
 
 
 BAD = {
-    "is not JSON, or not whole": "{",
-    "is not a file of tw-compile plans export": "[]",
-    "record 0 is not valid (kind 'host')": json.dumps({"format": "tw_compile plans 1", "records": [{"kind": "host", "key": {}, "value": {}}]}),
-    "record 0 is not valid ('gpu')": json.dumps({"format": "tw_compile plans 1", "records": [{"kind": "plan", "key": {}, "value": {}}]}),
+    "is not JSON, or is incomplete": "{",
+    "was not written by tw-compile plans export": "[]",
+    "record 0 is not valid (kind 'host')": exported(kind="host", key={}, value={}),
+    "record 0 is not valid ('gpu')": exported(kind="plan", key={}, value={}),
     "ctas is 'many'": changed("plan", ctas="many"),
     "split_ratio is 2.0": changed("plan", split_ratio=2.0),
     "unexpected keyword argument 'more'": changed("plan", more=1),

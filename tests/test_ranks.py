@@ -73,7 +73,7 @@ def error_of(run, *arguments):
 def check(run, style, norm, dynamic, batch, codegen):
     """Everything is woven, the order is the designed one, and the error is that of the model without us."""
     results = run(style, norm, dynamic, batch, codegen, "weave")
-    for error, out, report, order in results:
+    for error, _, report, order in results:
         assert report.mode == "weave" and report.transport == "process_group"
         assert {site.norm for site in report.sites} == {"LayerNorm" if norm == "layer" else "RMSNorm"}
         assert [site.residual for site in report.sites] == [False] * STYLES[style].embedding + [True] * 2 * LAYERS

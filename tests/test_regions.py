@@ -177,8 +177,8 @@ class Model(torch.nn.Module):
         self.layers = torch.nn.ModuleList(map(Layer, epsilons))
 
     def forward(self, x, residual):
-        for layer in self.layers:
-            x, residual = layer(x, residual)
+        for each in self.layers:
+            x, residual = each(x, residual)
         return residual + x
 
 

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import expecttest
-import pytest
 import torch
 from graphs import rewrite, without_codegen
 from models import VOCAB, parallel
-from sites import H, all_reduce, hf_norm, values
+from sites import values
 from test_split import mlp, mlp_inputs
 
 import tw_compile
@@ -47,15 +46,18 @@ tokenweave: weave (requested: mode=weave, split=512), transport peer, split 512 
   unsplit  aten.fft              model.py:8, in forward: f(x)                       no token-axis rule for this op""")
 
     def test_a_tuned_schedule(self):
-        def line(**plan):
-            report = Report(requested={}, rehearsal={"section": {}, "plan": {"min_tokens": None, "ctas": 0, "split_ratio": 0.5, "gain": None} | plan})
-            return str(report).splitlines()[2]
+        def line(**given):
+            plan = {"min_tokens": None, "ctas": 0, "split_ratio": 0.5, "gain": None} | given
+            report = Report(requested={}, rehearsal={"section": {}, "plan": plan})
+            text = str(report).splitlines()[2]
+            assert text.startswith("  autotuned: ")
+            return text.removeprefix("  autotuned: ")
 
         lines = line(min_tokens=1024, ctas=6, split_ratio=0.625, gain=1.1234), line(ctas=8, gain=0.9), line(min_tokens=2048)
         self.assertExpectedInline("\n".join(lines), """\
-  tuned: woven from 1024 tokens on, with split ratio 0.625, 6 CTAs: 1.12 times as fast as fused at the most tokens
-  tuned: not woven at any number of tokens; at best 0.90 times as fast as fused at the most tokens, with split ratio 0.5, 8 CTAs
-  tuned: no, for lack of memory; it is woven from 2048 tokens on by a rule""")
+woven from 1024 tokens on, with split ratio 0.625, 6 CTAs: 1.12 times as fast as fused at the most tokens
+not woven at any number of tokens; the best woven form is 0.90 times as fast as fused at the most tokens, with split ratio 0.5, 8 CTAs
+no, for lack of memory; a rule weaves from 2048 tokens on""")
 
     def test_nothing_found(self):
         report = Report(requested={"mode": "auto"}, reasons=["it contains no all-reduce"])
@@ -93,7 +95,8 @@ def test_each_site_has_its_place_in_the_model(world):
 
 def test_what_was_requested_and_what_is_in_force(world):
     report = rewrite(mlp, *mlp_inputs(8), mode="auto", min_tokens=100, ctas=4).report
-    assert report.requested == {"mode": "auto", "transport": "auto", "min_tokens": 100, "split": "auto", "ctas": 4, "cuda_graphs": "auto", "timeout": "auto"}
+    autos = dict.fromkeys(("mode", "transport", "split", "cuda_graphs", "timeout"), "auto")
+    assert report.requested == autos | {"min_tokens": 100, "ctas": 4}
     assert report.mode == "fuse" and report.reasons == ["not woven: fewer than 100 tokens"]
 
 

@@ -122,16 +122,21 @@ SAMPLES = {
     aten.clone.default: on_n(aten.clone.default),
     aten.alias.default: on_n(aten.alias.default),
     aten.detach.default: on_n(aten.detach.default),
-    aten.where.self: lambda u: [u(aten.where.self, u(aten.gt.Scalar, u.n, 0), *pair) for pair in ((u.n, u.n), (u.same, u.n), (u.v, u.same))],
+    aten.where.self: lambda u: [
+        u(aten.where.self, u(aten.gt.Scalar, u.n, 0), *pair) for pair in ((u.n, u.n), (u.same, u.n), (u.v, u.same))
+    ],
     c10d.all_reduce.default: lambda u: [u(c10d.wait_tensor.default, u(c10d.all_reduce.default, u.n, "sum", group()))],
     c10d.wait_tensor.default: lambda u: [u(c10d.wait_tensor.default, u(c10d.all_reduce.default, u.n, "sum", group()))],
-    c10d.all_gather_into_tensor.default: lambda u: [u(c10d.wait_tensor.default, u(c10d.all_gather_into_tensor.default, u.turned(u.n), 2, group()))],
+    c10d.all_gather_into_tensor.default: lambda u: [
+        u(c10d.wait_tensor.default, u(c10d.all_gather_into_tensor.default, u.turned(u.n), 2, group()))
+    ],
     aten.mm.default: lambda u: [
         u(aten.mm.default, u.rows, u.m), u(aten.mm.default, u.m, u.turned(u.rows)), u(aten.mm.default, u.rows, u.turned(u.rows)),
         *(u(aten.mm.default, x, x) for x in squares(u)), *(u(aten.mm.default, u.m, x) for x in squares(u)),
     ],
     aten.addmm.default: lambda u: [
-        u(aten.addmm.default, u.v, u.rows, u.m), u(aten.addmm.default, u.same_rows, u.rows, u.m), u(aten.addmm.default, u.rows, u.rows, u.m),
+        u(aten.addmm.default, u.v, u.rows, u.m), u(aten.addmm.default, u.same_rows, u.rows, u.m),
+        u(aten.addmm.default, u.rows, u.rows, u.m),
         *(u(aten.addmm.default, u.m, x, u.m) for x in squares(u)), *(u(aten.addmm.default, x, u.m, x) for x in squares(u)),
     ],
     aten.bmm.default: lambda u: [
@@ -148,10 +153,14 @@ SAMPLES = {
     aten.transpose.int: each_dim(aten.transpose.int, 0),
     aten.unsqueeze.default: each_dim(aten.unsqueeze.default),
     aten.squeeze.dim: each_dim(aten.squeeze.dim),
-    aten.squeeze.dims: lambda u: [u(aten.squeeze.dims, u.n, [*u.dims]), u(aten.squeeze.dims, u.n, [-2]), u(aten.squeeze.dims, u(aten.unsqueeze.default, u.n, 1), [0, 1])],
+    aten.squeeze.dims: lambda u: [
+        u(aten.squeeze.dims, u.n, [*u.dims]), u(aten.squeeze.dims, u.n, [-2]),
+        u(aten.squeeze.dims, u(aten.unsqueeze.default, u.n, 1), [0, 1]),
+    ],
     aten.squeeze.default: on_n(aten.squeeze.default),
     aten.expand.default: lambda u: [
-        u(aten.expand.default, u.n, [3, *u.shape]), u(aten.expand.default, u(aten.slice.Tensor, u.n, -1, 0, 1), [-1] * (u.rank - 1) + [u.tokens]),
+        u(aten.expand.default, u.n, [3, *u.shape]),
+        u(aten.expand.default, u(aten.slice.Tensor, u.n, -1, 0, 1), [-1] * (u.rank - 1) + [u.tokens]),
         u(aten.expand.default, u.n, u.shape),
     ],
     aten.slice.Tensor: lambda u: [u(aten.slice.Tensor, u.n, d, 0, 1) for d in (*u.dims, -1)] + [u(aten.slice.Tensor, u.n, 0)],
@@ -164,8 +173,13 @@ SAMPLES = {
     aten.split_with_sizes.default: on_n(aten.split_with_sizes.default, [H // 4, 3 * H // 4], -1),
     aten.glu.default: lambda u: [u(aten.glu.default, u.n, d) for d in u.dims if u.shape[d] % 2 == 0],
     aten.select.int: each_dim(aten.select.int, 0),
-    aten.cat.default: lambda u: [u(aten.cat.default, pair, d) for d in (*u.dims, -1) for pair in ([u.n, u.n], [u.n, u.same], [u.same, u.n], [u.same, u.same, u.n])],
-    aten.sum.dim_IntList: lambda u: [*each_dim(aten.sum.dim_IntList, listed=True)(u), *each_dim(aten.sum.dim_IntList, True, listed=True)(u)],
+    aten.cat.default: lambda u: [
+        u(aten.cat.default, pair, d)
+        for d in (*u.dims, -1) for pair in ([u.n, u.n], [u.n, u.same], [u.same, u.n], [u.same, u.same, u.n])
+    ],
+    aten.sum.dim_IntList: lambda u: [
+        *each_dim(aten.sum.dim_IntList, listed=True)(u), *each_dim(aten.sum.dim_IntList, True, listed=True)(u)
+    ],
     aten.mean.dim: each_dim(aten.mean.dim, True, listed=True),
     aten.amax.default: each_dim(aten.amax.default, listed=True),
     aten.amin.default: each_dim(aten.amin.default, listed=True),
@@ -175,17 +189,24 @@ SAMPLES = {
     aten.argmax.default: each_dim(aten.argmax.default),
     aten.var.correction: each_dim(aten.var.correction, listed=True, correction=0),
     aten.var_mean.correction: each_dim(aten.var_mean.correction, listed=True, correction=0, keepdim=True),
-    aten.embedding.default: lambda u: [u(aten.embedding.default, u.m, u.index), *(u(aten.embedding.default, x, u.index) for x in squares(u))],
+    aten.embedding.default: lambda u: [
+        u(aten.embedding.default, u.m, u.index), *(u(aten.embedding.default, x, u.index) for x in squares(u))
+    ],
     aten.gather.default: lambda u: [
         u(aten.gather.default, u.n, -1, u.index), u(aten.gather.default, u.same, -1, u.index),
-        *(u(aten.gather.default, z, d, z) for z in [u(prims.convert_element_type.default, u(aten.mul.Tensor, u.n, 0.0), torch.int64)] for d in u.dims),
+        *(
+            u(aten.gather.default, z, d, z)
+            for z in [u(prims.convert_element_type.default, u(aten.mul.Tensor, u.n, 0.0), torch.int64)] for d in u.dims
+        ),
     ],
     aten.constant_pad_nd.default: lambda u: [u(aten.constant_pad_nd.default, u.n, [0, 0] * d + [1, 2]) for d in u.dims],
     CPU: attention(CPU, True), FLASH: attention(FLASH, False), EFFICIENT: attention(EFFICIENT, True), CUDNN: attention(CUDNN, True),
     # Of those that are known by their tag alone.
     aten.frexp.Tensor: on_n(aten.frexp.Tensor),
     aten.addcmul.default: lambda u: [u(aten.addcmul.default, u.n, u.same, u.same), u(aten.addcmul.default, u.n, u.n, u.v)],
-    aten.add.Tensor: lambda u: [u(aten.add.Tensor, u.n, x) for x in (u.n, u.same, u.v)] + [u(aten.add.Tensor, x, u.turned(x)) for x in squares(u)]
+    aten.add.Tensor: lambda u: (
+        [u(aten.add.Tensor, u.n, x) for x in (u.n, u.same, u.v)] + [u(aten.add.Tensor, x, u.turned(x)) for x in squares(u)]
+    )
     + [u(aten.add.Tensor, u.m, x) for x in squares(u)],
 }  # fmt: skip
 Use.same_rows = property(lambda u: u(aten.reshape.default, u.same, [u.tokens, H]))
@@ -205,7 +226,8 @@ def graph_of(sample, shape):
 
     x, same, m, v = placeholder("x", *shape), placeholder("same", *shape), placeholder("m", H, H), placeholder("v", H)
     named = dict(residual=None, bias=None, shift=None, eps=1e-5, scale=1.0, offset=0.0, center=False, group=group(),
-                 transport="auto", ctas=0, slot=ops.SLOT_WHOLE, fp32_residual=False, sharded_residual=False, in_workspace=False)  # fmt: skip
+                 transport="auto", ctas=0, slot=ops.SLOT_WHOLE,
+                 fp32_residual=False, sharded_residual=False, in_workspace=False)  # fmt: skip
     site = lambda x, i: emit(ops.fused, *in_order(ops.fused, named | {"x": x, "weight": v, "site": i}))  # noqa: E731
     first = site(x, 0)
     n, results = emit(operator.getitem, first, 0), []
@@ -276,5 +298,8 @@ def test_a_rule_that_is_wrong_is_a_join(name, monkeypatch):
 
 def test_a_rule_may_name_its_inputs_by_node(monkeypatch):
     monkeypatch.setattr(token_axis, "_RULES", dict(token_axis._RULES))
-    register_token_rule(aten.addcmul.default)(lambda node, axes: Split(TokenAxis(0), slices={a: TokenAxis(0) for a in node.args if a not in axes}))
+    def rule(node, axes):
+        return Split(TokenAxis(0), slices={a: TokenAxis(0) for a in node.args if a not in axes})
+
+    register_token_rule(aten.addcmul.default)(rule)
     between(lambda x, y: torch.ops.aten.addcmul.default(x, y, y), values(6, H))

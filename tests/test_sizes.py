@@ -175,14 +175,14 @@ def test_what_cannot_be_rewritten_is_left_to_inductor_with_the_reason(monkeypatc
 
 def test_a_graph_with_an_unknown_kind_of_input_is_left_to_inductor_with_the_reason(monkeypatch):
     def failing(gm):
-        raise ValueError("no input of the graph tells the size s0")
+        raise ValueError("no input of the graph has the size s0")
 
     monkeypatch.setattr(forms, "Sizes", failing)
     run(compiled(mlp), 48)
     (report,) = tw_compile.reports()
-    assert report.mode == "off" and report.reasons == ["no input of the graph tells the size s0"]
+    assert report.mode == "off" and report.reasons == ["no input of the graph has the size s0"]
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="cannot be: no input of the graph tells the size s0"):
+    with pytest.raises(Exception, match="cannot be: no input of the graph has the size s0"):
         run(compiled(mlp, mode="weave"), 48)
 
 

@@ -142,7 +142,10 @@ class Snapshot(expecttest.TestCase):
 
 @pytest.mark.parametrize(
     "shape, halves",
-    [((8,), (4, 4)), ((7,), (3, 4)), ((2,), (1, 1)), ((1, 8), (4, 4)), ((1, 1, 9), (4, 5)), ((4, 8), (2, 2)), ((5, 3), (2, 3)), ((8, 1), (4, 4))],
+    [
+        *[((8,), (4, 4)), ((7,), (3, 4)), ((2,), (1, 1)), ((1, 8), (4, 4))],
+        *[((1, 1, 9), (4, 5)), ((4, 8), (2, 2)), ((5, 3), (2, 3)), ((8, 1), (4, 4))],
+    ],
     ids=str,
 )  # fmt: skip
 def test_the_cut_is_in_the_middle_of_the_first_dimension_that_has_one(shape, halves):

@@ -268,6 +268,6 @@ def test_a_registered_rule_replaces_the_one_there_was(monkeypatch):
 
 def test_the_units_of_an_axis_must_agree():
     """Two values as long as each other, of which one has two entries a token, and the other three."""
-    node, axes, _ = call(aten.add.Tensor, [x(12, 4), x(12, 4)], {})
+    node, _, _ = call(aten.add.Tensor, [x(12, 4), x(12, 4)], {})
     one, other = node.args
     assert isinstance(split_rule(node, {one: TokenAxis(0, 2), other: TokenAxis(0, 3)}), str)

@@ -249,7 +249,7 @@ def test_the_slowest_rank_decides(ranks):
 
 def where_one_rank_cannot(free, max_ctas):
     with tempfile.TemporaryDirectory() as folder, Rank(folder, free if dist.get_rank() else 1 << 30) as rank:
-        with mock.patch.object(symm_mem, "get_signal_pad_size", lambda: 4 * 2 * max_ctas):
+        with mock.patch.object(symm_mem, "get_signal_pad_size", return_value=4 * 2 * max_ctas):
             tunings = [Sites().workspace().tuning for _ in range(2)]
         return tunings, rank.measured, os.listdir(folder), rank.warnings
 
@@ -343,6 +343,6 @@ def test_a_rank_that_is_lost_meanwhile_is_named(world):
     def fail(self):
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(Event, "synchronize", fail):
-        with pytest.raises(RuntimeError, match="rank 0 waited for rank 1"):
-            tuning.seconds_of_call(Lost(A), torch.ones(HIDDEN), 4, 0)
+    failing = mock.patch.object(Event, "synchronize", fail)
+    with tempfile.TemporaryDirectory() as folder, Rank(folder), failing, pytest.raises(RuntimeError, match="rank 0 waited for rank 1"):
+        tuning.seconds_of_call(Lost(A), torch.ones(HIDDEN), 4, 0)

@@ -42,7 +42,7 @@ def test_a_wrong_rule_is_found_with_the_op(world, monkeypatch):
     assert not found.ok and found.first.startswith("tests.centred.default, relative difference ")
     assert "NOT THE SAME: tests.centred.default" in str(found)
     right, wrong = (difference.relative for difference in found.differences)
-    assert right < 1e-6 < 1e-3 < wrong
+    assert right < 1e-6 and wrong > 1e-3
 
 
 def test_what_is_written_to_is_written_once(world):

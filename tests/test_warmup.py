@@ -53,13 +53,13 @@ def test_ids(world, monkeypatch):
     monkeypatch.setattr(report, "_reports", [None])
     model = Seen()
     tw_compile.warmup(model, [(2, 4)], device="cpu", progress=False)
-    ((ids,), _), again = model.calls
+    ((ids,), _), _ = model.calls
     assert (ids.shape, ids.dtype, ids.device.type) == ((2, 4), torch.long, "cpu")
 
 
 @pytest.mark.parametrize("size", [0, (1, 2, 3), "8", (2, 0), 2.0])
 def test_what_is_no_size(world, size):
-    with pytest.raises(TokenWeaveError, match="is no size: it is a number of tokens, or"):
+    with pytest.raises(TokenWeaveError, match="is not a size: a size is a number of tokens, or"):
         tw_compile.warmup(Seen(), [size])
 
 

@@ -1,16 +1,17 @@
-"""``torch.compile(model, backend="tokenweave")``: all-reduces of tensor-parallel LLMs hidden behind compute.
+"""``torch.compile(model, backend="tokenweave")`` overlaps the all-reduces of tensor-parallel LLMs with compute.
 
-The pipeline, in the order in which a graph meets it::
+The pipeline, in the order in which a graph passes through it::
 
-    backend.py     torch.compile's entry: options, training check, Inductor behind the passes
+    backend.py     torch.compile's entry: options, training check, then Inductor with the passes in front
     forms.py       the fused and the woven form of a graph, and the choice in each call
+    variants.py    compiles a form for given sizes
     context.py     what all ranks have agreed on
-    passes/        unshard -> find -> fuse -> split -> weave -> place, on ATen as Inductor gets it; rules/: what may be cut, and how
-    autotune/      whether, from how many tokens on and how a graph is woven on this machine
-    ops/           the ops that the rewritten graph calls
-    transports/    how they communicate: symmetric/ and process_group.py, and which of them
-    site.py        what a site is given, and what it computes: the specification
-    report.py      what was found, what was done, why not
+    passes/        unshard -> find -> fuse -> split -> weave -> place -> outline, on the ATen graph that Inductor gets
+    autotune/      whether, how, and from how many tokens on a graph is woven on this machine
+    ops/           the ops of the rewritten graph
+    transports/    how the ranks exchange data
+    site.py        what a site is given and computes: the specification
+    report.py      what was found, what was done, and why not more
 
 Each imports only from those below it; tests/test_layout.py has the order of all modules.
 """

@@ -1,6 +1,9 @@
 """The backend: options, and Inductor with the passes in front of it."""
 
+from collections.abc import Callable
+
 import torch
+from torch.fx import GraphModule
 
 from . import breaks, compat, regions
 from .compat import (
@@ -16,29 +19,43 @@ from .compat import (
     is_traceable_wrapper_subclass,
     set_grad_enabled,
 )
-from .forms import Forms, compile_forms
+from .forms import compile_forms
 from .ops import lowering
 from .options import parse
 from .report import say_once
+from .variants import Compiler
 
 
-def tokenweave(gm, inputs, *, mode=None, options=None):
-    """What ``torch.compile(model, backend="tokenweave")`` calls for each graph.
+def tokenweave(gm: GraphModule, inputs: list, *, mode: str | None = None, options: dict | None = None) -> Callable:
+    """Compile a graph of Dynamo's: ``torch.compile(model, backend="tokenweave")`` calls this.
 
-    mode, options: torch.compile's; options in the namespace ``tokenweave.*`` are ours (``options.Options``), all others
-    Inductor's. Raises TokenWeaveError for a request that cannot be met, on every rank alike.
+    mode, options: those of torch.compile. Options in the namespace ``tokenweave.*`` are those of ``options.Options``, all others are
+    Inductor's.
+    Raises TokenWeaveError on all ranks for a request that cannot be met.
     """
     return compile_graph(gm, inputs, mode=mode, options=options)
 
 
-def compile_graph(gm, inputs, *, mode=None, options=None, forms=Forms, inner_compile=None):
-    """The backend. forms: what is made of a graph with sites; inner_compile: what compiles them, Inductor where it is None"""
+def compile_graph(
+    gm: GraphModule,
+    inputs: list,
+    *,
+    mode: str | None = None,
+    options: dict | None = None,
+    compiler: Callable[..., Compiler] = Compiler,
+    inner_compile: Callable | None = None,
+) -> Callable:
+    """The backend, of which a part can be replaced.
+
+    compiler:      makes what compiles the forms of a graph with sites
+    inner_compile: compiles one form; None for Inductor
+    """
     ours, inductor = parse(options)
     compat.warn_if_untested()
     if missing := compat.missing():
-        say_once(f"PyTorch {torch.__version__} does not have what tokenweave needs of it ({', '.join(missing)}): all is left to Inductor")
+        say_once(f"PyTorch {torch.__version__} lacks names that tokenweave needs ({', '.join(missing)}): all graphs are left to Inductor")
         return compat.inductor_alone(gm, inputs, mode, inductor)
-    # What backend="inductor" does with them: the same presets, the same errors.
+    # The presets and errors of backend="inductor".
     patches = InductorWrapper(mode, inductor, None).config
     if _trains(gm, inputs):
         say_once(_NEEDS_GRADIENTS)
@@ -50,17 +67,17 @@ def compile_graph(gm, inputs, *, mode=None, options=None, forms=Forms, inner_com
         regions.inline(gm)  # AOTAutograd does not pass a DTensor to a region
 
     def inner(gm, inputs, **kwargs):
-        """What Inductor does with a graph that AOTAutograd has traced, with the passes in front."""
+        """Inductor's ``compile_fx_inner`` for a graph that AOTAutograd has traced, with the passes in front."""
         if not kwargs.get("is_inference"):
             say_once(_NEEDS_GRADIENTS)
             return compile_fx_inner(gm, inputs, **kwargs)
         if regions.inline(gm):
             with torch.no_grad():
                 fake_tensor_prop(gm, inputs)
-        return compile_forms(gm, inputs, ours, inner_compile or _inductor, kwargs, forms, broken)
+        return compile_forms(gm, inputs, ours, inner_compile or _inductor, kwargs, compiler, broken)
 
-    # What Inductor caches is the graph that the passes have made, by its content. AOTAutograd would cache what comes of the graph
-    # before them, which does not say what the ranks have agreed on.
+    # Inductor's cache is keyed by the graph that the passes have made. AOTAutograd's cache is keyed by the graph before them, which does
+    # not contain what the ranks have agreed on: it is off.
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
 
@@ -73,15 +90,15 @@ def _inductor(gm, inputs, **kwargs):
 
 
 def _reset() -> None:
-    """torch._dynamo.reset() calls this: what Inductor's own backend does."""
+    """Do what Inductor's own backend does in torch._dynamo.reset(), which calls this."""
     compat.reset_cudagraph_trees()
 
 
-tokenweave.reset = _reset
+tokenweave.reset = _reset  # type: ignore[attr-defined]  # where torch._dynamo.reset() looks for it
 
 
-def _trains(gm, inputs) -> bool:
-    """Whether a graph needs gradients, as far as can be told before it is traced: one that switches them off itself may not."""
+def _trains(gm: GraphModule, inputs: list) -> bool:
+    """Whether a graph needs gradients, as far as is known before it is traced: a graph that switches them off itself may not."""
     needs = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
     return needs and not any(node.target in _SWITCHES for node in gm.graph.nodes)
 
@@ -89,22 +106,22 @@ def _trains(gm, inputs) -> bool:
 _SWITCHES = (set_grad_enabled, enter_inference_mode)
 
 
-def _fix_module_floats(gm: torch.fx.GraphModule) -> None:
-    """Make constants of the float attributes of modules: a norm's eps, a residual multiplier.
+def _fix_module_floats(gm: GraphModule) -> None:
+    """Turn the float attributes of modules, such as a norm's eps, into constants.
 
-    With ``dynamic=True`` Dynamo traces them as inputs of the graph. Fixing one adds the guard that it stays what it is.
+    With ``dynamic=True`` Dynamo traces them as inputs of the graph. Each constant adds a guard on the attribute's value.
     """
-    told, numbers = False, {}
+    restart, numbers = False, {}
     for node in gm.graph.find_nodes(op="placeholder"):
         number, graph_argument = getattr(node.meta.get("example_value"), "item_memo", None), node.meta.get("grapharg")
         if isinstance(number, torch.SymFloat) and graph_argument is not None:
             source = graph_argument.source
             if source.guard_source.is_unspecialized_nn_module() or source.guard_source.is_unspecialized_builtin_nn_module():
                 name = str(number.node._expr)
-                told = told or not TensorifyState.should_specialize(name)
+                restart = restart or not TensorifyState.should_specialize(name)
                 TensorifyState.specialize(name)
                 numbers[node] = guard_scalar(number)
-    if told:
-        # Dynamo begins again, and makes constants of them itself: as inputs, every call would make a tensor of each.
+    if restart:
+        # Dynamo traces again, and specialises the floats itself. As inputs, each would become a tensor in every call.
         raise TensorifyScalarRestartAnalysis
-    regions.fix_numbers(gm, numbers)  # where they are passed to regions, Dynamo has not
+    regions.fix_numbers(gm, numbers)  # Dynamo does not specialise those that are passed to regions

@@ -1,19 +1,21 @@
-"""Every name of PyTorch that is not public, and that this package needs. Nowhere else is one imported.
+"""All names of PyTorch that this package uses and that are not public. No other module imports such a name.
 
-Each has the versions that it is for beside it, where these are not all of TESTED. A name that a later PyTorch has no more is no error
-when this is imported: ``missing`` tells its path, and the backend leaves all to Inductor. What only GPUs need is told by
-``missing_on_gpus``, and costs no more than the transports that need it.
+A comment gives the versions that have a name, where these are not all of TESTED. Importing this module does not fail if a later PyTorch
+lacks a name: ``missing`` returns its path, and the backend leaves all graphs to Inductor. Names that only the transports over symmetric
+memory need are in ``missing_on_gpus``, and make only these transports unavailable.
 """
 
 import functools
 import importlib
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 log = logging.getLogger("tw_compile")
 
-# The oldest and the newest PyTorch that all tests were run with: see docs/versions.md.
+# The oldest and the newest PyTorch with which all tests were run: see docs/versions.md.
 TESTED = ("2.11", "2.14")
 
 _missing: list[str] = []
@@ -21,14 +23,16 @@ _missing_on_gpus: list[str] = []
 
 
 class _Absent(type):
-    """What stands for a missing name: it can be imported, inherited from and asked for attributes, but not called."""
+    """A placeholder for a missing name. It can be imported, inherited from, and has any attribute; a call of it raises RuntimeError."""
 
-    def __getattr__(cls, name):
+    path: str
+
+    def __getattr__(cls, name: str) -> "_Absent":
         if name.startswith("__"):
             raise AttributeError(name)
         return _absent(f"{cls.path}.{name}")
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args: object, **kwargs: object) -> Any:
         raise RuntimeError(f"PyTorch {torch.__version__} has no {cls.path}; tw_compile was tested with {' to '.join(TESTED)}")
 
 
@@ -36,8 +40,8 @@ def _absent(path: str) -> _Absent:
     return _Absent(path.rpartition(".")[2], (), {"path": path})
 
 
-def _name(path: str, uses: tuple[str, ...] = (), missing: list[str] = _missing):
-    """What a path stands for, a module or something in one. uses: attributes that it must have"""
+def _name(path: str, uses: tuple[str, ...] = (), missing: list[str] = _missing) -> Any:
+    """The module or object at a path; a placeholder if it, or an attribute in ``uses``, is missing, which is added to ``missing``."""
     found = _find(path)
     if found is None:
         missing.append(path)
@@ -47,39 +51,39 @@ def _name(path: str, uses: tuple[str, ...] = (), missing: list[str] = _missing):
     return _absent(path) if lacks else found
 
 
-def _find(path: str):
+def _find(path: str) -> Any:
     module, *attributes = path.split(".")
-    found = importlib.import_module(module)
+    found: Any = importlib.import_module(module)
     for attribute in attributes:
         module += f".{attribute}"
         try:
             found = getattr(found, attribute) if hasattr(found, attribute) else importlib.import_module(module)
-        except Exception:  # whatever a module of a later PyTorch raises while it is imported
+        except Exception:  # a module of a later PyTorch may raise anything when it is imported
             return None
     return found
 
 
 def missing() -> list[str]:
-    """Paths of the names that this PyTorch does not have."""
+    """Paths of the names that this PyTorch lacks and that every graph needs."""
     return list(_missing)
 
 
 def missing_on_gpus() -> list[str]:
-    """The same of what only transports for GPUs need. CPU builds miss some of it, which says nothing."""
+    """Paths of the names that this PyTorch lacks and that only the transports over symmetric memory need. CPU builds always lack some."""
     return list(_missing_on_gpus)
 
 
 def is_tested() -> bool:
-    """Whether this PyTorch is one that was tested."""
+    """Whether the version of this PyTorch is within TESTED."""
     return _release(TESTED[0]) <= _release(torch.__version__) <= _release(TESTED[1])
 
 
 @functools.cache
 def warn_if_untested() -> None:
-    """Say, once, that this PyTorch is none that was tested."""
+    """Warn once if this version of PyTorch was not tested."""
     if not is_tested():
         log.warning(
-            "tw_compile was tested with PyTorch %s to %s, and this is %s. If anything is wrong, compare with backend='inductor'",
+            "tw_compile was tested with PyTorch %s to %s, and this is %s. If a result is wrong, compare it with backend='inductor'",
             *TESTED,
             torch.__version__,
         )
@@ -92,7 +96,7 @@ def _release(version: str) -> tuple[int, int]:
 
 # --- torch -------------------------------------------------------------------------------------------------------------------
 
-# What torch.compile makes of "inductor": its presets for a mode, and its errors for options.
+# torch.compile's wrapper of "inductor": its presets for a mode, and its errors for options.
 InductorWrapper = _name("torch._TorchCompileInductorWrapper")
 OpOverload = _name("torch._ops.OpOverload")
 pytree = _name("torch.utils._pytree", ("tree_map", "tree_map_only"))
@@ -110,14 +114,14 @@ enable_python_dispatcher = _name("torch._dispatch.python.enable_python_dispatche
 no_python_dispatcher = _name("torch._dispatch.python.no_python_dispatcher")
 disable_current_modes = _name("torch.utils._python_dispatch._disable_current_modes")
 DisableAutocast = _name("torch._C._DisableAutocast")
-# How a graph of Dynamo's switches gradients off.
+# The calls in a graph of Dynamo's that switch gradients off.
 set_grad_enabled = _name("torch._C._set_grad_enabled")
 enter_inference_mode = _name("torch.autograd.grad_mode._enter_inference_mode")
 statically_known_true = _name("torch.fx.experimental.symbolic_shapes.statically_known_true")
 
 # --- torch.distributed -------------------------------------------------------------------------------------------------------
 
-# 2.11 takes the name of a group alone; from 2.12 on the group itself, too.
+# 2.11 takes only the name of a group; from 2.12 on also the group.
 resolve_process_group = _name("torch.distributed.distributed_c10d._resolve_process_group")
 process_group_store = _name("torch.distributed.distributed_c10d._get_process_group_store")
 
@@ -129,17 +133,17 @@ tracing = _name("torch._guards.tracing")
 TensorifyState = _name("torch._dynamo.symbolic_convert.TensorifyState", ("specialize", "should_specialize"))
 TensorifyScalarRestartAnalysis = _name("torch._dynamo.exc.TensorifyScalarRestartAnalysis")
 
-# What Dynamo tells of graph breaks: a list of (reason, user_stack) that grows, and counts of reasons, also of frames that it skips.
+# Dynamo's graph breaks: a list of (reason, user_stack) that grows, and counts of reasons, also of frames that it skips.
 graph_break_reasons = _name("torch._dynamo.output_graph.graph_break_reasons", missing=[])
 dynamo_counters = _name("torch._dynamo.utils.counters", missing=[])
 
-# Calls of a region of torch.compiler.nested_compile_region; and how AOTAutograd calls one that writes to its inputs.
+# The calls of a region of torch.compiler.nested_compile_region, and of a region that writes to its inputs (AOTAutograd).
 invoke_subgraph = _name("torch.ops.higher_order.invoke_subgraph")
 auto_functionalized = _name("torch.ops.higher_order.auto_functionalized_v2")
 
 # --- logging -----------------------------------------------------------------------------------------------------------------
 
-# What shows more than results; none of it is needed for them.
+# For logs only: nothing else depends on these.
 register_log = _name("torch._logging._internal.register_log", missing=[])
 trace_structured = _name("torch._logging.trace_structured", missing=[])
 CompileContext = _name("torch._guards.CompileContext", ("current_compile_id",), missing=[])
@@ -161,26 +165,29 @@ is_collective = _name("torch._inductor.utils.is_collective")
 functorch_config = _name("torch._functorch.config", ("patch", "enable_autograd_cache"))
 reset_cudagraph_trees = _name("torch._inductor.cudagraph_trees.reset_cudagraph_trees")
 V = _name("torch._inductor.virtualized.V")
-ir = _name("torch._inductor.ir", ("_CollectiveKernel", "FallbackKernel", "InvokeSubgraph", "IRNode", "MutationOutput", "NoneLayout", "TensorBox"))
+ir = _name(
+    "torch._inductor.ir",
+    ("_CollectiveKernel", "FallbackKernel", "InvokeSubgraph", "IRNode", "MutationOutput", "NoneLayout", "TensorBox"),
+)
 lowering = _name("torch._inductor.lowering", ("fallbacks", "lowerings", "register_lowering"))
 SubgraphPythonWrapperCodegen = _name("torch._inductor.codegen.wrapper.SubgraphPythonWrapperCodegen")
 
 
-def is_lowering(function, fake_results):
-    """Let Inductor call ``function`` as it is, with its own IR, where a graph calls it.
+def is_lowering(function: Any, fake_results: Callable) -> Any:
+    """Mark a function as a lowering: Inductor calls it with its IR where a graph calls it. Returns the function.
 
-    fake_results: the same arguments, as fake values -> what it returns
+    fake_results: the same arguments as fake values -> the results as fake values
     """
     function._inductor_lowering_function = True
-    # From 2.14 on, passes ask what such a call returns, after they have changed what it takes; and need not where only its place in
-    # memory is another. Before, they left the call alone.
+    # From 2.14 on, passes that change the inputs of such a call ask for its new results, unless only the inputs' storage has changed.
+    # Earlier versions leave the call as it is.
     function._inductor_lowering_output_metadata_fn = fake_results
     function._inductor_lowering_output_metadata_ignores_input_storage = True
     return function
 
 
-def inductor_alone(gm, inputs, mode, options):
-    """What backend="inductor" makes of a graph, with torch.compile's arguments as far as this PyTorch is known to take them."""
+def inductor_alone(gm: torch.fx.GraphModule, inputs: list, mode: str | None, options: dict) -> Callable:
+    """Compile a graph as backend="inductor" does. Mode and options are ignored if this PyTorch lacks the wrapper that takes them."""
     if isinstance(InductorWrapper, _Absent):
         return torch._dynamo.lookup_backend("inductor")(gm, inputs)
     return InductorWrapper(mode, options, None)(gm, inputs)
@@ -198,11 +205,11 @@ _on_gpus("torch.cuda._sleep")
 
 
 def cuda_sleep(cycles: int) -> None:
-    """Let the current stream wait."""
+    """Make the current stream wait for this many clock cycles of the GPU."""
     torch.cuda._sleep(cycles)
 
 
-# The SM carveout of GEMMs: experimental in all of these versions, so that its lack is no reason to do without the rest.
+# The SM carveout of GEMMs. It is experimental in all tested versions, and the backend works without it.
 BlasBackend = _name("torch._C._BlasBackend", missing=[])
 get_blas_preferred_backend = _name("torch._C._get_blas_preferred_backend", missing=[])
 set_blas_preferred_backend = _name("torch._C._set_blas_preferred_backend", missing=[])
@@ -210,6 +217,6 @@ get_sm_carveout = _name("torch._C._get_sm_carveout_experimental", missing=[])
 set_sm_carveout = _name("torch._C._set_sm_carveout_experimental", missing=[])
 
 
-def has(name) -> bool:
-    """Whether this PyTorch has what stands here under a name."""
+def has(name: object) -> bool:
+    """Whether this PyTorch has a name of this module: whether it is no placeholder."""
     return not isinstance(name, _Absent)

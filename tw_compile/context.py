@@ -1,9 +1,9 @@
-"""What all ranks have agreed on: one Context for each process group, which lives and dies with it.
+"""What all ranks have agreed on: one Context for each process group, with the group's lifetime.
 
-Each rank compiles for itself, and its graph may differ from the others' where their collectives do not: rank 0 alone returns hidden
-states, say. So what is done with the collectives of a graph is decided by all ranks of their groups together, when a graph with
-these collectives is first met (``agreed``). A rank that meets them again, compiling alone, takes the decision that is known; no
-rank waits for one that has no reason to come.
+Each rank compiles for itself. The ranks' graphs may differ, but not their collectives: for example, only rank 0 returns hidden states.
+So all ranks of a group decide together what to do with the collectives of a graph, when a graph with these collectives is compiled for the
+first time (``agreed``). A rank that later compiles a graph with the same collectives alone takes the known decision. No rank waits for
+a rank that has no reason to come.
 """
 
 import json
@@ -12,12 +12,13 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from torch.fx import Graph
 
 from . import passes
 from .autotune import schedule
-from .autotune.plan import Place
+from .autotune.plan import Place, Plan
 from .compat import resolve_process_group
 from .options import Options, TokenWeaveError
 from .passes import wire
@@ -28,33 +29,35 @@ from .transports import agree, choose
 
 log = logging.getLogger("tw_compile")
 
-# Rounds in which ranks that differ come to what all can do. Each takes at least one thing away.
+# Most rounds until ranks with different abilities agree. Each round takes away at least one thing that some rank cannot do.
 ROUNDS = 64
 
 
 @dataclass
 class Context:
-    """group:     the process group, held weakly
-    left:      why its graphs are left to Inductor from here on; ''
-    decisions: (options, form, what the groups of a graph exchange) -> what was agreed
-    plans:     the same without the form -> Plan or None
-    progress:  the calls that each rank has begun; None where that is not known
+    """What the ranks of one group have agreed on.
+
+    group:     the process group, held weakly
+    left:      why its graphs are left to Inductor from here on; '' if they are not
+    decisions: (options, form, signatures of the graph's groups) -> what was agreed
+    plans:     (options, signatures of the graph's groups) -> Plan or None
+    progress:  the number of calls that each rank has begun; None if it is not known
     """
 
     group: "weakref.ref[dist.ProcessGroup]"
     left: str = ""
-    decisions: dict = field(default_factory=dict)
-    plans: dict = field(default_factory=dict)
+    decisions: "dict[tuple, _Known]" = field(default_factory=dict)
+    plans: dict[tuple, Plan | None] = field(default_factory=dict)
     progress: agree.Progress | None = None
 
     def called(self) -> None:
-        """To be said when a graph of the group is called."""
+        """Count a call of a graph of the group. Each call of a graph begins with this."""
         if self.progress is not None:
             self.progress.begin_call()
 
 
 class Left(Exception):
-    """A graph is left to Inductor on all ranks, for this reason. together: whether they are all here to decide it"""
+    """A graph is left to Inductor on all ranks, for this reason. together: whether all ranks decide it now"""
 
     def __init__(self, reason: str, together: bool = False):
         super().__init__(reason)
@@ -71,7 +74,7 @@ _contexts: dict[str, Context] = {}
 
 
 def of(group_name: str) -> Context:
-    """The context of a group. Names come again when groups are destroyed: what was known of one of the same name is forgotten."""
+    """The context of a group. A destroyed group's name may be used again: the context of the old group is then dropped."""
     group = resolve_process_group(group_name)
     context = _contexts.get(group_name)
     if context is None or context.group() is not group:
@@ -82,30 +85,32 @@ def of(group_name: str) -> Context:
 
 
 def forget(group_name: str) -> None:
-    """Drop what belongs to a group of this name, its symmetric memory included."""
+    """Drop everything that belongs to the group of this name, including its symmetric memory."""
     _contexts.pop(group_name, None)
     choose.forget(group_name)
 
 
 def _forget_of(group_name: str, context: "weakref.ref[Context]") -> None:
-    """A group is gone. Another may have come by its name."""
+    """Drop a destroyed group's context, unless another group has taken its name."""
     if _contexts.get(group_name) is not None and _contexts[group_name] is context():
         forget(group_name)
 
 
 def is_current(context: Context, group_name: str) -> bool:
+    """Whether a context belongs to the group that has this name now."""
     return context.group() is resolve_process_group(group_name)
 
 
 def agreed(
     graph: Graph, options: Options, form: Place | str, attempt: Callable[[wire.Decision], passes.Rewritten]
 ) -> tuple[passes.Rewritten, bool]:
-    """What becomes of a graph on all ranks: ``attempt`` with the decision that all can carry out.
+    """Rewrite a graph as all ranks of its groups can. A collective of these groups, unless the decision is known.
 
-    graph: before it is rewritten
-    form:  what of it is decided on: "fuse", or where it is cut
-    Returns (the result, whether all ranks are here, as it is decided for the first time). A collective of the graph's groups where something is not known yet.
-    Raises Left on all ranks where they cannot agree, and TokenWeaveError on all ranks for a contradiction.
+    graph:   the graph before it is rewritten
+    form:    the form to decide on: "fuse", or where the graph is cut
+    attempt: rewrites the graph according to a decision
+    Returns (the rewritten graph, whether all ranks have decided on it now).
+    Raises Left on all ranks if they cannot agree, and TokenWeaveError on all ranks if a request cannot be met, or differs between ranks.
     """
     groups = [group for group in wire.groups_of(graph) if group]
     signatures = {group: wire.signature(graph, group) for group in groups}
@@ -122,11 +127,11 @@ def agreed(
         new = attempt(known.decision)
         if {group: wire.wire(new.graph, group) for group in groups} == known.wires:
             return new, False
-        # The process group sees no more of a site than how it is cut.
+        # To the process group two forms of a site differ only if one is cut and the other is not.
         if all(map(choose.is_process_group, groups)) and (new.sites or options.fused_only):
-            new = _conformed(new, known, groups, attempt)
-            if new is not None:
-                return new, False
+            conformed = _conformed(new, known, groups, attempt)
+            if conformed is not None:
+                return conformed, False
     asked = [group for group in groups if not agree.is_alone(resolve_process_group(group))]
     decision = known.decision if known is not None else wire.Decision()
     for _ in range(ROUNDS):
@@ -136,11 +141,11 @@ def agreed(
             said = _exchange(group, options, signatures[group], outcomes[group], problem)
             problem = problem or _problem(group, said)
             if not problem:
-                merged = wire.merge(merged, group, [theirs["outcome"] for theirs in said])
-                problem = ("left", "its ranks cannot agree on what to do with its collectives") if merged is None else None
-                merged = merged or decision
+                possible = wire.merge(merged, group, [theirs["outcome"] for theirs in said])
+                problem = ("left", "its ranks cannot agree on what to do with its collectives") if possible is None else None
+                merged = possible or decision
         again = merged != decision
-        if len(asked) > 1:  # a rank that changes its mind does so for all the groups that it is in
+        if len(asked) > 1:  # a rank's new decision holds for all of its groups
             for group in asked:
                 said = [json.loads(s) for s in agree.exchange(group, "the end of a round", json.dumps((again, problem)))]
                 again = again or any(theirs for theirs, _ in said)
@@ -154,28 +159,29 @@ def agreed(
     raise Left("its ranks cannot agree on what to do with its collectives", together=True)
 
 
-def plan_of(graph: Graph, options: Options, section: schedule.Section | None, device, asked: bool):
-    """The plan of all ranks for a graph, tuned where none has one; None goes by a rule.
+def plan_of(graph: Graph, options: Options, section: schedule.Section | None, device: torch.device, together: bool) -> Plan | None:
+    """The plan of all ranks for a graph. If no rank has one, they tune it. None if there is none: the plan then follows a rule.
 
-    section: what of it is run to tune it; asked: whether all ranks are here
+    section:  the part of the graph that is run to tune it
+    together: whether all ranks call this now
     """
     groups = [group for group in wire.groups_of(graph) if group]
     key = options, json.dumps([wire.signature(graph, group) for group in groups])
     plans = of(groups[0]).plans
-    if key in plans or not asked or not schedule.possible(device):
+    if key in plans or not together or not schedule.possible(device):
         if key not in plans and section is not None:
             return schedule.known(section, groups[0], device, options.transport)
         return plans.get(key)
     plan = None
     for group in groups:
         plan = schedule.agree_on(section, group, device, options.transport, plan or _mine(section, group, device, options))
-        section = None  # the first group has tuned it; the others hear of it
+        section = None  # the first group has tuned it; the other groups take its plan
     plans[key] = plan
     return plan
 
 
 def all_well(graph: Graph, what: str, failure: str) -> str:
-    """What failed on any rank of a graph's groups, '' if nothing did. A collective. failure: what did on this one"""
+    """Why a step failed on any rank of a graph's groups; '' if it did not. A collective. failure: why it failed on this rank, or ''"""
     groups = [group for group in wire.groups_of(graph) if group and not agree.is_alone(resolve_process_group(group))]
     for group in groups:
         said = agree.exchange(group, what, failure)
@@ -183,12 +189,12 @@ def all_well(graph: Graph, what: str, failure: str) -> str:
     return failure
 
 
-def _mine(section, group, device, options):
+def _mine(section: schedule.Section | None, group: str, device: torch.device, options: Options) -> Plan | None:
     return schedule.known(section, group, device, options.transport) if section is not None else None
 
 
-def _conformed(new: passes.Rewritten, known: _Known, groups: list[str], attempt) -> passes.Rewritten | None:
-    """What comes of a graph if its collectives are cut as the others have them; None where that is not possible."""
+def _conformed(new: passes.Rewritten, known: _Known, groups: list[str], attempt: Callable) -> passes.Rewritten | None:
+    """The graph with its collectives cut as on the other ranks; None if that is not possible."""
     decision = wire.conform(known.decision, new, known.wires)
     if decision is None:
         return None
@@ -205,12 +211,13 @@ def _conformed(new: passes.Rewritten, known: _Known, groups: list[str], attempt)
     return new
 
 
-def _attempt(attempt, decision, groups):
+def _attempt(attempt: Callable, decision: wire.Decision, groups: list[str]) -> tuple:
+    """(the rewritten graph or None, group -> what the rank tells the others, problem or None)"""
     try:
         new = attempt(decision)
     except TokenWeaveError as error:
         return None, dict.fromkeys(groups), ("error", str(error))
-    except Exception as error:  # of one rank, perhaps: the others must hear of it
+    except Exception as error:  # perhaps on this rank only: the others must know
         log.debug("a graph could not be rewritten", exc_info=True)
         return None, dict.fromkeys(groups), ("left", f"it could not be rewritten: {type(error).__name__}: {error}")
     outcomes = {}
@@ -224,10 +231,10 @@ def _attempt(attempt, decision, groups):
     return new, outcomes, None
 
 
-def _exchange(group, options, signature, outcome, problem) -> list[dict]:
+def _exchange(group: str, options: Options, signature: list, outcome: dict | None, problem: tuple | None) -> list[dict]:
     context = of(group)
     if context.progress is None:
-        context.progress = agree.progress(group)  # all ranks are here for the first time
+        context.progress = agree.progress(group)  # the first exchange of all ranks
     mine = {
         "version": agree.version(),
         "options": options.requested,
@@ -241,15 +248,15 @@ def _exchange(group, options, signature, outcome, problem) -> list[dict]:
 
 
 def _problem(group: str, said: list[dict]) -> tuple[str, str] | None:
-    """What keeps ranks from agreeing, the same on all of them: (kind, what it is), where the kind is "error" or "left"."""
+    """Why the ranks cannot agree, the same on all of them: ("error" or "left", the reason); None if they can."""
     for name, what in _MUST_BE_EQUAL.items():
         values = [theirs[name] for theirs in said]
         if any(mine != values[0] for mine in values):
-            told = "; ".join(f"rank {rank}: {_different(values, rank)}" for rank in range(len(values)))
-            return "error", f"the ranks of group {group} {what}: {told}"
+            values_of_ranks = "; ".join(f"rank {rank}: {_different(values, rank)}" for rank in range(len(values)))
+            return "error", f"the ranks of group {group} {what}: {values_of_ranks}"
     if any(theirs["signature"] != said[0]["signature"] for theirs in said):
         counts = "; ".join(f"rank {rank}: {_count(theirs['signature'])}" for rank, theirs in enumerate(said))
-        return "left", f"the ranks of group {group} have different graphs ({counts}), as where one of them has a graph break"
+        return "left", f"the ranks of group {group} have different graphs ({counts}), for example as one of them has a graph break"
     for rank, theirs in enumerate(said):
         if theirs["problem"]:
             kind, what = theirs["problem"]
@@ -265,7 +272,7 @@ _MUST_BE_EQUAL = {
 
 
 def _different(values: list, rank: int) -> str:
-    """What of one rank's value is not that of all."""
+    """The part of one rank's value that differs between ranks."""
     mine = values[rank]
     if not isinstance(mine, dict):
         return str(mine)
@@ -282,7 +289,7 @@ def _give_up(problem: tuple[str, str], contexts: list[Context], options: Options
     kind, what = problem
     if kind == "error":
         raise TokenWeaveError(what)
-    if "different graphs" in what:  # they are apart from here on
+    if "different graphs" in what:  # the ranks cannot agree on later graphs either
         for context in contexts:
             context.left = what
     if options.forced:

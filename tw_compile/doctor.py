@@ -1,9 +1,11 @@
-"""``tw-compile doctor``: what this machine has of what the backend needs, and what to do about the rest.
+"""``tw-compile doctor``: checks what the backend needs on this machine, and says what to do about what is missing.
 
-Alone it looks at this machine as a group of all its GPUs would. Under torchrun the ranks also test and measure the transports. It
-never uses NVLink multicast: it only asks whether the GPUs have it.
+One process checks the machine for a group of all its GPUs. Under torchrun the ranks also test and measure the transports. The doctor never
+uses NVLink multicast: it only asks whether the GPUs have it.
 """
 
+import contextlib
+import functools
 import getpass
 import importlib.metadata
 import json
@@ -31,7 +33,7 @@ from .transports.symmetric import host, nvrtc, support, tuning
 
 OK, NOTE, MISSING = "ok", "note", "MISSING"
 
-# Tokens and hidden size at which the ranks measure: small, where latency counts, and large, where bandwidth does.
+# Hidden size and numbers of tokens of the measurements: few tokens measure latency, many measure bandwidth.
 _HIDDEN = 4096
 _TOKENS = {"cuda": (1, 8192), "cpu": (1, 512)}
 _SAMPLES = 5
@@ -40,7 +42,7 @@ _TIMEOUT = timedelta(minutes=3)
 
 @dataclass(frozen=True)
 class Finding:
-    """name: what was looked at; text: what was found; status: OK, NOTE or MISSING; advice: what to do, where something is missing"""
+    """A line of the output. name: what was checked; text: the result; status: OK, NOTE or MISSING; advice: what to do, if MISSING"""
 
     name: str
     text: str
@@ -49,21 +51,21 @@ class Finding:
 
 
 def main() -> int:
-    """Print what was found, on rank 0 only. Returns the exit status: 1 where something that is needed is missing, on all ranks."""
+    """Print the findings, on rank 0 only. Returns the exit status: 1 if something that is needed is missing."""
     findings = examine()
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         findings += list(_probed("ranks", _ranks))
     else:
         findings.append(Finding("ranks", "not measured: torchrun --nproc-per-node 2 -m tw_compile doctor", NOTE))
     failed = [finding.name for finding in findings if finding.status == MISSING]
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         print(table(findings))
         print(f"missing: {', '.join(failed)}" if failed else "nothing that is needed is missing")
     return 1 if failed else 0
 
 
 def table(findings: list[Finding]) -> str:
-    """The findings, one a line, with what to do below those that are missing."""
+    """The findings as lines, each with further lines and its advice below."""
     names, lines = max(len(finding.name) for finding in findings), []
     for finding in findings:
         first, *rest = finding.text.splitlines() or [""]
@@ -74,15 +76,15 @@ def table(findings: list[Finding]) -> str:
 
 
 def examine() -> list[Finding]:
-    """All that one process can find out. No probe that fails keeps others from their line."""
+    """The findings of one process. A probe that fails has a line of its own, and does not stop the others."""
     return [finding for name, probe in _PROBES.items() for finding in _probed(name, probe)]
 
 
 def _probed(name: str, probe: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from probe()
-    except Exception as error:  # a machine that is broken in some way of its own is what this is for
-        yield Finding(name, f"could not be found out: {type(error).__name__}: {error}", NOTE)
+    except Exception as error:  # a broken machine is what the doctor is for
+        yield Finding(name, f"the check failed: {type(error).__name__}: {error}", NOTE)
 
 
 # --- software ------------------------------------------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def _package() -> Iterator[Finding]:
     try:
         version = importlib.metadata.version("tw_compile")
     except importlib.metadata.PackageNotFoundError:
-        version = "that is not installed"
+        version = "not installed"
     text = f"{version}, Python {platform.python_version()}, {platform.system()}"
     if "tokenweave" in torch.compiler.list_backends(exclude_tags=()):
         yield Finding("tw_compile", text)
@@ -115,7 +117,7 @@ def _cpp_compiler() -> Iterator[Finding]:
     if compiler:
         yield Finding("C++ compiler", f"{compiler}, {_first_line(compiler, '--version')}")
     else:
-        yield Finding("C++ compiler", "none, and Inductor needs one", MISSING, "install g++, or set CXX")
+        yield Finding("C++ compiler", "none; Inductor needs one", MISSING, "install g++, or set CXX")
 
 
 def _c_compiler() -> Iterator[Finding]:
@@ -142,7 +144,7 @@ def _nvrtc() -> Iterator[Finding]:
 def _driver() -> Iterator[Finding]:
     versions = _smi("--query-gpu=driver_version", "--format=csv,noheader")
     if versions is None:
-        yield Finding("driver", "no NVIDIA driver: nvidia-smi is not here, or fails", NOTE)
+        yield Finding("driver", "no NVIDIA driver: nvidia-smi is missing, or fails", NOTE)
     elif not torch.cuda.is_available():
         build = f"is for CUDA {torch.version.cuda}" if torch.version.cuda else "is for CPUs"
         text = f"NVIDIA {versions.splitlines()[0]}, but PyTorch sees no GPU: {torch.__version__} {build}"
@@ -155,7 +157,7 @@ def _gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("GPUs", "none", NOTE)
         return
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         kinds[f"{found.name} ({found.major}.{found.minor}, {found.total_memory / 1e9:.0f} GB)"] += 1
@@ -170,26 +172,26 @@ def _links() -> Iterator[Finding]:
     if links:
         yield Finding("links", ", ".join(f"{_LINKS.get(kind[:2], 'PCIe')} ({kind}): {count}" for kind, count in links.items()) + " pairs")
     else:
-        yield Finding("links", "nvidia-smi topo -m does not tell", NOTE)
+        yield Finding("links", "unknown: nvidia-smi topo -m shows none", NOTE)
     apart = [reason for index in range(world) if (reason := support.unreachable(index, range(world)))]
-    yield Finding("peer access", "; ".join(apart) or "every GPU reaches the memory of every other", NOTE if apart else OK)
+    yield Finding("peer access", "; ".join(apart) or "each GPU can reach the memory of all others", NOTE if apart else OK)
     without = [index for index in range(world) if not support.has_multicast(index)]
-    text = "GPUs have it" if not without else f"not on GPUs {', '.join(map(str, without))}, or it is switched off"
-    yield Finding("multicast", f"{text}; asked only, not used here", NOTE if without else OK)
+    text = "on all GPUs" if not without else f"not on GPUs {', '.join(map(str, without))}, or it is switched off"
+    yield Finding("multicast", f"{text}; the doctor does not use it", NOTE if without else OK)
 
 
 _LINKS = {"NV": "NVLink"}
 
 
 def links_of(topology: str) -> dict[str, int]:
-    """How the pairs of GPUs are linked, from what ``nvidia-smi topo -m`` prints: "NV18" or the way over PCIe, such as "SYS" -> pairs."""
+    """The links between GPUs, from the output of ``nvidia-smi topo -m``: kind ("NV18"; for PCIe, such as "SYS") -> number of pairs."""
     rows = [row.split() for row in re.sub(r"\x1b\[[0-9;]*m", "", topology).splitlines()]
     rows = [row for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
     pairs = [kind for number, row in enumerate(rows) for kind in row[1:][number + 1 : len(rows)]]
     return dict(Counter(pairs))
 
 
-# --- what is kept, and what it comes to --------------------------------------------------------------------------------------------
+# --- caches and transport ------------------------------------------------------------------------------------------------------------
 
 
 def _caches() -> Iterator[Finding]:
@@ -198,7 +200,7 @@ def _caches() -> Iterator[Finding]:
     kernels = len([*place.glob("*.cubin")])
     text = f"{place}: {_size(place)}, {len(found)} plans, {kernels} kernels" + (f", {len(others)} unusable files" if others else "")
     reason = files.unsafe(place / "any")
-    yield Finding("cache", f"{text}\n{reason}; no compiled program is taken from there" if reason else text, NOTE if reason else OK)
+    yield Finding("cache", f"{text}\n{reason}; compiled programs are not loaded from there" if reason else text, NOTE if reason else OK)
     inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
     yield Finding("Inductor's cache", f"{inductor}: {_size(inductor)}")
 
@@ -206,7 +208,7 @@ def _caches() -> Iterator[Finding]:
 def _transport() -> Iterator[Finding]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == 1:
-        yield Finding("transport", "one GPU alone has nothing to reduce: a tensor-parallel group has two or more", NOTE)
+        yield Finding("transport", "none for one GPU: a tensor-parallel group has two or more", NOTE)
         return
     of = f"for a group of {gpus} GPUs" if gpus else "for a group on the CPU"
     reasons = {name: _why_not(name, gpus) for name in ("multimem", "peer")}
@@ -217,13 +219,16 @@ def _transport() -> Iterator[Finding]:
 
 
 def _why_not(name: str, gpus: int) -> str | None:
-    """Why no group of all GPUs of this machine can use a transport; None if it can."""
+    """Why a group of all GPUs of this machine cannot use a transport; None if it can."""
     if not gpus:
         return "it needs NVIDIA GPUs"
 
-    def reason_on(index):
-        reach = lambda index: support.unreachable(index, range(gpus))  # noqa: E731
-        return support.unavailable_to(gpus, torch.device("cuda", index), name == "multimem", reach)
+    def unreachable(index: int) -> str | None:
+        return support.unreachable(index, range(gpus))
+
+    def reason_on(index: int) -> str | None:
+        device = torch.device("cuda", index)
+        return choose.lacking(device) or support.unavailable_to(gpus, device, name == "multimem", unreachable)
 
     return next((reason for index in range(gpus) if (reason := reason_on(index))), None)
 
@@ -247,7 +252,7 @@ _PROBES = {
 
 def _ranks() -> Iterator[Finding]:
     """Test and measure the transports of a group of all ranks. A collective."""
-    # Neither side is to use multicast: see above.
+    # Neither symmetric memory nor NCCL may use multicast: see above.
     os.environ |= {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
     local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= here
@@ -258,42 +263,43 @@ def _ranks() -> Iterator[Finding]:
     try:
         yield Finding("ranks", f"{dist.get_world_size()}, {dist.get_backend()}, on {'GPUs' if on_gpus else 'the CPU'}, without multicast")
         for name in ("peer", "process_group"):
-            yield from _probed(name, lambda name=name: _measured(name, device))
+            yield from _probed(name, functools.partial(_measured, name, device))
     finally:
         dist.destroy_process_group()
 
 
 def _measured(name: str, device: torch.device) -> Iterator[Finding]:
     group = dist.group.WORLD.group_name
-    said = agree.exchange(group, f"the doctor's look at {name}", choose.unavailable(name, group, device) or "")
+    said = agree.exchange(group, f"the doctor's check of {name}", choose.unavailable(name, group, device) or "")
     if reason := next((f"{reason} (rank {rank})" for rank, reason in enumerate(said) if reason), None):
         yield Finding(name, reason, NOTE)
         return
     transport, wrong = choose.self_tested(name, group, device)
-    if wrong:
-        yield Finding(name, wrong, MISSING, "report it, with this output: models must not use this transport")
+    if transport is None or wrong:
+        yield Finding(name, f"{wrong}", MISSING, "report it with this output; do not use this transport")
         return
     seconds = {tokens: _seconds(transport, device, tokens) for tokens in _TOKENS[device.type]}
-    slowest = [max(times) for times in zip(*(json.loads(s) for s in agree.exchange(group, f"the times of {name}", json.dumps([*seconds.values()]))))]
+    of_ranks = agree.exchange(group, f"the times of {name}", json.dumps([*seconds.values()]))
+    slowest = [max(times) for times in zip(*map(json.loads, of_ranks))]
     world, (few, many) = dist.get_world_size(), seconds
     moved = 2 * (world - 1) / world * many * _HIDDEN * tuning.COMPARED_DTYPE.itemsize
     text = f"self-test passed; {slowest[0] * 1e6:.0f} µs for {few} token, {moved / slowest[1] / 1e9:.3g} GB/s on the wire for {many}"
     yield Finding(name, f"{text} tokens of {_HIDDEN} {str(tuning.COMPARED_DTYPE).removeprefix('torch.')}, all-reduce + add + norm")
 
 
-def _seconds(transport, device: torch.device, tokens: int) -> float:
-    """Of one call on this rank: the median of some samples."""
+def _seconds(transport: choose.Transport, device: torch.device, tokens: int) -> float:
+    """Seconds of one call on this rank, the median of _SAMPLES samples."""
     weight = torch.ones(_HIDDEN, dtype=tuning.COMPARED_DTYPE, device=device)
     transport.prepare([(SLOT_WHOLE, weight.dtype, (tokens, _HIDDEN), False)])
     seconds = _seconds_on_gpu if device.type == "cuda" else _seconds_on_cpu
     return statistics.median([seconds(transport, weight, tokens) for _ in range(_SAMPLES + 1)][1:])
 
 
-def _seconds_on_gpu(transport, weight: torch.Tensor, tokens: int) -> float:
+def _seconds_on_gpu(transport: choose.Transport, weight: torch.Tensor, tokens: int) -> float:
     return tuning.seconds_of_call(transport, weight, tokens, 0, tuning.COMPARED_HEAD_START)
 
 
-def _seconds_on_cpu(transport, weight: torch.Tensor, tokens: int) -> float:
+def _seconds_on_cpu(transport: choose.Transport, weight: torch.Tensor, tokens: int) -> float:
     x = weight.expand(tokens, -1)
     dist.barrier()
     begin = time.perf_counter()
@@ -305,25 +311,23 @@ def _seconds_on_cpu(transport, weight: torch.Tensor, tokens: int) -> float:
 
 
 def _smi(*arguments: str) -> str | None:
-    """What nvidia-smi says; None where it is not there, or fails."""
+    """The output of nvidia-smi; None if it is missing, or fails."""
     if shutil.which("nvidia-smi") is None:
         return None
-    run = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, errors="replace", timeout=60)
+    run = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, errors="replace", timeout=60, check=False)
     return run.stdout if run.returncode == 0 and run.stdout.strip() else None
 
 
 def _first_line(*command: str) -> str:
-    run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
     return (run.stdout.splitlines() or [""])[0]
 
 
 def _size(directory: Path) -> str:
-    """Bytes of all files below a directory."""
+    """The size of all files in a directory."""
     number = 0
     for folder, _, names in os.walk(directory):
         for name in names:
-            try:
+            with contextlib.suppress(OSError):  # another process has removed it
                 number += os.lstat(os.path.join(folder, name)).st_size
-            except OSError:  # gone meanwhile
-                continue
-    return f"{number / 1e6:.1f} MB" if directory.exists() else "not there yet"
+    return f"{number / 1e6:.1f} MB" if directory.exists() else "does not exist yet"

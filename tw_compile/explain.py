@@ -1,44 +1,47 @@
-"""Why a model is not faster: its reports, and where Dynamo broke its graph."""
+"""Explains what the backend does with a model: the reports of its graphs, and where Dynamo broke them."""
 
 import inspect
 import types
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from . import backend
 from .breaks import Breaks
-from .report import Break, Report, reports, short
+from .report import Break, Report, reports
+from .wording import short
 
-
-# What Dynamo compiles behind a graph break belongs to the functions there. From 2.13 on it can be kept apart from what others compile.
+# Dynamo caches what it compiles behind a graph break with the functions there. From PyTorch 2.13 on it can keep such entries apart.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 class Explanation(list[Report]):
-    """What ``explain`` found: a list of the reports of the model's graphs. str() is all of it.
+    """The result of ``explain``: a list of the reports of the model's graphs. str() has the reports and the graph breaks.
 
-    breaks: where Dynamo broke the graph, also where that left no graph behind
+    breaks: the graph breaks, also those that left no graph
     """
 
-    def __init__(self, found: Iterable[Report], breaks: list[Break]):
+    def __init__(self, found: Iterable[Report], breaks: list[Break]) -> None:
         super().__init__(found)
         self.breaks = breaks
 
     def __str__(self) -> str:
         lines = [str(report) for report in self] or ["tokenweave: Dynamo compiled no graph"]
         lines += [f"{len(self.breaks)} graph breaks"]
-        lines += [f"  {short(b.source) or 'a place that Dynamo does not tell'}: {b.reason}" for b in self.breaks]
+        lines += [f"  {short(b.source) or 'an unknown place'}: {b.reason}" for b in self.breaks]
         return "\n".join(lines)
 
 
-def explain(model: Callable, *args, options: dict | None = None, **kwargs) -> Explanation:
-    """Compile ``model`` for the backend, run it once on the arguments, and return the reports of its graphs and all graph breaks.
+def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Explanation:
+    """Compile ``model`` with the backend, run it once, and return the reports of its graphs and all graph breaks.
 
-    model:   a module or a function; of one that torch.compile has returned, what was compiled
-    options: of the backend, as for torch.compile
-    Every rank of the model's process groups must call it, as it runs the model. No gradients. Other compiled models keep their graphs;
-    up to PyTorch 2.12 the graphs behind a graph break count towards Dynamo's recompile limit of the functions that they are of.
+    model:   a module or a function, not compiled, or what torch.compile returned
+    args, kwargs: the arguments of the call
+    options: options of the backend, as for torch.compile
+
+    It computes no gradients. All ranks of the model's process groups must call it, as it runs the model. Other compiled models keep their
+    graphs; up to PyTorch 2.12, graphs behind a graph break count towards Dynamo's recompile limit of their functions.
     Raises what the model raises, and Dynamo's error around a TokenWeaveError for options that cannot be met.
     """
     before, broken = len(reports()), Breaks()
@@ -47,13 +50,15 @@ def explain(model: Callable, *args, options: dict | None = None, **kwargs) -> Ex
     return Explanation(reports()[before:], broken.since())
 
 
-def anew(function: Callable) -> Callable:
-    """A function that calls this one, and that Dynamo has never seen. What Dynamo compiles for it is its own, and goes with it."""
-    if not getattr(function, "_torchdynamo_disable", False):  # which is one, too, that keeps its original
-        function = getattr(function, "_orig_mod", None) or getattr(function, "_torchdynamo_orig_callable", function)
+def anew(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A new function that calls ``function``. What Dynamo compiles for it is separate, and is freed with it."""
+    original: Callable[..., Any] = function
+    if not getattr(function, "_torchdynamo_disable", False):  # a disabled function has an original, too, and stays disabled
+        original = getattr(function, "_torchdynamo_orig_callable", function)
+        original = getattr(function, "_orig_mod", None) or original
 
-    def call(*args, **kwargs):
-        return function(*args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
 
-    name = getattr(function, "__name__", "call")
+    name = getattr(original, "__name__", "call")
     return types.FunctionType(call.__code__.replace(), globals(), name, closure=call.__closure__)

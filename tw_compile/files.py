@@ -1,7 +1,7 @@
-"""What is kept from process to process: ``$TW_COMPILE_CACHE_DIR``, or ``~/.cache/tw_compile``.
+"""The cache on disk: ``$TW_COMPILE_CACHE_DIR``, or ``~/.cache/tw_compile``.
 
-Programs are among it, so that what comes from there is checked first: only a directory and a file that are this user's, and that
-nobody else can write to, are taken; and only a file that is whole, which its last bytes, a digest of the rest, say.
+Compiled programs are in it, so that files are checked before they are loaded: directory and file must belong to this user, and nobody
+else may write to them. A file ends with a SHA-256 digest of its content, which shows whether it is complete.
 """
 
 import functools
@@ -21,28 +21,28 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 def directory() -> Path:
-    """Where all of it is kept."""
+    """The directory of the cache."""
     given = os.environ.get("TW_COMPILE_CACHE_DIR")
     return Path(given) if given else Path.home() / ".cache" / "tw_compile"
 
 
 def path(name: str, key: object, suffix: str) -> Path:
-    """Where what belongs to ``name`` and ``key``, whose ``repr`` says all that it depends on, is kept."""
+    """The path of a cache entry. The ``repr`` of ``key`` must contain everything that the content depends on."""
     return directory() / f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.{suffix}"
 
 
 def kept(path: Path, make: Callable[[], bytes], load: Callable[[Path], _Loaded]) -> _Loaded:
-    """What ``load`` makes of the file there.
+    """The result of ``load`` on the file at ``path``, for which ``make`` makes the content.
 
-    It is made anew where it is missing, is not whole, or cannot be loaded, as one of another machine with the same home cannot; and
-    somewhere else where that directory cannot be written, or is not safe.
+    The file is made again if it is missing or incomplete, or cannot be loaded, as a file of another machine with the same home directory.
+    It is made in a private directory if the cache cannot be written, or is not safe.
     """
     reason = unsafe(path)
     if reason is None and content(path) is not None:
         try:
             return load(path)
         except Exception as error:
-            log.warning("%s is made anew: it cannot be loaded: %s", path, error)
+            log.warning("%s cannot be loaded and is made again: %s", path, error)
     sealed = _sealed(make())
     if reason is not None or not write(path, sealed):
         path = _private_directory(reason) / path.name
@@ -51,7 +51,7 @@ def kept(path: Path, make: Callable[[], bytes], load: Callable[[Path], _Loaded])
 
 
 def content(path: Path) -> bytes | None:
-    """What was made; None where there is none, or not all of it."""
+    """The content of a file without its digest; None if it is missing or incomplete."""
     try:
         sealed = path.read_bytes()
     except OSError:
@@ -61,12 +61,12 @@ def content(path: Path) -> bytes | None:
 
 
 def write(path: Path, content: bytes) -> bool:
-    """Whether it could be written. Where it cannot, all that is lost is the time to make the content again.
+    """Write a file, and its directory if needed, with access for this user only. Returns False if it cannot be written.
 
-    The file is for this user alone, and so is its directory, if that is not there yet.
+    A file that is not written is made again next time.
     """
     try:
-        # Many ranks may do this at once: each writes a file of its own, and the rename is atomic.
+        # Many ranks may write at once: each writes its own temporary file, and the rename is atomic.
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             file.write(content)
@@ -77,7 +77,7 @@ def write(path: Path, content: bytes) -> bool:
 
 
 def unsafe(path: Path) -> str | None:
-    """Why a program must not be loaded from there; None if it may, or if there is nothing."""
+    """Why a program must not be loaded from ``path``; None if it may, or if there is no such file."""
     for place in (path.parent, path):
         try:
             found = place.stat()
@@ -96,12 +96,12 @@ def _sealed(made: bytes) -> bytes:
 
 @functools.cache
 def _private_directory(reason: str | None) -> Path:
-    """One of this process, gone with it. reason: why the usual one is not safe, if so"""
+    """A directory of this process, which is removed when it ends. reason: why the cache is not safe; None if it cannot be written"""
     if reason is not None:
-        log.warning("no compiled programs are kept: %s", reason)
+        log.warning("compiled programs are not cached: %s", reason)
     directory = tempfile.TemporaryDirectory(prefix="tw_compile-")
     _private_directories.append(directory)
     return Path(directory.name)
 
 
-_private_directories = []  # so that they live as long as the process
+_private_directories: list[tempfile.TemporaryDirectory[str]] = []  # keeps them until the process ends

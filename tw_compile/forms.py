@@ -1,7 +1,8 @@
-"""The forms of a graph, fused and woven, and the choice between them: made when the graph is called, by its number of tokens.
+"""The forms of a graph, fused and woven. Each call takes one by its number of tokens.
 
-No threshold is a guard, so none specialises a graph, and whoever drops Dynamo's guards gets the right form, too. A form is compiled
-when a call first needs it, for the sizes of that call (sizes.py), and again where what was taken for granted does not hold.
+The choice is made in the call, not by Dynamo: no threshold is a guard, so that none specialises a graph, and a caller that drops
+Dynamo's guards gets the right form, too. A form is compiled when a call first needs it, for the sizes of that call (sizes.py), and again
+where a call has sizes that the compiled form does not cover.
 """
 
 import contextlib
@@ -11,125 +12,110 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.fx import GraphModule
 
-from . import context, logs, ops, passes
-from .autotune.plan import Place, first_half, place_of_cut
-from .compat import (
-    BoxedBool,
-    TracingContext,
-    V,
-    detect_fake_mode,
-    enable_python_dispatcher,
-    reorder_for_locality,
-    tracing,
-    view_to_reshape,
-)
+from . import context, passes
+from .autotune.plan import Place, Plan, first_half, place_of_cut
 from .compat import inductor_config as config
-from .inductor import outline, outside, uncompiled, user_passes
+from .compat import reorder_for_locality, view_to_reshape
 from .options import Options, TokenWeaveError
 from .passes.cut import batch_of, cut_at, plan_by_rule
 from .passes.find import collectives
-from .passes.graph_utils import arguments, calls, value
-from .report import Report, record, say_once
-from .sizes import ForSizes, Sizes, copied, for_sizes
+from .report import Break, Report, say_once
+from .sizes import ForSizes, Sizes
 from .transports import choose
 from .transports.together import WorkspaceError
+from .variants import Compiler, Values, Variant, outside, places_of, sites_of, uncompiled
 
 log = logging.getLogger("tw_compile")
 
-# Compilations of one form for different sizes. Calls of yet others run as they are, uncompiled.
+# Compilations of one form for different sizes. Calls with yet other sizes run uncompiled.
 MOST_VARIANTS = 16
-# Sizes of calls whose form is remembered.
+# Combinations of sizes for which the chosen variant is remembered.
 MOST_CALLS = 4096
 
 FUSE, PLAIN = "fuse", "plain"
 
 
-def compile_forms(gm, inputs: list, options: Options, inner_compile: Callable, kwargs: dict, forms, broken=None) -> Callable:
-    """What runs a graph of inference that AOTAutograd has traced: its forms; or where it has no sites, what Inductor makes of it.
+def compile_forms(
+    gm: GraphModule,
+    inputs: list,
+    options: Options,
+    inner_compile: Callable,
+    kwargs: dict,
+    compiler: Callable[..., Compiler] = Compiler,
+    broken: Break | None = None,
+) -> Callable:
+    """What runs an inference graph: its ``Forms``; or what Inductor compiles, where the graph has no sites.
 
-    inner_compile: Inductor's; kwargs: further arguments of its; forms: Forms, or what stands for it
-    broken: where Dynamo broke the graph (report.Break), or None
-    Raises TokenWeaveError for a request that cannot be met, on every rank alike.
+    gm, inputs:    the graph that AOTAutograd has traced, and its fake inputs
+    inner_compile: Inductor's ``compile_fx_inner``, or a function like it; kwargs: its further arguments
+    compiler:      makes the Compiler of the graph's forms
+    broken:        where Dynamo broke the graph, or None
+    Raises TokenWeaveError on all ranks for a request that cannot be met.
     """
     view_to_reshape(gm)
     if config.reorder_for_locality:
-        reorder_for_locality(gm.graph)  # Inductor would do it to the graph that is woven
-    made = forms(gm, inputs, options, inner_compile, kwargs)
-    made.broken = broken
-    run = made.begin()
+        reorder_for_locality(gm.graph)  # otherwise Inductor would reorder the woven graph
+    forms = Forms(compiler(gm, inputs, options, inner_compile, kwargs, broken))
+    run = forms.begin()
     if run is not None:
         return run
-    made.record(made.left)
+    assert forms.left is not None
+    forms.compiler.record(forms.left)
     if not options.off:
-        say_once(f"nothing to fuse or weave in a graph: {made.left.reasons[-1]}")
+        say_once(f"nothing to fuse or weave in a graph: {forms.left.reasons[-1]}")
     return inner_compile(gm, inputs, **kwargs)
 
 
 @dataclass
-class _Variant:
-    """A form that was compiled, and the sizes that it is for.
+class _Analysis:
+    """What is known of a graph with sites, for sizes of one kind: the same sizes are symbols, and the same ones are 0 or 1.
 
-    sites: (group, device, slot, dtype, shape of what is reduced in the symbols of ``made``, whether a LayerNorm follows)
+    sized:    the graph with such sizes
+    fused:    the graph with fused sites, not compiled
+    batch:    shape of the reduced values without the last dimension, in the symbols of ``sized``
+    together: whether all ranks are in this analysis now, as they have just agreed on it
     """
 
-    made: ForSizes
-    run: Callable
-    sites: list[tuple]
-
-    def calls(self, known: dict) -> dict[tuple, list[tuple]]:
-        """(group, device) -> what its transport is to be prepared for, with these values of the symbols."""
-        found = {}
-        for group, device, slot, dtype, shape, center in self.sites:
-            numbers = tuple(self.made.number(size, known) for size in shape)
-            if None not in numbers:
-                found.setdefault((group, device), {})[slot, dtype, numbers, center] = None
-        return {place: [*calls] for place, calls in found.items()}
-
-
-@dataclass
-class _Learnt:
-    """What is known of a graph whose sites were found.
-
-    batch: the shape of its reduced values, in the symbols of ``made``
-    first: whether all ranks are here, as what is made of the graph was decided just now
-    """
-
-    made: ForSizes
-    new: passes.Rewritten
+    sized: ForSizes
+    fused: passes.Rewritten
     batch: list
-    first: bool
+    together: bool
 
 
 class Forms:
     """A graph that can be called: ``forms(args)`` with a list of its inputs, which it empties.
 
-    left: the report of a graph that is left to Inductor; None where it is not
+    left:      the report of a graph that is left to Inductor; None where it is not
+    plan:      how the graph is woven; None until its sites are found
+    variants:  FUSE, PLAIN or a Place -> the compiled variants of that form
+    unwoven:   a Place at which the graph cannot be cut -> the reason
+    runs:      values of the symbols in a call -> what runs it
+    places:    groups and devices of the sites
     """
 
     _boxed_call = True
 
-    def __init__(self, gm, inputs, options, inner_compile, kwargs):
-        self.gm, self.inputs, self.options, self.inner_compile, self.kwargs = gm, inputs, options, inner_compile, kwargs
-        self.config, self.compile_id = config.get_config_copy(), logs.compile_id()
+    def __init__(self, compiler: Compiler):
+        self.compiler, self.gm, self.options = compiler, compiler.gm, compiler.options
         self.left: Report | None = None
-        self.broken = None
-        self.plan, self.rehearsal = None, None
-        self.learnt: list[_Learnt] = []
-        self.variants: dict[object, list[_Variant]] = {}
-        self.not_woven: dict[Place, str] = {}
+        self.plan: Plan | None = None
+        self.analyses: list[_Analysis] = []
+        self.variants: dict[Place | str, list[Variant]] = {}
+        self.unwoven: dict[Place, str] = {}
         self.runs: dict[tuple, Callable] = {}
-        self.places: list[tuple[str, torch.device]] = []  # groups and devices of its sites
+        self.places: list[tuple[str, torch.device]] = []
         self.lock = threading.RLock()
 
     def begin(self) -> Callable | None:
-        """What runs the graph, with the form compiled for the sizes that it was traced with; None if it is left to Inductor."""
+        """Compile the form for the sizes that the graph was traced with. Returns what runs the graph; None if it is left to Inductor."""
         if self.options.off or not collectives(self.gm.graph):
             self.left = passes.rewrite(self.gm.graph, self.options, self._may_be_symmetric, lambda sites: "").report
             return None
         try:
             self.sizes = Sizes(self.gm)
-        except ValueError as error:  # of an input that this backend does not know
+        except ValueError as error:  # an input that this backend does not know
             if self.options.forced:
                 raise TokenWeaveError(f"option 'tokenweave.mode' is {self.options.mode!r}, but this graph cannot be: {error}") from error
             self.left = self._report(str(error))
@@ -144,7 +130,7 @@ class Forms:
             self.left = self.left or self._report(str(left))
             return None
 
-    def __call__(self, args: list):
+    def __call__(self, args: list) -> object:
         values = self.sizes.of_call(args)
         run = self.runs.get(values)
         if run is None:
@@ -152,18 +138,19 @@ class Forms:
                 run = self._run_in_call(values)
         return run(args)
 
-    def _run_in_call(self, values: tuple) -> Callable:
+    def _run_in_call(self, values: tuple[int, ...]) -> Callable:
         try:
             return self._run_of(values)
         except context.Left as left:
             self.left = self.left or self._report(str(left))
             return self._run_of(values)
 
-    def _run_of(self, values: tuple) -> Callable:
+    def _run_of(self, values: tuple[int, ...]) -> Callable:
         """What runs calls with these values of the symbols."""
         if values not in self.runs:
-            variant = self._variant(*self._form_of(values), values)
-            self._prepare(variant, dict(zip(self.sizes.symbols, values)))
+            known = dict(zip(self.sizes.symbols, values))
+            variant = self._variant(*self._form_of(known), known)
+            self._prepare(variant, known)
             run = self._entered(variant.run) if variant.sites else variant.run
             if len(self.runs) >= MOST_CALLS:
                 self.runs.clear()
@@ -172,149 +159,122 @@ class Forms:
 
     # --- which form ----------------------------------------------------------------------------------------------------
 
-    def _form_of(self, values: tuple) -> tuple[object, str]:
-        """(FUSE, PLAIN or where the graph is cut; why it is not woven)"""
+    def _form_of(self, values: Values) -> tuple[Place | str, str]:
+        """(FUSE, PLAIN, or the Place where the graph is cut; why it is not woven)"""
         if self.left is not None:
             return PLAIN, ""
-        known = dict(zip(self.sizes.symbols, values))
-        learnt = next((learnt for learnt in self.learnt if learnt.made.is_alike(known)), None) or self._learn(known)
-        batch = [learnt.made.number(size, known) for size in learnt.batch]
-        if None in batch:
-            at = "its number of tokens depends on data"
-        else:
-            at = place_of_cut(batch, self.options, self.plan)
-        at = self.not_woven.get(at, at)
+        analysis = self._analysis_of(values) or self._analyse(values)
+        batch = [n for size in analysis.batch if (n := analysis.sized.number(size, values)) is not None]
+        at: Place | str = "its number of tokens depends on data"
+        if len(batch) == len(analysis.batch):
+            at = place_of_cut(batch, self.options, self._plan)
+        if isinstance(at, Place):
+            at = self.unwoven.get(at, at)
         if isinstance(at, str):
             passes.check_woven(at, self.options)
             return FUSE, at
         return at, ""
 
-    def _learn(self, known: dict) -> _Learnt:
-        """Find the sites of the graph with sizes of this kind, and agree on what is made of them, and how the graph is woven."""
-        made, seen = self._for_sizes(known), {}
+    def _analysis_of(self, values: Values) -> _Analysis | None:
+        return next((analysis for analysis in self.analyses if analysis.sized.is_alike(values)), None)
+
+    def _analyse(self, values: Values) -> _Analysis:
+        """Find the sites of the graph with sizes of this kind. The ranks agree on the sites, on a transport and on a plan.
+
+        Raises context.Left for a graph without sites.
+        """
+        sized = self.compiler.for_sizes(values)
+        seen: dict = {}
 
         def look(sites):
-            seen.update(batch=batch_of(sites), section=passes.section_of(sites, self.options, self._cuda_graphs), by_rule=plan_by_rule(sites))
+            section = passes.section_of(sites, self.options, self.compiler.cuda_graphs)
+            seen.update(batch=batch_of(sites), section=section, by_rule=plan_by_rule(sites))
             return ""
 
-        new, first = self._agreed(FUSE, made, look)
+        new, together = self._agreed(FUSE, sized, look)
         passes.check_sites(new, self.options)
         if not new.sites:
             self.left = new.report
             raise context.Left(new.report.reasons[-1])
-        self.places = _places(new.report)
+        self.places = places_of(new.report)
         with outside():
             for group, device in self.places:
-                choose.choose(self.options.transport, group, device, self._timeout)
+                choose.choose(self.options.transport, group, device, self.compiler.timeout)
         if self.plan is None and not self.options.fused_only:
             with outside():
-                plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, first)
+                plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, together)
             if plan is not None and seen["section"] is not None:
-                self.rehearsal = {"section": asdict(seen["section"]), "plan": asdict(plan)}
+                self.compiler.rehearsal = {"section": asdict(seen["section"]), "plan": asdict(plan)}
             self.plan = plan or seen["by_rule"]
-        self.learnt.append(_Learnt(made, new, seen["batch"], first))
-        return self.learnt[-1]
+        self.analyses.append(_Analysis(sized, new, seen["batch"], together))
+        return self.analyses[-1]
 
-    # --- compiling -----------------------------------------------------------------------------------------------------
+    @property
+    def _plan(self) -> Plan:
+        """The plan of the graph; any where nothing is woven, and so none is made."""
+        return self.plan or Plan(None)
 
-    def _variant(self, form, why: str, values: tuple, first: bool = False) -> _Variant:
-        """A form that is compiled for sizes like these. first: whether all ranks are here, so that they can fail together"""
-        known = dict(zip(self.sizes.symbols, values))
+    # --- its compilation -----------------------------------------------------------------------------------------------
+
+    def _variant(self, form: Place | str, why: str, values: Values, together: bool = False) -> Variant:
+        """A form compiled for sizes like these.
+
+        why:      the reason why a fused form is not woven
+        together: whether all ranks compile it now, so that they can fail together
+        """
         variants = self.variants.setdefault(form, [])
-        if found := next((variant for variant in variants if variant.made.holds(known)), None):
+        if found := next((variant for variant in variants if variant.sized.holds(values)), None):
             return found
-        learnt = next((learnt for learnt in self.learnt if learnt.made.values == known), None)
-        # A half of one entry has another size than any other: torch takes a size of 1 for a constant.
-        fixed = isinstance(form, Place) and bool(known) and self._least_half(form, known) < 2
-        made = learnt.made if learnt and not fixed else self._for_sizes(known, fixed)
-        if form == PLAIN:
-            new = passes.Rewritten(made.gm.graph, self.left)
-        elif form == FUSE:
-            if learnt:
-                new, first, learnt.first = learnt.new, first or learnt.first, False
-            else:
-                new, _ = self._agreed(FUSE, made, lambda sites: "")
-            new.report.reasons += [f"not woven: {why}"] if why != self.options.fused_only else []
-        else:
+        analysis = next((analysis for analysis in self.analyses if analysis.sized.values == values), None)
+        # torch takes a size of 1 for a constant, so that a half with one entry needs a graph for its sizes alone.
+        fixed = isinstance(form, Place) and bool(values) and self._least_half(form, values) < 2
+        sized = analysis.sized if analysis and not fixed else self.compiler.for_sizes(values, fixed)
+        if isinstance(form, Place):
             try:
-                new, first = self._agreed(form, made, lambda sites: cut_at(batch_of(sites), form, self.plan))
+                new, together = self._agreed(form, sized, lambda sites: cut_at(batch_of(sites), form, self._plan))
                 reason = new.not_woven
             except context.Left as left:
-                reason, first = str(left), left.together
-            if learnt:
-                learnt.first = False
+                reason, together = str(left), left.together
+            if analysis:
+                analysis.together = False
             if reason:
                 passes.check_woven(reason, self.options)
-                self.not_woven[form] = reason
-                return self._variant(FUSE, reason, values, first)
+                self.unwoven[form] = reason
+                return self._variant(FUSE, reason, values, together)
+        elif form == PLAIN:
+            assert self.left is not None
+            new = passes.Rewritten(sized.gm.graph, self.left)
+        else:
+            if analysis:
+                new, together, analysis.together = analysis.fused, together or analysis.together, False
+            else:
+                new, _ = self._agreed(FUSE, sized, lambda sites: "")
+            new.report.reasons += [f"not woven: {why}"] if why != self.options.fused_only else []
         if len(variants) < MOST_VARIANTS:
-            run = self._compile(made, new, first)
+            run = self.compiler.compile(sized, new, together)
         else:
             message = f"a graph was compiled {MOST_VARIANTS} times for different sizes: others run uncompiled. See docs/ranks.md, Sizes"
             say_once(message)
-            run = uncompiled(made, new)
-        variants.append(_Variant(made, run, _sites_of(new)))
+            run = uncompiled(sized, new)
+        variants.append(Variant(sized, run, sites_of(new)))
         return variants[-1]
 
-    def _agreed(self, form, made: ForSizes, cut_of: Callable) -> tuple[passes.Rewritten, bool]:
-        def attempt(decision):
-            return passes.rewrite(made.gm.graph, self.options, self._may_be_symmetric, cut_of, decision)
+    def _agreed(self, form: Place | str, sized: ForSizes, cut_of: Callable) -> tuple[passes.Rewritten, bool]:
+        """The rewritten graph that all ranks have agreed on, and whether they agreed now. See ``context.agreed``."""
 
-        with self._inside(made):
+        def attempt(decision):
+            return passes.rewrite(sized.gm.graph, self.options, self._may_be_symmetric, cut_of, decision)
+
+        with self.compiler.inside(sized):
             return context.agreed(self.gm.graph, self.options, form, attempt)
 
-    def _compile(self, made: ForSizes, new: passes.Rewritten, first: bool) -> Callable:
-        """Have Inductor compile a rewritten graph. first: whether all ranks are at it, so that they can fail together"""
-        failure, error = "", None
-        with self._inside(made):
-            try:
-                gm, patches = copied(made.gm, new.graph), {}
-                if new.sites:
-                    # The user's passes of this place see the graph as a whole, before layers are calls.
-                    for user_pass in user_passes():
-                        user_pass(gm.graph)
-                    outline(gm, new.report)
-                    patches = {"post_grad_custom_pre_pass": None, "reorder_for_locality": False}
-                    for name, which in (("before", made.gm), ("after", gm)):
-                        logs.artifact(name, functools.partial(which.print_readable, print_output=False), self.compile_id)
-                kwargs = self.kwargs | {"cudagraphs": BoxedBool(bool(self.kwargs.get("cudagraphs")))}
-                with config.patch(patches):
-                    run = self.inner_compile(gm, made.inputs, **kwargs)
-            except Exception as raised:
-                failure, error = f"it could not be compiled: {type(raised).__name__}: {raised}", raised
-        if first:
-            failure = context.all_well(self.gm.graph, "the compilation of a graph", failure)
-        if failure:
-            if self.options.forced or not first:
-                raise error or TokenWeaveError(failure)
-            raise context.Left(failure) from error
-        if new.sites:
-            self._complete(new.report)
-        return run
-
-    def _complete(self, report: Report) -> None:
-        for group, device in _places(report):
-            transport, why_not = choose.choose(self.options.transport, group, device, self._timeout)
-            report.transport = transport.name
-            report.reasons += [why_not] if why_not else []
-        report.rehearsal = self.rehearsal
-        self.record(report)
-
-    def record(self, report: Report) -> None:
-        """Add the report of a form of this graph to ``tw_compile.reports()``, and to the logs."""
-        report.broken = self.broken
-        record(report)
-        logs.artifact("report", report.__str__, self.compile_id, logging.INFO)
-
-    @property
-    def _timeout(self) -> float | None:
-        return None if self.options.timeout == "auto" else self.options.timeout
-
-    @property
-    def _cuda_graphs(self) -> bool:
-        """Whether the graph is run by CUDA graphs."""
-        asked = self.options.cuda_graphs
-        return bool(self.kwargs.get("cudagraphs")) if asked == "auto" else asked
+    def _least_half(self, at: Place, values: Values) -> int:
+        analysis = self._analysis_of(values)
+        assert analysis is not None
+        length = analysis.sized.number(analysis.batch[at.dim], values)
+        assert length is not None
+        first = first_half(length, at.rule, self._plan.split_ratio)
+        return min(first, length - first)
 
     def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
         usable, _ = choose.candidates(self.options.transport, group, device)
@@ -323,39 +283,15 @@ class Forms:
     def _report(self, reason: str) -> Report:
         return Report(requested=self.options.requested, reasons=[reason])
 
-    def _least_half(self, at: Place, known: dict) -> int:
-        learnt = next(learnt for learnt in self.learnt if learnt.made.is_alike(known))
-        length = learnt.made.number(learnt.batch[at.dim], known)
-        first = first_half(length, at.rule, self.plan.split_ratio)
-        return min(first, length - first)
+    # --- its calls -----------------------------------------------------------------------------------------------------
 
-    def _for_sizes(self, known: dict, fixed: bool = False) -> ForSizes:
-        if known:
-            with self._configured():
-                return for_sizes(self.gm, known, fixed)
-        return ForSizes(self.gm, self.inputs, detect_fake_mode(self.inputs), {}, {})
+    def _prepare(self, variant: Variant, values: Values) -> None:
+        """Make what the sites of a call need, on all ranks. If a rank cannot, the group falls back to its own collectives.
 
-    @contextlib.contextmanager
-    def _inside(self, made: ForSizes):
-        """Where a graph with symbols of its own is rewritten and compiled: as in a compilation of Dynamo's, also in a call."""
-        if not made.symbols:
-            yield
-            return
-        with self._configured(), tracing(TracingContext(made.mode)), V.set_fake_mode(made.mode):
-            yield
-
-    @contextlib.contextmanager
-    def _configured(self):
-        now = config.get_config_copy()
-        changes = {name: given for name, given in self.config.items() if now.get(name) != given}
-        # Fake tensors of symbolic sizes are decomposed in Python.
-        with outside(), enable_python_dispatcher(), config.patch(changes):
-            yield
-
-    def _prepare(self, variant: _Variant, known: dict) -> None:
-        """Have all that the sites of a call need made on all ranks. Where a rank cannot, its group's own collectives carry them."""
-        for (group, device), calls in variant.calls(known).items():
-            transport, _ = choose.choose(self.options.transport, group, device, self._timeout)
+        Raises TokenWeaveError on all ranks if the transport is forced.
+        """
+        for (group, device), calls in variant.workspaces(values).items():
+            transport, _ = choose.choose(self.options.transport, group, device, self.compiler.timeout)
             try:
                 with outside():
                     transport.prepare(calls)
@@ -365,7 +301,10 @@ class Forms:
                 choose.fall_back(self.options.transport, group, device, str(error))
 
     def _entered(self, run: Callable) -> Callable:
-        """``run`` as a call of the groups that there are when it is called: in the order of their other calls."""
+        """``run`` inside of ``transport.call()`` for each group of the sites, so that the group's calls keep their order.
+
+        Groups and transports are looked up in each call: a group may be destroyed and made again under its name.
+        """
         places, requested = self.places, self.options.transport
         entries = [self._entry(group, device) for group, device in places]
 
@@ -383,26 +322,12 @@ class Forms:
                 with transport.call():
                     return run(args)
 
-        entered._boxed_call = True
+        entered._boxed_call = True  # type: ignore[attr-defined]  # how Inductor knows a function that empties its arguments
         return entered
 
     def _entry(self, group: str, device: torch.device) -> tuple:
         known = context.of(group)
-        return known, choose.choose(self.options.transport, group, device, self._timeout)[0]
+        return known, choose.choose(self.options.transport, group, device, self.compiler.timeout)[0]
 
 
 _NONE = (None, "")
-
-
-def _sites_of(new: passes.Rewritten) -> list[tuple]:
-    found = []
-    for node in new.graph.nodes if new.sites else ():
-        if calls(node, ops.start, ops.fused):
-            given, x = arguments(node), value(node.args[0])
-            found.append((given["group"], x.device, given["slot"], x.dtype, tuple(x.shape), given["center"]))
-    return found
-
-
-def _places(report: Report) -> list[tuple[str, torch.device]]:
-    """The groups and devices of a graph's sites."""
-    return [(group, torch.device(device)) for group, device in dict.fromkeys((site.group, site.device) for site in report.sites)]

@@ -1,4 +1,4 @@
-"""A report as one page of HTML that needs nothing else: no script, no font, no image from elsewhere."""
+"""A report as one self-contained page of HTML: no scripts, fonts or images from elsewhere."""
 
 import json
 import os
@@ -8,14 +8,18 @@ from collections import Counter
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .report import Report, form_of, plan_text, short
+from .wording import form_of, plan_text, short
 
-# Kernels that a timeline shows at most: around the communication in the middle of the profile.
+if TYPE_CHECKING:
+    from .report import Report
+
+# The most kernels that a timeline shows, around the communication kernel in the middle of the profile.
 MAX_KERNELS = 600
-_WIDTH, _LANE, _LABEL = 1100, 30, 150  # pixels of the timeline, of a lane in height, and of what is in front of it
+_WIDTH, _LANE, _LABEL = 1100, 30, 150  # pixels: width of the timeline, height of a lane, width of its label
 
-# The first that is found in a kernel's name counts: Inductor's names have the ops in them that a kernel came from.
+# The first pattern that matches a kernel's name gives its kind. Names of Inductor's kernels contain the ops that they compute.
 KINDS = (
     ("all-reduce + norm", r"two_shot|one_shot"),
     ("process group", r"^nccl"),
@@ -27,11 +31,12 @@ KINDS = (
 _COMMUNICATION = "all-reduce + norm", "process group"
 
 
-def page(report: Report, profile=None) -> str:
+def page(report: "Report", profile: Any = None) -> str:
     """The page of a report.
 
-    profile: of calls of the compiled model, for a timeline: a ``torch.profiler.profile`` that has ended, the path of the Chrome trace
-             that it has exported, or what is in one; None for no timeline
+    profile: adds a timeline of calls of the compiled model: a ``torch.profiler.profile`` that has ended, the path of the Chrome trace that
+             it has exported, or the content of one. None for no timeline
+    Raises what ``kernels_of`` raises.
     """
     parts = [_head(report), _reasons(report), _sites(report)]
     parts.append(_table("Refused", ("all-reduce", "place", "why"), [(r.all_reduce, short(r.source), r.reason) for r in report.refusals]))
@@ -43,7 +48,7 @@ def page(report: Report, profile=None) -> str:
 # --- the report ----------------------------------------------------------------------------------------------------------------------
 
 
-def _head(report: Report) -> str:
+def _head(report: "Report") -> str:
     woven = sum(site.woven for site in report.sites)
     numbers = {
         "sites": len(report.sites),
@@ -54,12 +59,12 @@ def _head(report: Report) -> str:
     cards = "".join(f"<div><b>{number}</b>{name}</div>" for name, number in numbers.items())
     facts = {"transport": report.transport, "split": " | ".join(map(str, report.split or ())), "layers compiled as one": report.alike}
     asked = ", ".join(f"{name}={value}" for name, value in report.requested.items() if value != "auto")
-    facts |= {"requested": asked or "auto", "tuned": plan_text(**report.rehearsal["plan"]) if report.rehearsal else ""}
+    facts |= {"requested": asked or "auto", "autotuned": plan_text(**report.rehearsal["plan"]) if report.rehearsal else ""}
     rows = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value)
     return f'<h1>tokenweave <span class="{report.mode}">{report.mode}</span></h1><div class="cards">{cards}</div><dl>{rows}</dl>'
 
 
-def _reasons(report: Report) -> str:
+def _reasons(report: "Report") -> str:
     reasons = [*report.reasons]
     if report.broken:
         reasons.append(f"graph break at {short(report.broken.source)}: {report.broken.reason}")
@@ -67,15 +72,15 @@ def _reasons(report: Report) -> str:
     return f"<h2>Why not more</h2><ul>{items}</ul>" if items else ""
 
 
-def _sites(report: Report) -> str:
-    """Equal sites in one row: the layers of a model are alike."""
+def _sites(report: "Report") -> str:
+    """The table of sites; equal sites are one row, as the layers of a model are alike."""
     done = {True: "woven", False: "fused" if report.mode != "off" else "found"}
-    rows = Counter((done[s.woven], "×".join(map(str, s.shape)), s.dtype, form_of(s), short(s.source)) for s in report.sites)
+    rows = Counter((done[s.woven], "×".join(map(str, s.shape)), s.dtype, form_of(s.norm, s.residual), short(s.source)) for s in report.sites)
     cells = [(what, count, *rest) for (what, *rest), count in rows.items()]
     return _table("Sites", ("", "number", "shape", "dtype", "op", "place"), cells)
 
 
-def _table(title: str, names: tuple, rows: list[tuple]) -> str:
+def _table(title: str, names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     if not rows:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
@@ -95,7 +100,7 @@ def _cell(name: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Something that ran on a GPU. start, us: microseconds; lane: GPU and stream"""
+    """A kernel or copy on a GPU. start, us: begin and duration in microseconds; lane: GPU and stream"""
 
     name: str
     kind: str
@@ -108,10 +113,10 @@ class Kernel:
         return self.start + self.us
 
 
-def kernels_of(profile) -> list[Kernel]:
-    """What ran on GPUs, in order of time. profile: see ``page``
+def kernels_of(profile: Any) -> list[Kernel]:
+    """The kernels and copies of a profile, in order of their begin. profile: see ``page``
 
-    Raises ValueError for what is no profile, and OSError for a file that cannot be read.
+    Raises ValueError if it is no Chrome trace, and OSError for a file that cannot be read.
     """
     if hasattr(profile, "export_chrome_trace"):
         with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +126,7 @@ def kernels_of(profile) -> list[Kernel]:
     data = json.loads(Path(profile).read_bytes()) if isinstance(profile, str | os.PathLike) else profile
     events = data.get("traceEvents") if isinstance(data, dict) else None
     if not isinstance(events, list):
-        raise ValueError("it is no Chrome trace: it has no 'traceEvents'")
+        raise ValueError("it is not a Chrome trace: it has no 'traceEvents'")
     found = [
         Kernel(event["name"], kind_of(event["name"]), f"GPU {event.get('pid', 0)}, stream {event.get('tid', 0)}", event["ts"], event["dur"])
         for event in events
@@ -131,12 +136,12 @@ def kernels_of(profile) -> list[Kernel]:
 
 
 def kind_of(name: str) -> str:
-    """What a kernel does, by its name."""
+    """The kind of a kernel, by its name: one of KINDS."""
     return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
 
 
 def hidden(kernels: list[Kernel]) -> tuple[float, float]:
-    """(microseconds of communication, those of them beside which other kernels of the same GPU ran)"""
+    """(microseconds of communication, microseconds of it during which other kernels of the same GPU ran)"""
     total = beside = 0.0
     for gpu in {_gpu_of(kernel.lane) for kernel in kernels}:
         mine = [kernel for kernel in kernels if _gpu_of(kernel.lane) == gpu]
@@ -163,7 +168,7 @@ def _union(kernels: list[Kernel]) -> list[tuple[float, float]]:
 
 def _timeline(kernels: list[Kernel]) -> str:
     if not kernels:
-        return "<h2>Timeline</h2><p>The profile has nothing that ran on a GPU.</p>"
+        return "<h2>Timeline</h2><p>The profile has no GPU kernels.</p>"
     total, beside = hidden(kernels)
     shown = _middle(kernels)
     begin, end = shown[0].start, max(kernel.end for kernel in shown)
@@ -179,19 +184,20 @@ def _timeline(kernels: list[Kernel]) -> str:
     step = _step(end - begin)
     for number in range(int((end - begin) / step) + 1):
         x = _LABEL + number * step * scale
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom + 4}"/><text x="{x:.1f}" y="{bottom + 18}">{number * step:g}</text>')
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom + 4}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}">{number * step:g}</text>')
     parts.append(f'<text x="0" y="{bottom + 18}">microseconds</text>')
     kinds = dict.fromkeys(kernel.kind for kernel in shown)
     legend = "".join(f'<span><i class="{_class(kind)}"></i>{escape(kind)}</span>' for kind in kinds)
-    told = f"{len(kernels)} kernels" + (f", of which {len(shown)} are shown" if len(shown) < len(kernels) else "")
-    share = f"; {100 * beside / total:.0f} % of {total / 1e3:.2f} ms of communication had compute beside it" if total else ""
+    count = f"{len(kernels)} kernels" + (f", of which {len(shown)} are shown" if len(shown) < len(kernels) else "")
+    share = f"; compute ran during {100 * beside / total:.0f} % of {total / 1e3:.2f} ms of communication" if total else ""
     size = f'viewBox="0 0 {_LABEL + _WIDTH + 40} {bottom + 24}" width="{_LABEL + _WIDTH + 40}"'
     drawn = f'<div class="wide"><svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg></div>'
-    return f'<h2>Timeline</h2><p>{told}{share}.</p><p class="legend">{legend}</p>{drawn}'
+    return f'<h2>Timeline</h2><p>{count}{share}.</p><p class="legend">{legend}</p>{drawn}'
 
 
 def _middle(kernels: list[Kernel]) -> list[Kernel]:
-    """At most MAX_KERNELS, around the communication in the middle."""
+    """At most MAX_KERNELS, around the communication kernel in the middle."""
     if len(kernels) <= MAX_KERNELS:
         return kernels
     at = [number for number, kernel in enumerate(kernels) if kernel.kind in _COMMUNICATION] or [len(kernels) // 2]
@@ -200,7 +206,7 @@ def _middle(kernels: list[Kernel]) -> list[Kernel]:
 
 
 def _step(span: float) -> float:
-    """A round number of microseconds, of which 5 to 12 are in the span."""
+    """A round number of microseconds that fits 5 to 12 times into the span."""
     step = 10.0 ** len(str(int(span / 10)))
     return next((step / d for d in (10, 5, 2, 1) if span / (step / d) <= 12), step)
 
@@ -214,15 +220,17 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1340px; margin: 2em auto; padding: 0 1.5em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.1em; margin: 2em 0 .5em; }
 h1 span, td span { padding: .1em .6em; border-radius: 1em; background: var(--soft); }
-.weave, .woven { background: #22883344 !important; } .fuse, .fused { background: #ccbb4455 !important; } .off { background: #ee667744 !important; }
-.cards { display: flex; gap: 1em; flex-wrap: wrap; } .cards div { border: 1px solid var(--line); border-radius: .5em; padding: .5em 1.2em; }
+.weave, .woven { background: #22883344 !important; } .fuse, .fused { background: #ccbb4455 !important; }
+.off { background: #ee667744 !important; } .cards { display: flex; gap: 1em; flex-wrap: wrap; }
+.cards div { border: 1px solid var(--line); border-radius: .5em; padding: .5em 1.2em; }
 .cards b { display: block; font-size: 1.5em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2em 1.2em; } dt { opacity: .7; } dd { margin: 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; }
 th, td { padding: .35em .8em .35em 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 code { font: 13px ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 svg text { font-size: 12px; fill: currentColor; } svg line { stroke: currentColor; opacity: .15; }
-.legend span { margin-right: 1.5em; } .legend i { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em; }
+.legend span { margin-right: 1.5em; }
+.legend i { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em; }
 .GEMM { fill: #4477aa; background: #4477aa; } .attention { fill: #66ccee; background: #66ccee; }
 .all-reduce-norm { fill: #ee6677; background: #ee6677; } .elementwise { fill: #ccbb44; background: #ccbb44; }
 .process-group { fill: #aa3377; background: #aa3377; }

@@ -1,12 +1,14 @@
-"""What is told while a program runs: the log, PyTorch's switches for it, and the one message that tuning takes time.
+"""The log, PyTorch's switches for it, and the message that autotuning takes time.
 
-All messages go to the logger ``tw_compile``. ``TORCH_LOGS="tokenweave"`` shows each report (INFO), ``TORCH_LOGS="+tokenweave"`` also
-the graphs before and after (DEBUG). ``TORCH_TRACE`` gets the same as artifacts, which ``tlparse`` shows beside Dynamo's own.
+All messages go to the logger ``tw_compile``. ``TORCH_LOGS="tokenweave"`` shows each report (INFO); ``TORCH_LOGS="+tokenweave"`` also
+shows the graphs before and after the passes (DEBUG). With ``TORCH_TRACE`` reports and graphs are artifacts, which ``tlparse`` shows with
+those of Dynamo.
 """
 
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,32 +20,33 @@ _NAME = "tokenweave"
 
 
 def register() -> None:
-    """Make ``tokenweave`` a name for this package's log in TORCH_LOGS and ``torch._logging.set_logs``.
+    """Make ``tokenweave`` the name of this package's log in TORCH_LOGS and ``torch._logging.set_logs``.
 
-    By now PyTorch has read TORCH_LOGS, taken the name for the module tokenweave.py, and set up the log of that name: it becomes ours.
+    PyTorch has read TORCH_LOGS before, and has set up a logger ``tokenweave``, as it takes the name for a module. The package's logger
+    takes over its level and handlers.
     """
     requested = logging.getLogger(_NAME)
     if requested.handlers and not log.handlers:
         log.setLevel(requested.level)
-        log.propagate = False  # as all logs that TORCH_LOGS shows
+        log.propagate = False  # as PyTorch sets it for all logs in TORCH_LOGS
         for handler in requested.handlers:
             log.addHandler(handler)
     if compat.has(compat.register_log):
         compat.register_log(_NAME, log.name)
 
 
-def compile_id():
-    """Dynamo's number of the graph that is compiled now; None outside of a compilation."""
+def compile_id() -> Any:
+    """Dynamo's id of the graph that it compiles now; None outside of a compilation."""
     return compat.CompileContext.current_compile_id() if compat.has(compat.CompileContext) else None
 
 
-def artifact(name: str, text: Callable[[], str], of, level: int = logging.DEBUG) -> None:
-    """Write a text to TORCH_TRACE, and to the log.
+def artifact(name: str, text: Callable[[], str], of: Any, level: int = logging.DEBUG) -> None:
+    """Write a text to the log and to TORCH_TRACE.
 
-    name:  of the artifact, without "tokenweave_"
-    text:  makes the text; called only where somebody reads it
-    of:    the compile_id() of its graph, which may have been compiled earlier
-    level: of the log
+    name:  the artifact's name without "tokenweave_"
+    text:  makes the text; called only if log or trace is on
+    of:    the ``compile_id()`` of its graph
+    level: the level in the log
     """
     name = f"{_NAME}_{name}"
     if log.isEnabledFor(level):
@@ -60,10 +63,10 @@ def artifact(name: str, text: Callable[[], str], of, level: int = logging.DEBUG)
 
 @functools.cache
 def say_that_it_tunes() -> None:
-    """Warn, once and on rank 0 only, that the first compilation takes longer, for how long, and where the results are kept."""
+    """Warn once, on rank 0 only, that the first compilation autotunes, how long that takes, and where the plan is cached."""
     if dist.get_rank() == 0:
         log.warning(
-            "tuning for this machine: for 5 to 30 s, once for each kind of model. The plan is kept in %s. "
-            "tw_compile.warmup does this before the first call",
+            "autotuning for this machine: it takes 5 to 30 s, once for each kind of model. The plan is cached in %s. "
+            "tw_compile.warmup autotunes before the first call",
             files.directory(),
         )

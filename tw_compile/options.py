@@ -3,31 +3,34 @@
 import difflib
 import os
 from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
 
 PREFIX = "tokenweave."
-# Overrules the option ``mode`` in all of a process, for production: ``off``, or ``fuse``, which weaves nothing.
+# This environment variable limits the option ``mode`` in the whole process: ``off`` changes nothing, ``fuse`` weaves nothing.
 KILL_SWITCH = "TW_COMPILE_MODE"
 
 
 class TokenWeaveError(RuntimeError):
-    """A request that cannot be carried out; the message says why and what to do."""
+    """A request that cannot be met. The message gives the reason. It is raised on all ranks."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for.
+    """The options that the user gave.
 
-    mode:        ``auto`` weaves where a graph has at least ``min_tokens`` tokens and fuses below; ``weave`` and
-                 ``fuse`` force it, and fail where it cannot be done; ``off`` only reports.
-    transport:   how the ranks exchange data; ``auto`` takes the first of multimem, peer, process_group that all ranks
-                 have. A forced one fails where a rank lacks it.
-    min_tokens:  tokens of one forward pass (batch × sequence) from which a graph is woven.
-    split:       tokens in the first half.
-    ctas:        CTAs (one an SM) of each communication kernel.
-    cuda_graphs: whether calls are run by CUDA graphs, so that the host's time does not count where schedules are tuned; ``auto`` is
-                 what Inductor's ``triton.cudagraphs`` says, and True is for who captures them.
-    timeout:     seconds after which a kernel that waits for another rank gives up, with an error.
-    most:        what the environment allows at most: ``weave``, ``fuse`` or ``off``. No option: see KILL_SWITCH.
+    mode:        ``auto`` weaves calls of at least ``min_tokens`` tokens, and fuses smaller ones. ``weave`` and ``fuse`` force it: a graph
+                 that cannot be woven or fused is an error. ``off`` only reports.
+    transport:   how the ranks exchange data. ``auto`` takes the fastest of multimem, peer and process_group that all ranks have. A
+                 transport that is forced, and that a rank lacks, is an error.
+    min_tokens:  number of tokens of a forward pass, batch × sequence, from which a graph is woven
+    split:       number of tokens in the first half
+    ctas:        number of CTAs, one on each SM, of each communication kernel
+    cuda_graphs: whether CUDA graphs run the calls, so that autotuning does not count the host's time. ``auto`` takes Inductor's
+                 ``triton.cudagraphs``; True is for callers that capture CUDA graphs themselves.
+    timeout:     seconds after which a kernel that waits for another rank raises an error
+    most:        the most that the environment allows: ``weave``, ``fuse`` or ``off``. Not an option: see KILL_SWITCH.
+
+    Raises TokenWeaveError for a value that an option does not take.
     """
 
     mode: str = "auto"
@@ -39,7 +42,7 @@ class Options:
     timeout: int | str = "auto"
     most: str = "weave"
 
-    CHOICES = {
+    CHOICES: ClassVar[dict[str, tuple[str | bool, ...]]] = {
         "mode": ("auto", "weave", "fuse", "off"),
         "transport": ("auto", "multimem", "peer", "process_group"),
         "cuda_graphs": ("auto", True, False),
@@ -47,30 +50,30 @@ class Options:
     }
 
     @property
-    def requested(self) -> dict:
-        """What a report says was asked for."""
+    def requested(self) -> dict[str, Any]:
+        """The options for a report. ``most`` is among them only if the environment limits the mode."""
         return {name: given for name, given in asdict(self).items() if (name, given) != ("most", "weave")}
 
     @property
     def forced(self) -> str | None:
-        """The mode that must be met, or is an error; None where there is a choice."""
+        """The mode that the user forces; None if the backend may choose."""
         return self.mode if self.mode in ("weave", "fuse") and self.most == "weave" else None
 
     @property
     def off(self) -> str:
-        """Why nothing is changed; '' where something may be."""
+        """Why no graph may be changed; '' if graphs may be changed."""
         if self.most == "off":
             return f"{KILL_SWITCH} is off"
         return "mode is off" if self.mode == "off" else ""
 
     @property
     def fused_only(self) -> str:
-        """Why nothing is woven; '' where something may be."""
+        """Why no graph may be woven; '' if graphs may be woven."""
         if self.mode == "fuse":
             return "mode is fuse"
         return f"{KILL_SWITCH} is fuse" if self.most == "fuse" else ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value, name = getattr(self, field.name), PREFIX + field.name
             if field.name in self.CHOICES:
@@ -81,12 +84,14 @@ class Options:
                 raise TokenWeaveError(f"option {name!r} is {value!r}; it takes 'auto' or a whole number from 1 on")
 
 
-def parse(options: dict | None) -> tuple[Options, dict]:
-    """Split torch.compile's ``options`` into ours and Inductor's.
+def parse(options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Split torch.compile's ``options`` into those of this backend and Inductor's.
 
-    Raises TokenWeaveError for an unknown ``tokenweave.*`` option, or a value that the option does not take.
+    Raises TokenWeaveError for an unknown ``tokenweave.*`` option, for a value that an option does not take, and for a wrong value of
+    the environment variable KILL_SWITCH.
     """
-    ours, inductor = {}, {}
+    ours: dict[str, Any] = {}
+    inductor: dict[str, Any] = {}
     known = [field.name for field in fields(Options) if field.name != "most"]
     for name, value in (options or {}).items():
         if not name.startswith(PREFIX):

@@ -1,4 +1,4 @@
-"""What was measured on this machine, as JSON: each file has a value, and the key that says what it was measured for.
+"""Results of measurements on this machine, as JSON files. Each has a value, and the key that says what it was measured for.
 
 kind          key                                                        value
 plan          section, transport, gpu, ranks, version                    ``autotune.plan.Plan``
@@ -9,6 +9,7 @@ transports    transports, gpu, ranks, version                            seconds
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import files
 
@@ -17,11 +18,11 @@ KINDS = "plan", "tuning", "transports"
 
 @dataclass(frozen=True)
 class Record:
-    """kind: one of KINDS; key and value: plain data"""
+    """One result. kind: one of KINDS; key, value: JSON objects"""
 
     kind: str
-    key: dict
-    value: dict
+    key: dict[str, Any]
+    value: dict[str, Any]
 
     @property
     def path(self) -> Path:
@@ -29,27 +30,27 @@ class Record:
 
     @property
     def id(self) -> str:
-        """What names it on a command line."""
+        """Its name on the command line: 8 hexadecimal digits."""
         return self.path.stem.removeprefix(f"{self.kind}-")[:8]
 
 
-def path(kind: str, key: dict) -> Path:
+def path(kind: str, key: dict[str, Any]) -> Path:
     return files.path(kind, json.dumps(key, sort_keys=True), "json")
 
 
-def read(kind: str, key: dict) -> dict | None:
-    """The value for a key; None where there is none that can be read."""
+def read(kind: str, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The value for a key; None if there is no readable record."""
     found = _load(path(kind, key))
     return found and found.get("value")
 
 
-def write(kind: str, key: dict, value: dict) -> bool:
-    """Whether it could be written, for this user alone."""
+def write(kind: str, key: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Write a record, with access for this user only. Returns False if it cannot be written."""
     return files.write(path(kind, key), json.dumps({"key": key, "value": value}, indent=1).encode())
 
 
 def on_disk() -> tuple[list[Record], list[Path]]:
-    """(all records of this machine, files that are none: damaged, or of an earlier version of this package)"""
+    """(all records of this machine, unusable files: damaged, or of an earlier version of this package)"""
     records, others = [], []
     for kind in KINDS:
         for place in sorted(files.directory().glob(f"{kind}-*.json")):
@@ -61,7 +62,7 @@ def on_disk() -> tuple[list[Record], list[Path]]:
     return records, others
 
 
-def _load(place: Path) -> dict | None:
+def _load(place: Path) -> dict[str, Any] | None:
     try:
         data = json.loads(place.read_bytes())
     except (OSError, ValueError):

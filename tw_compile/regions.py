@@ -1,7 +1,7 @@
-"""Regions that are marked to be compiled once (``torch.compiler.nested_compile_region``): what they call is put in their place.
+"""Inlines regions that are marked to be compiled once (``torch.compiler.nested_compile_region``).
 
-A site reaches from one layer into the next, and the passes see it only where both are in one graph. Layers that are alike are
-compiled once for all that: see ``passes/outline.py``. What marking them saves is the tracing of each, by Dynamo and AOTAutograd.
+A site reaches from one layer into the next, so the passes need both layers in one graph. Equal layers are still compiled only once: see
+``passes/outline.py``. Marked regions save the time that Dynamo and AOTAutograd take to trace each layer.
 """
 
 import operator
@@ -13,16 +13,16 @@ from torch.fx.node import map_arg
 from .compat import auto_functionalized, invoke_subgraph
 
 _CALL = invoke_subgraph
-# How AOTAutograd calls a region that writes to its inputs. Behind the region's own results it returns what is written.
+# AOTAutograd's call of a region that writes to its inputs. It returns the region's results, and then the inputs that were written.
 _WRITING_CALL = auto_functionalized
 
 
 def inline(gm: GraphModule) -> bool:
-    """In place, on a graph as Dynamo or AOTAutograd gives it. Returns whether anything was put in its place: its nodes then have the
-    fake values of the region, which are the same at every place.
+    """Inline the regions of a graph of Dynamo or AOTAutograd, in place. Returns whether any was inlined.
 
-    Two kinds of region stay calls: those that write to a part of a tensor, a view, and those with sizes that depend on data, which
-    would get the same symbol at every place.
+    The inlined nodes have the fake values of the region, which all its calls share: the caller propagates new ones.
+    Two kinds of region stay calls: a region that writes to a view of an input, and a region with sizes that depend on data, as all of
+    its calls would get the same symbol.
     """
     inlined = [_inline(gm, call) for target in (_CALL, _WRITING_CALL) for call in gm.graph.find_nodes(op="call_function", target=target)]
     if any(inlined):
@@ -32,7 +32,7 @@ def inline(gm: GraphModule) -> bool:
 
 
 def _taken(call: Node) -> tuple[Node, list, list[int]] | None:
-    """The region that a node calls, with which operands, and the numbers of those that it writes to, if it is such a call."""
+    """(region, operands, indices of the operands that it writes to) of a call; None if it is no call that can be inlined."""
     if call.target is _CALL:
         return call.args[0], list(call.args[2:]), []
     if call.args[0] is not _CALL:
@@ -65,7 +65,7 @@ def _inline(gm: GraphModule, call: Node) -> bool:
             if node.op == "output":
                 results = [*map_arg(node.args[0], env.__getitem__), *(env[placeholders[number]] for number in written)]
             elif written and node.target is torch.ops.aten.copy_.default and node.args[0] in placeholders:
-                env[node] = env[node.args[0]] = env[node.args[1]]  # the last that AOTAutograd lets a region do to an input
+                env[node] = env[node.args[0]] = env[node.args[1]]  # AOTAutograd puts these writes last
             elif node.op != "placeholder":
                 target = node.target
                 if node.op == "get_attr":
@@ -87,15 +87,15 @@ def _inline(gm: GraphModule, call: Node) -> bool:
 
 
 def fix_numbers(gm: GraphModule, numbers: dict[Node, float]) -> None:
-    """Make constants of inputs of a graph of Dynamo's, and of the numbers that it passes to regions. In place.
+    """Replace number inputs of a graph of Dynamo's by constants, also where the graph passes them to regions. In place.
 
-    numbers: input -> what it is, for tensors of which the graph, or a region, takes the number by ``item``
+    numbers: input -> its value, for inputs that are tensors whose value the graph, or a region, takes by ``item``
     """
     _fix_numbers(gm, dict(numbers), {})
 
 
-def _fix_numbers(gm, numbers, made):
-    """made: (region, a number or None for each of its inputs) -> that region with these numbers. Other calls may have others."""
+def _fix_numbers(gm: GraphModule, numbers: dict[Node, float], made: dict[tuple, tuple[GraphModule, str]]) -> None:
+    """made: (region, a number or None for each of its inputs) -> (a copy of the region with these numbers, its name)"""
     for item in gm.graph.find_nodes(op="call_method", target="item"):
         if item.args[0] in numbers:
             numbers[item] = numbers[item.args[0]]
@@ -118,7 +118,7 @@ def _fix_numbers(gm, numbers, made):
     gm.recompile()
 
 
-def _with_numbers(region, given, made):
+def _with_numbers(region: GraphModule, given: tuple, made: dict) -> GraphModule:
     graph = Graph()
     graph.output(graph.graph_copy(region.graph, {}))
     fixed = GraphModule(region, graph)

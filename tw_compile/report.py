@@ -3,28 +3,34 @@
 import functools
 import json
 import logging
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .html import page
+from .wording import form_of, plan_text, short
 
 
 @dataclass(frozen=True)
 class Site:
-    """An all-reduce -> residual add -> norm that one op carries.
+    """An all-reduce -> residual add -> norm that one op replaces.
 
-    all_reduce: name of the all-reduce in the post-grad graph, or of the reduce-scatter of a sequence-parallel site
-    source:     ``file:line, in function: code`` of the model, '' where torch did not keep it
-    shape:      of the reduced value; symbolic sizes as text
-    residual:   whether one is added
+    all_reduce: name of the all-reduce in the post-grad graph; of a sequence-parallel site, of its reduce-scatter
+    source:     ``file:line, in function: code`` in the model; '' if torch did not keep it
+    group:      name of the process group
+    device:     device of the reduced value, such as ``cuda:0``
+    shape:      shape of the reduced value; symbolic sizes as text
+    dtype:      dtype of the reduced value, such as ``bfloat16``
+    residual:   whether a residual is added
     norm:       ``RMSNorm`` or ``LayerNorm``
-    woven:      whether it is cut in two halves
+    woven:      whether the site is cut into two halves
     """
 
     all_reduce: str
     source: str
     group: str
     device: str
-    shape: tuple
+    shape: tuple[int | str, ...]
     dtype: str
     residual: bool
     norm: str
@@ -33,7 +39,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An all-reduce or a reduce-scatter that is left as it is, and why."""
+    """An all-reduce or a reduce-scatter that is left as it is, and the reason. all_reduce, source: as of a ``Site``"""
 
     all_reduce: str
     source: str
@@ -42,7 +48,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class UnsplitOp:
-    """An op between the first and the last site that is not split: its halves are joined before it."""
+    """An op between the first and the last site that runs on all tokens: its halves are concatenated before it."""
 
     op: str
     source: str
@@ -51,9 +57,9 @@ class UnsplitOp:
 
 @dataclass(frozen=True)
 class Break:
-    """Where Dynamo broke a graph, so that what follows is another one.
+    """A place at which Dynamo ended a graph before the model did.
 
-    source: ``file:line, in function: code`` of the model, '' where Dynamo does not tell
+    source: ``file:line, in function: code`` in the model; '' if Dynamo does not tell it
     """
 
     source: str
@@ -62,36 +68,42 @@ class Break:
 
 @dataclass
 class Report:
-    """One compiled graph.
+    """What was found in one compiled graph, and what was done with it.
 
-    mode:       what is in force: ``weave``, ``fuse`` or ``off``
-    requested:  the options as the user gave them
-    transport:  what carries the sites: ``multimem``, ``peer`` or ``process_group``; '' where there is none
-    alike:      layers that are compiled as one; 0 where each is compiled
-    split:      (first half, second half) along the cut axis, as numbers or symbolic text; None where not woven
-    rehearsal:  what was tuned (``schedule.Section``), and the ``Plan`` that came of it, as plain data; None where nothing was
-    reasons:    why mode or transport are not what could have been hoped for
-    broken:     where Dynamo ended the graph before the model did; None where it did not
+    requested:  the options that the user gave
+    mode:       the mode in force: ``weave``, ``fuse`` or ``off``
+    transport:  the transport of the sites: ``multimem``, ``peer`` or ``process_group``; '' if there are no sites
+    alike:      number of equal layers that are compiled as one; 0 if each layer is compiled
+    split:      (first half, second half) along the cut axis, as numbers or symbolic text; None if the graph is not woven
+    rehearsal:  the section that was tuned (``autotune.schedule.Section``) and its plan (``autotune.plan.Plan``), as plain data; None if
+                nothing was tuned
+    sites:      the sites, in the order of the graph
+    refusals:   the all-reduces and reduce-scatters that are left as they are
+    joins:      the unsplit ops
+    reasons:    why the mode is not ``weave``, why the transport is not the best available, and why each layer is compiled
+    broken:     the graph break at which the graph ends; None if it ends with the model
     """
 
-    requested: dict
+    requested: dict[str, Any]
     mode: str = "off"
     transport: str = ""
     alike: int = 0
-    split: tuple | None = None
-    rehearsal: dict | None = None
+    split: tuple[int | str, ...] | None = None
+    rehearsal: dict[str, Any] | None = None
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     joins: list[UnsplitOp] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     broken: Break | None = None
 
-    def to_dict(self) -> dict:
-        """The report as plain data: what ``json.dumps`` takes and ``from_dict`` gives back."""
-        return json.loads(json.dumps(asdict(self)))
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for ``json.dumps`` and ``from_dict``."""
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
 
     @classmethod
-    def from_dict(cls, data: dict) -> "Report":
+    def from_dict(cls, data: dict[str, Any]) -> "Report":
+        """The report that ``to_dict`` has turned into ``data``. Raises KeyError or TypeError for other data."""
         rows = {"sites": Site, "refusals": Refusal, "joins": UnsplitOp}
         data = {k: [rows[k](**row) for row in v] if k in rows else v for k, v in data.items()}
         for site in data["sites"]:
@@ -113,49 +125,28 @@ class Report:
             head += f", {self.alike} layers compiled as one"
         lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} unsplit ops"]
         if self.rehearsal:
-            lines += [f"  tuned: {plan_text(**self.rehearsal['plan'])}"]
+            lines += [f"  autotuned: {plan_text(**self.rehearsal['plan'])}"]
         lines += [f"  because {reason}" for reason in self.reasons]
         lines += [f"  graph break at {short(self.broken.source)}: {self.broken.reason}"] if self.broken else []
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
-        rows = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), form_of(s)) for s in self.sites]
-        rows += [("refused", r.all_reduce, short(r.source), r.reason) for r in self.refusals]
-        rows += [("unsplit", j.op, short(j.source), j.reason) for j in self.joins]
-        # The layers of a model are alike: a row each would say the same many times.
-        rows = [(what, f"{count} × {value}" if count > 1 else value, *rest) for (what, value, *rest), count in Counter(rows).items()]
+        found = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), form_of(s.norm, s.residual)) for s in self.sites]
+        found += [("refused", r.all_reduce, short(r.source), r.reason) for r in self.refusals]
+        found += [("unsplit", j.op, short(j.source), j.reason) for j in self.joins]
+        # Equal rows become one with their number, as the layers of a model are alike.
+        rows = [(what, f"{n} × {value}" if n > 1 else value, place, text) for (what, value, place, text), n in Counter(found).items()]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
         for row in rows:
             lines.append("  " + "  ".join([cell.ljust(width) for cell, width in zip(row, widths)] + [row[3]]).rstrip())
         return "\n".join(lines)
 
-    def html(self, profile=None) -> str:
-        """The report as one page of HTML that needs nothing else.
+    def html(self, profile: Any = None) -> str:
+        """The report as one self-contained page of HTML.
 
-        profile: for a timeline: a ``torch.profiler.profile`` of calls of the model that has ended, or the path of its Chrome trace
-        Raises OSError or ValueError where that cannot be read, or is no trace.
+        profile: adds a timeline of GPU kernels: a ``torch.profiler.profile`` of calls of the model that has ended, or the path of the
+                 Chrome trace that it has exported. None for no timeline
+        Raises OSError if the trace cannot be read, and ValueError if it is no Chrome trace.
         """
-        from .html import page  # which is above this
-
         return page(self, profile)
-
-
-def short(source: str) -> str:
-    """A place in the source without the part of its path that says nothing: the working directory, or where packages are."""
-    return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
-
-
-def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None) -> str:
-    """What a Plan says, in words."""
-    if gain is None:
-        return f"no, for lack of memory; it is woven from {min_tokens} tokens on by a rule"
-    cut = f"split ratio {split_ratio:g}" + (f", {ctas} CTAs" if ctas else "")
-    if min_tokens is None:
-        return f"not woven at any number of tokens; at best {gain:.2f} times as fast as fused at the most tokens, with {cut}"
-    return f"woven from {min_tokens} tokens on, with {cut}: {gain:.2f} times as fast as fused at the most tokens"
-
-
-def form_of(site: Site) -> str:
-    """What the op of a site does, in words."""
-    return f"all-reduce + add + {site.norm}" if site.residual else f"all-reduce + {site.norm}"
 
 
 log = logging.getLogger("tw_compile")
@@ -165,13 +156,15 @@ _reports: list[Report] = []
 
 @functools.cache
 def say_once(message: str) -> None:
+    """Log a warning, if it was not logged before."""
     log.warning(message)
 
 
 def record(report: Report) -> None:
+    """Add a report to ``reports()``."""
     _reports.append(report)
 
 
 def reports() -> list[Report]:
-    """One Report for each graph compiled in this process, newest last; a compilation served from a cache counts."""
+    """The reports of this process, newest last: one for each form of a graph that was compiled, also from a cache."""
     return list(_reports)

@@ -65,16 +65,16 @@ def add_norm(
     offset: float,
     center: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Residual add and norm of an all-reduced value, in float32.
+    """Residual add and norm of a reduced value, in float32.
 
-    total:    [..., H] the sum over the ranks, any floating dtype
+    total:    [..., H], the sum over the ranks, any floating dtype
     residual: [..., H] or None, any floating dtype
     weight:   [H] or None (ones); used as ``weight + offset``
     bias:     [H] or None, added to the sum
     shift:    [H] or None, added to the norm; only with ``center``
     scale:    factor on the sum, after the bias
-    center:   LayerNorm, which is that of the row less its mean; otherwise RMSNorm
-    Returns (norm, residual), both [..., H] in float32: a site rounds each once, to the dtype of the model.
+    center:   LayerNorm: the mean of each row is subtracted first; otherwise RMSNorm
+    Returns (norm, residual), both [..., H] in float32. A site rounds each of them once, to the dtype of the model.
     """
     r = total.float()
     if bias is not None:
@@ -93,12 +93,21 @@ def add_norm(
 
 
 def all_reduce_add_norm(
-    partials: list[Tensor], residual, weight, bias, shift, eps, scale, offset, center
+    partials: list[Tensor],
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    scale: float,
+    offset: float,
+    center: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The whole site, given what every rank contributes.
+    """A whole site, from the partial sums of all ranks.
 
-    partials: one [..., H] tensor a rank, in rank order; the sum is taken in float32 in that order, so that every rank
-              gets the same bits whichever rank computed them.
+    partials: one [..., H] tensor of each rank, in rank order. They are added in float32 in this order, so that all ranks get the same
+              bits, whichever rank computes them.
+    The other arguments are those of ``add_norm``.
     Returns (norm, residual), both [..., H], the norm in the dtype of the partials, the residual in float32.
     """
     total = partials[0].float()

@@ -1,28 +1,29 @@
-"""A graph with symbolic sizes, made anew for the sizes at hand.
+"""Copies of a graph with symbolic sizes, with new symbols for the sizes of a call.
 
-Dynamo traces a graph for sizes of a first call, and whoever then compares a size adds a guard to it: what is compiled for 2048
-tokens would not be asked about 8. Here each form of a graph gets symbols of its own, with the sizes that it is compiled for as
-hints. So what is learnt about sizes while it is compiled belongs to this form alone, as its conditions, and no guard of Dynamo's
-comes of it. Sizes without a hint (``mark_unbacked``) have one then, and those of 0 and 1 are constants.
+Dynamo traces a graph with the sizes of its first call as hints. A pass that compares a size would add a guard to Dynamo's graph, which
+would then be compiled again where the comparison has another result. So each form of a graph is compiled in a copy, with symbols of its
+own whose hints are the sizes of the present call. Guards on them become conditions of this form, not guards of Dynamo's. Sizes without
+a hint (``mark_unbacked``) get one; sizes of 0 and 1 become constants.
 """
 
 from dataclasses import dataclass
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from .compat import FakeTensorMode, FakeTensorProp, ShapeEnv, SymNode, ValueRanges, int_oo
 from .passes.graph_utils import value
 
 
 def copied(gm: GraphModule, graph: Graph | None = None) -> GraphModule:
-    """A module with a copy of the graph, and copies of the graphs of its higher-order ops. Tensors are shared.
+    """A copy of a module and of the graphs of its higher-order ops. It shares the tensors.
 
-    graph: to take in place of ``gm.graph``, itself and not a copy
+    graph: used in place of a copy of ``gm.graph``
     """
     if graph is None:
-        graph, env = Graph(), {}
+        graph = Graph()
+        env: dict[Node, Node] = {}
         for node in gm.graph.nodes:
             env[node] = graph.node_copy(node, env.__getitem__)
     new = GraphModule(gm, graph)
@@ -34,10 +35,10 @@ def copied(gm: GraphModule, graph: Graph | None = None) -> GraphModule:
 
 
 class Sizes:
-    """The symbols in the inputs of a graph, and where a call has their values."""
+    """The size symbols in the inputs of a graph, and where to read their values in a call."""
 
-    def __init__(self, gm: GraphModule):
-        """Raises ValueError for an input that is a symbol of another kind than a size, or has a size that no input tells."""
+    def __init__(self, gm: GraphModule) -> None:
+        """Raises ValueError for an input that is a symbolic float or bool, and for a size that cannot be read from the inputs."""
         self.symbols: list[sympy.Symbol] = []
         self._places: list[tuple[int, int | None]] = []
         free = set()
@@ -45,7 +46,7 @@ class Sizes:
             given = value(node)
             if isinstance(given, (torch.SymFloat, torch.SymBool)):
                 raise ValueError(f"an input of the graph is a {type(given).__name__}")
-            numbers = [(given, None)] if isinstance(given, torch.SymInt) else []
+            numbers: list[tuple] = [(given, None)] if isinstance(given, torch.SymInt) else []
             if isinstance(given, torch.Tensor):
                 numbers = [(size, dim) for dim, size in enumerate(given.shape)]
                 free |= set().union(*(_expr(n).free_symbols for n in (*given.stride(), given.storage_offset())))
@@ -56,9 +57,9 @@ class Sizes:
                     self.symbols.append(expr)
                     self._places.append((i, dim))
         if lacking := free - set(self.symbols):
-            raise ValueError(f"no input of the graph tells the size {sorted(map(str, lacking))[0]}")
+            raise ValueError(f"no input of the graph has the size {min(map(str, lacking))}")
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return bool(self.symbols)
 
     def of_call(self, args: list) -> tuple[int, ...]:
@@ -66,7 +67,7 @@ class Sizes:
         return tuple([args[i] if dim is None else args[i].shape[dim] for i, dim in self._places])
 
     def hints(self, gm: GraphModule) -> tuple[int, ...] | None:
-        """Those that the graph was traced with; None where one of them is not known."""
+        """The values with which the graph was traced; None if one of them is unknown."""
         hints = []
         for i, dim in self._places:
             given = value(gm.graph.find_nodes(op="placeholder")[i])
@@ -79,10 +80,12 @@ class Sizes:
 
 @dataclass
 class ForSizes:
-    """A graph and its inputs with symbols of their own.
+    """A copy of a graph for given sizes.
 
-    symbols: of the graph that it was made from -> what they are here, a symbol or a number
-    values:  of these symbols, for which it was made
+    inputs:  fake inputs, with symbols of their own
+    mode:    the fake tensor mode of the inputs, with the guards on their symbols
+    symbols: symbol of the original graph -> its symbol or number in the copy
+    values:  symbol of the original graph -> the value for which the copy was made
     """
 
     gm: GraphModule
@@ -92,15 +95,15 @@ class ForSizes:
     values: dict
 
     def is_alike(self, values: dict) -> bool:
-        """Whether the same symbols are numbers with other values, so that both have sizes of one form."""
+        """Whether the copy's constants are the sizes in ``values``, and its symbols are neither 0 nor 1 there."""
         return all(new == values[old] if new.is_Integer else values[old] > 1 for old, new in self.symbols.items())
 
     def holds(self, values: dict) -> bool:
-        """Whether all that was taken for granted about sizes, up to now, holds for other values."""
+        """Whether all guards on the copy's symbols hold for other values."""
         return self.is_alike(values) and all(_is_true(guard.expr, self._own(values)) for guard in self._guards())
 
-    def number(self, size, values: dict) -> int | None:
-        """A size in this graph, for other values; None where it depends on data."""
+    def number(self, size: int | torch.SymInt, values: dict) -> int | None:
+        """A size in the copy, for other values of the symbols; None if it depends on data."""
         known = _expr(size).xreplace(self._own(values))
         return int(known) if known.is_Integer else None
 
@@ -112,7 +115,7 @@ class ForSizes:
 
 
 def for_sizes(gm: GraphModule, values: dict[sympy.Symbol, int], fixed: bool = False) -> ForSizes:
-    """A copy of a graph, for these values of the symbols in its inputs. fixed: and for no others"""
+    """A copy of a graph, for these values of the symbols in its inputs. fixed: with constants in place of the symbols"""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     symbols = {old: sympy.Integer(number) if fixed else _symbol(env, old, number) for old, number in values.items()}
@@ -136,15 +139,18 @@ def for_sizes(gm: GraphModule, values: dict[sympy.Symbol, int], fixed: bool = Fa
     placeholders = new.graph.find_nodes(op="placeholder")
     inputs = [like(value(node)) for node in placeholders]
     for node in new.graph.nodes:
-        for name in ("unbacked_bindings", "tensor_meta"):  # of other symbols
+        for name in ("unbacked_bindings", "tensor_meta"):  # they contain the original symbols
             node.meta.pop(name, None)
     with torch.no_grad(), mode:
         FakeTensorProp(new, mode).propagate_dont_convert_inputs(*inputs)
     return ForSizes(new, inputs, mode, symbols, values)
 
 
-def _symbol(env: ShapeEnv, old: sympy.Symbol, number: int):
-    """What a symbol of another environment is in ``env``: one of the same name, where that is the name of a size with a hint."""
+def _symbol(env: ShapeEnv, old: sympy.Symbol, number: int) -> sympy.Expr:
+    """A symbol of ``env`` for a symbol of another environment, with ``number`` as its hint; a constant for 0 and 1.
+
+    It has the same name, unless that is the name of a size without a hint.
+    """
     if number < 2:
         return sympy.Integer(number)
     new = old if old.name.startswith("s") else sympy.Symbol(f"s_{old.name}", integer=True, positive=True)
@@ -153,11 +159,11 @@ def _symbol(env: ShapeEnv, old: sympy.Symbol, number: int):
     return new
 
 
-def _expr(size) -> sympy.Expr:
+def _expr(size: int | torch.SymInt) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-def _is_true(expr, known: dict) -> bool:
+def _is_true(expr: sympy.Expr, known: dict) -> bool:
     return sympy.sympify(expr).xreplace(known) == sympy.true
 
 

@@ -1,7 +1,8 @@
-"""All compilation and tuning at once, before an engine takes the memory for its key-value cache."""
+"""Compiles and tunes a model for given sizes, before an engine takes the memory for its KV cache."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ Size = int | tuple[int, int]
 
 
 def warmup(
-    model: Callable,
+    model: Callable[..., Any],
     sizes: Iterable[Size],
     make_inputs: Callable[[int, int], object] | None = None,
     *,
@@ -22,24 +23,24 @@ def warmup(
     calls: int = 2,
     progress: bool = True,
 ) -> list[Report]:
-    """Run a compiled model once for each size, so that it is compiled, and its kernels and schedule are tuned, for all of them.
+    """Run a compiled model with each size, so that its graphs are compiled, and its kernels and schedules are tuned, for all sizes.
 
-    model:       what ``torch.compile`` has returned, or a module of which ``compile`` was called
-    sizes:       numbers of tokens of one sequence, or (sequences, tokens of each); in this order. Dynamo makes a size dynamic when it
-                 meets its second value, so begin with the two that differ most
-    make_inputs: (sequences, tokens) -> the arguments of a call: a tuple, a dict of keywords, or one value. Without it, the argument is
-                 integer ids [sequences, tokens], all 0
-    device:      of the ids; the model's own, or where it has none the current GPU or the CPU
-    calls:       of each size; the second records the CUDA graphs of mode "reduce-overhead"
-    progress:    show a bar, on rank 0 only
+    model:       what ``torch.compile`` returned, or a module whose ``compile`` method was called
+    sizes:       each the number of tokens of one sequence, or (sequences, tokens of each), in the order of the calls. Dynamo makes a size
+                 dynamic at its second value: begin with the two sizes that differ most
+    make_inputs: (sequences, tokens) -> the arguments of a call: a tuple, a dict of keyword arguments, or one value. By default the
+                 argument is int64 ids, zeros of shape [sequences, tokens]
+    device:      device of the default ids; by default that of the model's parameters, else the current GPU, else the CPU
+    calls:       number of calls with each size. The second call records the CUDA graphs of mode "reduce-overhead"
+    progress:    show a progress bar, on rank 0 only
 
-    Returns the reports of the graphs that were compiled. All ranks must call this, with the same sizes. No gradients.
-    Raises TokenWeaveError on all ranks where sizes or calls differ, or ``make_inputs`` fails on any; on the rank itself where the model
-    fails, with the size and the reason.
+    Returns the reports of the graphs that were compiled. It computes no gradients. All ranks must call it, with the same sizes.
+    Raises TokenWeaveError on all ranks if sizes or calls differ between ranks, or if ``make_inputs`` fails on one; and on the rank where
+    the model fails, with the size and the reason. Also for a wrong size, and if the model is not compiled with this backend.
     """
     wanted = [_pair(size) for size in sizes]
     if calls < 1:
-        raise TokenWeaveError(f"calls is {calls}; a warm-up makes at least one")
+        raise TokenWeaveError(f"calls is {calls}; it must be 1 or more")
     _agree_on(json.dumps([wanted, calls]))
     before = len(reports())
     make = make_inputs or _ids(_device_of(model) if device is None else torch.device(device))
@@ -52,29 +53,29 @@ def warmup(
                 _synchronize()
             except Exception as error:
                 raise TokenWeaveError(f"the warm-up with {sequences} × {tokens} tokens failed: {type(error).__name__}: {error}") from error
-    made = reports()[before:]
     if not reports():
         raise TokenWeaveError('no graph was compiled: warmup takes what torch.compile(model, backend="tokenweave") returns')
-    return made
+    return reports()[before:]
 
 
 def _pair(size: Size) -> tuple[int, int]:
     pair = (1, size) if isinstance(size, int) else size
     if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair)):
-        raise TokenWeaveError(f"{size!r} is no size: it is a number of tokens, or (sequences, tokens of each)")
-    return tuple(pair)
+        raise TokenWeaveError(f"{size!r} is not a size: a size is a number of tokens, or (sequences, tokens of each)")
+    sequences, tokens = pair
+    return sequences, tokens
 
 
 def _agree_on(mine: str) -> None:
-    """Raises TokenWeaveError on all ranks where they were asked for different things."""
+    """Raises TokenWeaveError on all ranks if their arguments differ. mine: those of this rank"""
     said = _exchange("the beginning of a warm-up", mine)
     if len(set(said)) > 1:
-        told = "; ".join(f"rank {rank}: {theirs}" for rank, theirs in enumerate(said))
-        raise TokenWeaveError(f"the ranks were asked to warm up for different sizes or calls: {told}")
+        of_ranks = "; ".join(f"rank {rank}: {theirs}" for rank, theirs in enumerate(said))
+        raise TokenWeaveError(f"the ranks have different sizes or calls for a warm-up: {of_ranks}")
 
 
-def _together(sequences: int, tokens: int, make: Callable) -> tuple[tuple, dict]:
-    """The arguments of a call. Raises TokenWeaveError on all ranks where one cannot make them: no rank runs the model alone."""
+def _together(sequences: int, tokens: int, make: Callable[..., Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call. Raises TokenWeaveError on all ranks if one cannot make them, so that no rank runs the model alone."""
     made, failure = None, ""
     try:
         made = make(sequences, tokens)
@@ -95,7 +96,7 @@ def _exchange(what: str, message: str) -> list[str]:
 
 
 def _shown(sizes: list[tuple[int, int]], progress: bool) -> Iterator[tuple[int, int]]:
-    """The sizes, with a bar that says which one is run."""
+    """The sizes, with a progress bar that shows the present one."""
     from tqdm import tqdm
 
     silent = not progress or (dist.is_initialized() and dist.get_rank() != 0)
@@ -105,11 +106,11 @@ def _shown(sizes: list[tuple[int, int]], progress: bool) -> Iterator[tuple[int, 
             yield sequences, tokens
 
 
-def _ids(device: torch.device) -> Callable:
+def _ids(device: torch.device) -> Callable[[int, int], torch.Tensor]:
     return lambda sequences, tokens: torch.zeros(sequences, tokens, dtype=torch.long, device=device)
 
 
-def _device_of(model) -> torch.device:
+def _device_of(model: Callable[..., Any]) -> torch.device:
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     first = next(parameters, None)
     if first is not None:

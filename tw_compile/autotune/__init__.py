@@ -1,1 +1,1 @@
-"""What is measured on this machine before a graph is compiled: whether, from how many tokens on and how it is woven."""
+"""Autotuning: measures on this machine whether a graph is woven, from how many tokens on, and how. It runs before compilation."""

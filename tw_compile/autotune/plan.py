@@ -1,25 +1,26 @@
-"""Where to cut and from how many tokens on: pure functions of shapes, options and what was measured."""
+"""Where a graph is cut, and from how many tokens on: pure functions of shapes, options and measured times."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..options import Options
 
-# GEMM tiles are 128 tokens high on the GPUs this is for, and 256 columns wide: a cut on a multiple of TILE adds no wave to
-# either half beyond what rounding costs anyway.
+# Tokens and columns of a GEMM tile on the supported GPUs. A cut at a multiple of TILE leaves no partly filled tile at the cut.
 TILE = 128
 TILE_COLUMNS = 256
 
-# Where nothing can be tuned: waves that the row-parallel GEMM of each half has at the least. With fewer, what two halves
-# lose to their last, unfilled ones is more than what hides behind them.
+# Without tuning: the least number of waves of the row-parallel GEMM of each half. With fewer waves the halves lose more time in their last,
+# partly filled waves than the overlap saves.
 WAVES = 1.9
-# And where the number of SMs is not known (TokenWeave, arXiv 2505.11329, weaves dense models from 1024 tokens on).
+# Without tuning, and with an unknown number of SMs. TokenWeave (arXiv 2505.11329) weaves dense models from 1024 tokens on.
 WEAVE_MIN_TOKENS = 1024
 
-# Parts of the tokens in the first half that are tried. All are floats that are exact, see ``first_half``.
+# Split ratios that are tried. All are exact as floats: see ``first_half``.
 SPLIT_RATIOS = 3 / 8, 4 / 8, 5 / 8
 
-# What a weave must be faster by when it is tuned. It also has more, and smaller, kernels of those that are not run then.
+# The least gain of a woven section, as a part of the fused one's time. Tuning leaves out other kernels, of which a woven graph has more and
+# smaller ones.
 MARGIN = 0.02
 
 
@@ -27,10 +28,10 @@ MARGIN = 0.02
 class Plan:
     """How a graph is woven.
 
-    min_tokens:  from which on; None for never
-    ctas:        of a communication kernel beside GEMMs; 0 leaves it to the kernel
-    split_ratio: part of the tokens that goes to the first half, as a float that is exact: 0.375, 0.5
-    gain:        time of the fused graph over the woven one's, at the most tokens that were tuned for; None for a plan by rule
+    min_tokens:  number of tokens from which the graph is woven; None if it never is
+    ctas:        CTAs of a communication kernel beside GEMMs; 0 leaves the number to the kernel
+    split_ratio: part of the tokens in the first half, exact as a float: 0.375, 0.5
+    gain:        fused time / woven time of the section, at the most tokens that were measured; None for a plan by rule
     """
 
     min_tokens: int | None
@@ -40,7 +41,7 @@ class Plan:
 
 
 def by_rule(hidden: int, sms: int | None) -> Plan:
-    """The plan for what is not tuned.
+    """The plan of a graph that is not tuned.
 
     hidden: columns of the reduced values
     sms:    SMs of the GPU, or None
@@ -51,14 +52,14 @@ def by_rule(hidden: int, sms: int | None) -> Plan:
 
 
 def by_times(sizes: tuple[int, ...], fused: list[float], woven: dict[tuple[int, float], list[float]]) -> Plan:
-    """The plan that makes all sizes together fastest: each is woven from the size on from which it is always faster.
+    """The plan with the largest gain over all sizes together. A variant is woven from the size on from which it is always faster.
 
     sizes: numbers of tokens, ascending
-    fused: seconds at each size
-    woven: the same, of each (ctas, split_ratio)
+    fused: seconds of the fused section at each size
+    woven: (ctas, split_ratio) -> seconds of the woven section at each size
     """
 
-    def plan(ctas, split_ratio, times):
+    def plan(ctas: int, split_ratio: float, times: list[float]) -> tuple[float, Plan]:
         first = len(sizes)
         while first and times[first - 1] <= (1 - MARGIN) * fused[first - 1]:
             first -= 1
@@ -70,7 +71,7 @@ def by_times(sizes: tuple[int, ...], fused: list[float], woven: dict[tuple[int, 
 
 def min_tokens(options: Options, plan: Plan) -> int | None:
     """The number of tokens from which a graph is woven; None if it never is."""
-    if options.min_tokens != "auto":
+    if isinstance(options.min_tokens, int):
         return max(options.min_tokens, 2)
     return 2 if options.mode == "weave" else plan.min_tokens
 
@@ -79,8 +80,8 @@ def min_tokens(options: Options, plan: Plan) -> int | None:
 class Place:
     """Where a graph is cut, for the sizes of a call.
 
-    dim:  of the shape of the reduced values
-    rule: "tiles", ``Plan.split_ratio`` of the tokens, rounded down to whole tiles; "half"; or the number of entries in front
+    dim:  the dimension of the reduced values that is cut
+    rule: "tiles": ``Plan.split_ratio`` of the tokens, rounded down to whole tiles; "half"; or the number of entries in the first half
     """
 
     dim: int
@@ -88,9 +89,9 @@ class Place:
 
 
 def place_of_cut(batch: list[int], options: Options, plan: Plan) -> Place | str:
-    """Where to cut reduced values, or why not at all.
+    """Where to cut reduced values, or why they are not cut.
 
-    batch: their shape without the last dimension, as numbers
+    batch: their shape without the last dimension
     """
     if options.fused_only:
         return options.fused_only
@@ -98,7 +99,7 @@ def place_of_cut(batch: list[int], options: Options, plan: Plan) -> Place | str:
     if dim is None:
         return "one token cannot be split"
     if (least := min_tokens(options, plan)) is None:
-        return "it was not faster when it was tuned on this machine"
+        return "autotuning measured no speed-up on this machine"
     if math.prod(batch) < least:
         return f"fewer than {least} tokens"
     rule = rule_of_cut(batch[dim], math.prod(batch[dim + 1 :]), options, plan.split_ratio)
@@ -108,10 +109,10 @@ def place_of_cut(batch: list[int], options: Options, plan: Plan) -> Place | str:
 def rule_of_cut(length: int, tokens_per_step: int, options: Options, split_ratio: float) -> str | int:
     """The rule of a Place, or why the requested cut is not possible.
 
-    length:          of the axis that is cut (tokens of one sequence, or sequences of a batch)
-    tokens_per_step: tokens in one step of it (1, or the length of a sequence)
+    length:          length of the axis that is cut: tokens of one sequence, or sequences of a batch
+    tokens_per_step: tokens of one entry of this axis: 1, or the length of a sequence
     """
-    if options.split != "auto":
+    if isinstance(options.split, int):
         steps, left = divmod(options.split, tokens_per_step)
         if left:
             return f"split={options.split} is not a multiple of the {tokens_per_step} tokens of a sequence"
@@ -119,8 +120,8 @@ def rule_of_cut(length: int, tokens_per_step: int, options: Options, split_ratio
     return "tiles" if tokens_per_step == 1 and length >= 2 * TILE and length * split_ratio >= TILE else "half"
 
 
-def first_half(length, rule: str | int, split_ratio: float):
-    """Entries of the cut axis that go to the first half. length: of the axis; int or SymInt, as is what is returned"""
+def first_half(length: Any, rule: str | int, split_ratio: float) -> Any:
+    """The number of entries of the cut axis in the first half, int or SymInt as ``length``. length: length of the axis"""
     if rule == "tiles":
         over, under = split_ratio.as_integer_ratio()
         return length * over // (under * TILE) * TILE

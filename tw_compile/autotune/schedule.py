@@ -1,12 +1,12 @@
-"""Whether weaving a graph pays on this machine, and how: measured, in seconds, before the graph is compiled for the first time.
+"""Measures whether weaving a graph is faster on this machine, and how to weave it. It takes seconds, before the first compilation.
 
-What decides is how GEMMs take to being cut in two, and to the SMs and the bandwidth that they lose, wave by wave; no formula of ours
-came within the few per cent that are at stake. So the GEMMs, the attention and the sites of two layers are run as the compiled
-graph will run them: fused, and woven with several numbers of CTAs and cuts, at several numbers of tokens. The GPU's time for other
-kernels is the same on both sides and is left out. Without CUDA graphs the host's time counts, too: a woven graph launches twice as
-many kernels. Then the host gets no head start, and small kernels are launched in the place of the others.
+The result depends on how much slower GEMMs are when they are cut into two, and when they lose SMs and bandwidth. It changes with each
+wave, and no formula was found that predicts it within the few per cent that matter. So the GEMMs, the attention and the sites of two
+layers run as the compiled graph will run them: fused, and woven with several numbers of CTAs and split ratios, at several numbers of
+tokens. The GPU time of other kernels is the same in both forms and is left out. Without CUDA graphs the host's time counts as well, as a
+woven graph launches twice as many kernels: then the host gets no head start, and small kernels stand in for the other kernels.
 
-What comes of it is a ``Plan``, the same on all ranks: of the times of the slowest one. Plans are kept on disk.
+The result is a ``Plan``, the same on all ranks, from the times of the slowest rank. The plan is cached on disk.
 """
 
 import functools
@@ -16,13 +16,16 @@ import json
 import logging
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import logs, records
-from ..compat import cuda_sleep, resolve_process_group
+from ..compat import cuda_sleep, missing_on_gpus, resolve_process_group
 from ..options import Options
 from ..site import Site
 from ..transports import agree, choose
@@ -30,31 +33,30 @@ from .plan import SPLIT_RATIOS, Plan, by_rule, by_times, first_half, rule_of_cut
 
 log = logging.getLogger("tw_compile")
 
-# Tokens at which a graph of any number of tokens is tuned, and elements of the reduced values at the most: more tokens are taken
-# to be like so many.
+# Numbers of tokens at which a graph with a dynamic number is tuned, and the most elements of a reduced value. Larger sizes are taken to
+# behave like the largest one that is measured.
 SIZES = 256, 512, 1024, 2048, 4096, 8192
 MAX_ELEMENTS = 1 << 26
 
-PHASES = 4  # of compute between two sites: two layers
+PHASES = 4  # phases of compute, each between two sites: two layers
 CTAS = 4, 6, 8, 12, 16, 24
 SAMPLES = 5
-# Clocks for which the GPU waits before each sample: the host has enqueued most of it by then, and is not what is measured.
+# Clock cycles that the GPU waits before each sample, so that the host has enqueued most of it, and the sample measures the GPU alone.
 HEAD_START = 5_000_000
 
 
 @dataclass(frozen=True)
 class Section:
-    """What of a graph is run to tune its schedule.
+    """The part of a graph that is run to tune its schedule.
 
-    hidden, dtype: of the reduced values
-    sizes:         numbers of tokens
-    sequences:     that the tokens are; if there are several, the cut is between them
-    ctas:          that the user asked for; 0 for any
-    phases:        the work in front of each site but the first: ("mm", rows, columns) of a GEMM's weight, the last one's columns being
-                   ``hidden``; ("attention", heads, heads of keys and values, channels of a head); ("others", number) of other
-                   kernels; and ("unsplit", *op) where a woven graph needs both halves, for such an op or, without one, for
-                   another
-    cuda_graphs:   whether the graph is run by CUDA graphs, so that the host's time does not count
+    hidden, dtype: hidden size and dtype of the reduced values
+    sizes:         the numbers of tokens to measure
+    sequences:     the number of sequences of which the tokens are; with several, the cut is between sequences
+    ctas:          the number of CTAs that the user asked for; 0 for any
+    phases:        the ops before each site but the first: ("mm", rows, columns) with the shape of a GEMM's weight, where the last GEMM of
+                   a phase has ``hidden`` columns; ("attention", heads, heads of keys and values, channels of a head); ("others", number
+                   of other kernels); and ("unsplit", *op), an op that needs both halves: one of these, or without ``op`` another
+    cuda_graphs:   whether CUDA graphs run the graph, so that the host's time does not count
     """
 
     hidden: int
@@ -67,42 +69,46 @@ class Section:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Section":
-        """From ``asdict``, also after a detour through JSON, which knows no tuples."""
+        """The section that ``asdict`` has turned into ``data``, also with lists in place of tuples, as from JSON."""
         phases = tuple(tuple(map(tuple, phase)) for phase in data["phases"])
         return cls(**{**data, "sizes": tuple(data["sizes"]), "phases": phases})
 
 
 def possible(device: torch.device) -> bool:
-    return device.type == "cuda"
+    """Whether schedules can be tuned on a device."""
+    return device.type == "cuda" and not missing_on_gpus()
 
 
 def sms_of(device: torch.device) -> int | None:
+    """The number of SMs of a GPU; None for another device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
 
 
 def known(section: Section, group: str, device: torch.device, requested: str) -> Plan | None:
-    """The plan for a section that this machine has on disk."""
+    """The plan for a section that is cached on this machine; None if there is none."""
+    value = records.read("plan", _key(section, group, device, requested))
     try:
-        return Plan(**records.read("plan", _key(section, group, device, requested)))
-    except TypeError:  # not there, or not one of ours
+        return Plan(**value) if value else None
+    except TypeError:  # not the fields of a plan
         return None
 
 
 def agree_on(section: Section | None, group: str, device: torch.device, requested: str, mine: Plan | None) -> Plan | None:
-    """The plan of all ranks of the group: that of the first one that has any, or what they now measure together. A collective.
+    """The plan of all ranks of the group: that of the first rank that has one, or else they tune one together. A collective.
 
-    section: of this rank, whose graph may differ; that of the first rank that has one is tuned. None goes by a rule
-    mine:    what this rank has
+    section: the section of this rank. Ranks may have different ones: that of the first rank that has one is tuned. None if there is none
+    mine:    the plan that this rank has, or None
+    Returns None if no rank has a plan or a section: a rule then decides.
     """
     said = agree.exchange(group, "the plan of a graph", json.dumps((section and asdict(section), mine and asdict(mine))))
     sections, plans = zip(*map(json.loads, said))
     plan = next((Plan(**theirs) for theirs in plans if theirs), None)
     first = next((Section.from_dict(theirs) for theirs in sections if theirs), None)
-    if plan is None and first is None:
-        return None
     if plan is None:
+        if first is None:
+            return None
         plan = _tune_schedule(first, group, device, requested)
-        gc.collect()  # the workspaces, of which some things refer to each other
+        gc.collect()  # frees the workspaces, which contain reference cycles
         if device.type == "cuda":
             torch.cuda.empty_cache()
     section = section or first
@@ -122,67 +128,72 @@ def _tune_schedule(section: Section, group: str, device: torch.device, requested
     logs.say_that_it_tunes()
     transport = choose.another(requested, group, device)
     stage = Stage(section, transport, device)
-    lacking = agree.exchange(group, "the tuning of a schedule", stage.set() or "")
+    lacking = agree.exchange(group, "the autotuning of a schedule", stage.set() or "")
     if any(lacking):
         plan = by_rule(section.hidden, sms_of(device))
-        log.warning("the schedule is not tuned, so that it is woven from %d tokens on by a rule: %s", plan.min_tokens, max(lacking))
+        log.warning("a schedule is not autotuned; a rule weaves from %d tokens on: %s", plan.min_tokens, max(lacking))
         return plan
     ctas = (section.ctas,) if section.ctas or transport.name == "process_group" else CTAS
 
-    def plan_of(variants):
+    def plan_of(variants: list[tuple[int, float]]) -> Plan:
         times = [stage.times([None, *variants], tokens) for tokens in section.sizes]
-        said = agree.exchange(group, "the end of the tuning of a schedule", json.dumps(times))
+        said = agree.exchange(group, "the end of the autotuning of a schedule", json.dumps(times))
         slowest = [list(map(max, *at_size)) for at_size in zip(*map(json.loads, said))]
-        fused, *woven = zip(*slowest)
+        fused, *woven = ([*of_variant] for of_variant in zip(*slowest))
         log.info("schedule, %s tokens: fused %s s; (CTAs, split ratio) %s", section.sizes, fused, dict(zip(variants, woven)))
         return by_times(section.sizes, fused, dict(zip(variants, woven)))
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         even = plan_of([(c, 0.5) for c in ctas])
         plan = plan_of([(even.ctas, ratio) for ratio in SPLIT_RATIOS])
-    log.info("schedule tuned in %.1f s: %s", time.perf_counter() - begin, plan)
+    log.info("schedule autotuned in %.1f s: %s", time.perf_counter() - begin, plan)
     return plan
 
 
 class Stage:
-    """Where a section is run."""
+    """Runs a section."""
 
-    def __init__(self, section, transport, device):
+    def __init__(self, section: Section, transport: Any, device: torch.device) -> None:
         self.section, self.transport, self.device, self.dtype = section, transport, device, getattr(torch, section.dtype)
         ops = {op[1:] if op[0] == "unsplit" else op for phase in section.phases for op in phase}
-        self.weights = {op[1:]: None for op in sorted(ops) if op[:1] == ("mm",)}  # (rows, columns) -> tensor
+        self.weights: dict[tuple[int, int], Any] = {op[1:]: None for op in sorted(ops) if op[:1] == ("mm",)}  # (rows, columns) -> tensor
         self.channels = max(section.hidden, *map(_channels, ops))
         self.columns = max(columns for _, columns in self.weights)
 
     def set(self) -> str | None:
-        """Make the tensors. Returns why not, if there is not the memory for them and what comes of them."""
+        """Make the tensors. Returns the reason if there is too little memory for them and for intermediate values, else None."""
         if lacking := self._lacks_memory():
             return lacking
-        generator = torch.Generator(self.device).manual_seed(0)  # the user's stays as it is
+        generator = torch.Generator(self.device).manual_seed(0)  # leaves the user's generator as it is
         draw = functools.partial(torch.randn, generator=generator, device=self.device, dtype=self.dtype)
         try:
-            # As models have them, transposed; random, since zeros take less power, and so are faster.
+            # Transposed, as in models. Random, as GEMMs of zeros take less power and so are faster.
             self.weights = {(k, n): draw(n, k).mul_(k**-0.5).t() for k, n in self.weights}
             self.values = draw(max(self.section.sizes) * self.channels)
             self.weight = torch.ones(self.section.hidden, device=self.device, dtype=self.dtype)
             self.small = torch.zeros(8, device=self.device, dtype=self.dtype)
-        except torch.OutOfMemoryError as error:  # it was free, but in pieces
+        except torch.OutOfMemoryError as error:  # the free memory is fragmented
             return str(error)
+        return None
 
     def _lacks_memory(self) -> str | None:
-        """Tuning may take half of what is free."""
+        """The reason if tuning needs more than half of the free memory, else None."""
         if self.device.type == "cpu":
             return None
         tokens = max(self.section.sizes)
-        # A value going in and one coming out; workspaces of three slots: sums and residuals, in float32 too.
+        # An input and an output; the workspaces of three slots: sums and residuals, also in float32.
         elements = sum(k * n for k, n in self.weights) + tokens * (self.channels + 2 * self.columns + 12 * self.section.hidden)
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         needed = elements * self.dtype.itemsize
         return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else None
 
-    def times(self, variants, tokens) -> list[float]:
-        """Seconds of this rank, medians over samples in turns. variants: None, fused, or (ctas, split_ratio), woven."""
+    def times(self, variants: list[tuple[int, float] | None], tokens: int) -> list[float]:
+        """Seconds of each variant on this rank: the median of samples that are taken in turns.
+
+        variants: None for fused, or (ctas, split_ratio) for woven
+        tokens:   the number of tokens
+        """
         runs = []
         for variant in variants:
             sequence, sequences = tokens // self.section.sequences, self.section.sequences
@@ -194,17 +205,17 @@ class Stage:
         taken = [[self._seconds(run) for run in runs] for _ in range(SAMPLES + 1)]
         return [statistics.median(samples) for samples in zip(*taken[1:])]
 
-    def _seconds(self, run):
+    def _seconds(self, run: Callable[[], None]) -> float:
         x = self.values[: 8 * self.section.hidden].view(8, -1)
         if self.device.type == "cpu":
-            self._fused(x, None, 0, 0)  # the ranks begin together
+            self._fused(x, None, 0, 0)  # makes the ranks begin together
             begin = time.perf_counter()
             run()
             return time.perf_counter() - begin
         torch.cuda.synchronize(self.device)
         if self.section.cuda_graphs:
             cuda_sleep(HEAD_START)
-        self._fused(x, None, 0, 0)  # the ranks begin together
+        self._fused(x, None, 0, 0)  # makes the ranks begin together
         if not self.section.cuda_graphs:
             torch.cuda.synchronize(self.device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -214,17 +225,23 @@ class Stage:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    def run(self, pieces, sequence, ctas):
-        """All phases: fused where there is one piece, woven where there are more, each behind ``sequence`` tokens or fewer."""
-        norms, residuals = [self.value(tokens, self.section.hidden) for tokens in pieces], [None] * len(pieces)
-        woven, begun = len(pieces) > 1, set()
+    def run(self, pieces: list[int], sequence: int, ctas: int) -> None:
+        """Run all phases once.
 
-        def wait(slot):
+        pieces:   [tokens] for the fused form, [tokens of the first half, tokens of the second half] for the woven form
+        sequence: tokens of each sequence
+        ctas:     CTAs of each communication kernel; 0 leaves the number to the kernel
+        """
+        norms, residuals = [self.value(tokens, self.section.hidden) for tokens in pieces], [None] * len(pieces)
+        woven = len(pieces) > 1
+        begun: set[int] = set()
+
+        def wait(slot: int) -> None:
             if slot in begun:
                 begun.remove(slot)
                 norms[slot], residuals[slot] = self.transport.wait(slot, True)
 
-        def work(ops, slot):
+        def work(ops: list[tuple], slot: int) -> None:
             wait(slot)
             self.work(ops, norms[slot], sequence, sum(pieces[:slot]) % sequence)
 
@@ -250,27 +267,29 @@ class Stage:
         for slot in [*begun]:
             wait(slot)
 
-    def work(self, ops, norm, sequence, before):
+    def work(self, ops: list[tuple], norm: Tensor, sequence: int, before: int) -> None:
+        """Run ops on the tokens of ``norm``, which follow ``before`` tokens of the same sequence."""
         for kind, *sizes in filter(None, ops):
             if kind == "mm":
                 torch.mm(self._input(norm, sizes[0]), self.weights[tuple(sizes)])
             elif kind == "attention":
-                self._attend(*sizes, norm.shape[0], sequence, before)
+                heads, kv_heads, channels = sizes
+                self._attend(heads, kv_heads, channels, norm.shape[0], sequence, before)
             elif not self.section.cuda_graphs:
                 for _ in range(sizes[0]):
                     self.small.add_(1)
 
-    def work_unsplit(self, ops, pieces, sequence):
-        """What a woven graph does on all tokens: the halves of its input are joined."""
+    def work_unsplit(self, ops: list[tuple], pieces: list[int], sequence: int) -> None:
+        """Run unsplit ops as a woven graph does: concatenate the halves of the input, and run the op on all tokens."""
         for op in filter(None, (op[1:] for op in ops)):
             torch.cat([self.value(tokens, _channels(op)) for tokens in pieces])
             self.work([op], self.value(sum(pieces), self.section.hidden), sequence, 0)
 
-    def _attend(self, heads, kv_heads, channels, tokens, sequence, before):
-        """Causal; of the tokens behind a cut within a sequence in two parts, as passes/rules/attention.py does it."""
+    def _attend(self, heads: int, kv_heads: int, channels: int, tokens: int, sequence: int, before: int) -> None:
+        """Causal attention. Behind a cut within a sequence it is in two parts, as in passes/rules/attention.py."""
         sequences, queries = (1, tokens) if before else (max(tokens // sequence, 1), min(tokens, sequence))
 
-        def heads_of(number, length):
+        def heads_of(number: int, length: int) -> Tensor:
             return self.value(sequences * length, number * channels).view(sequences, length, number, channels).transpose(1, 2)
 
         gqa = {"enable_gqa": True} if heads != kv_heads else {}
@@ -286,20 +305,21 @@ class Stage:
     def _site(self, x, residual, ctas, slot, number):
         return Site(x, residual, self.weight, ctas=ctas, slot=slot, number=number, fp32_residual=True, sharded_residual=True)
 
-    def _input(self, norm, channels):
+    def _input(self, norm: Tensor, channels: int) -> Tensor:
         return norm if channels == self.section.hidden else self.value(norm.shape[0], channels)
 
-    def value(self, tokens, channels):
+    def value(self, tokens: int, channels: int) -> Tensor:
+        """Some values of shape [tokens, channels]."""
         return self.values[: tokens * channels].view(tokens, channels)
 
 
 def _channels(op: tuple) -> int:
-    """Of what goes into an op."""
+    """The number of channels of an op's input."""
     kind, *sizes = op or ("unsplit",)
     return {"mm": lambda: sizes[0], "attention": lambda: sizes[0] * sizes[2]}.get(kind, lambda: 0)()
 
 
 def _segments(ops: tuple) -> list[list[tuple]]:
-    """Ops in turns: those that are done for each half, and those that need both. The last segment is done for each half."""
+    """Ops in alternate lists: those that run on each half, and those that need both halves. The last list runs on each half."""
     segments = [list(same) for _, same in itertools.groupby(ops, key=lambda op: op[0] == "unsplit")]
     return segments if segments and segments[-1][0][0] != "unsplit" else [*segments, []]

@@ -1,1 +1,1 @@
-"""How the ranks of a group exchange data, and how they agree on it."""
+"""How the ranks of a group exchange data, and how they agree on a transport."""

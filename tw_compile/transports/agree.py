@@ -1,5 +1,4 @@
-"""How the ranks of a group find out whether they agree: through the group's store, since a collective that one of them does
-not enter would hang."""
+"""How the ranks of a group agree: through the group's store, as a collective hangs if a rank does not take part in it."""
 
 import contextlib
 import functools
@@ -19,27 +18,27 @@ import torch.distributed as dist
 from ..compat import process_group_store, resolve_process_group
 from ..options import TokenWeaveError
 
-# How long a rank waits for another to come, which may be compiling: seconds.
+# Seconds that a rank waits for another one, which may be compiling.
 PATIENCE_S = 600.0
-# How long a rank may be ahead in its calls, of another thread perhaps, before it is known not to come: seconds.
+# Seconds that a rank may be ahead in its calls, perhaps in another thread, before the ranks that wait for it give up.
 GONE_ON_S = 10.0
 
-# Exchanges of each group so far, the same on all its ranks. By the group itself: names come again when a group is destroyed.
+# The number of exchanges of each group, the same on all its ranks. The key is the group, as another group may take its name later.
 _exchanges: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = weakref.WeakKeyDictionary()
 
 
 def is_alone(group: dist.ProcessGroup) -> bool:
-    """Whether no other process stands behind the other ranks: a fake group, or one rank."""
+    """Whether there is no other process in a group: it has one rank, or is a fake group."""
     return group.size() == 1 or dist.get_backend(group) == "fake"
 
 
 class Progress:
-    """How many calls each rank of a group has begun, in memory that the ranks of one host share.
+    """The number of calls that each rank of a group has begun, in memory that the ranks of one host share.
 
-    It tells a rank that waits for another one whether that one has gone on without it.
+    A rank that waits for another one reads there whether that one has gone on without it.
     """
 
-    def __init__(self, path: str, rank: int, world: int):
+    def __init__(self, path: str, rank: int, world: int) -> None:
         with open(path, "r+b") as file:
             self._counts = memoryview(mmap.mmap(file.fileno(), 8 * world)).cast("Q")
         self._rank = rank
@@ -53,7 +52,7 @@ class Progress:
 
 
 def progress(group_name: str) -> "Progress | None":
-    """A Progress for a group; None where its ranks do not share a host. All ranks call this."""
+    """A Progress for a group; None if its ranks do not share a host. A collective."""
     group = resolve_process_group(group_name)
     if is_alone(group):
         return None
@@ -75,21 +74,23 @@ def progress(group_name: str) -> "Progress | None":
 
 
 def _host() -> str:
-    """What names this machine, and what of it this process sees."""
+    """Identifies the processes that share /dev/shm with this one."""
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return f"{file.read().strip()} {os.stat('/dev/shm').st_dev} {os.getuid()}"
-    return f"{uuid.getnode()} {os.getpid()}"  # no other process
+    return f"{uuid.getnode()} {os.getpid()}"  # shares with no other process
 
 
 def exchange(
     group_name: str, what: str, message: str, timeout_s: float = PATIENCE_S, progress: Progress | None = None
 ) -> list[str]:
-    """What each rank of the group says, in rank order. All ranks call this in the same order.
+    """The messages of all ranks of the group, in rank order. A collective: all ranks must make their exchanges in the same order.
 
-    what:     what the exchange is for, the same on all ranks
-    progress: tells whether a rank that does not come has gone on
-    Raises TokenWeaveError on all ranks where they come to different exchanges; and RuntimeError that names a rank which says
-    nothing within ``timeout_s``, or calls the model without coming here.
+    what:      the purpose of the exchange, the same on all ranks, for error messages
+    message:   the message of this rank
+    timeout_s: seconds to wait for each rank
+    progress:  shows whether a rank that does not come has gone on
+    Raises TokenWeaveError on all ranks if they are in different exchanges. Raises RuntimeError, which names the rank, if a rank does not
+    come within ``timeout_s``, or begins another call of the model instead.
     """
     group = resolve_process_group(group_name)
     if is_alone(group):
@@ -104,20 +105,20 @@ def exchange(
         if problem:
             raise RuntimeError(
                 f"rank {rank} of group {group_name} {problem.format(what)}, where rank {group.rank()} waited for it: see its log. "
-                "All ranks of a tensor-parallel group must run the same model on as many tokens"
+                "All ranks of a tensor-parallel group must run the same model on the same number of tokens"
             )
         said.append(json.loads(store.get(str(rank))))
     if len({theirs for theirs, _ in said}) > 1:
         places = "; ".join(f"rank {rank} is at {theirs}" for rank, (theirs, _) in enumerate(said))
         raise TokenWeaveError(
             f"the ranks of group {group_name} do different things: {places}. All ranks of a tensor-parallel group must run the "
-            "same model on as many tokens, with the same options"
+            "same model on the same number of tokens, with the same options"
         )
     return [theirs for _, theirs in said]
 
 
-def _wait(store, rank: int, timeout_s: float, progress: Progress | None) -> str | None:
-    """Wait for what a rank says. Returns what it has done instead; None where it has come."""
+def _wait(store: dist.Store, rank: int, timeout_s: float, progress: Progress | None) -> str | None:
+    """Wait for the message of a rank. Returns what the rank has done instead, '{}' standing for the exchange; None if it has come."""
     begin, ahead_since, pause = time.monotonic(), None, 1e-4
     while not store.check([str(rank)]):
         if time.monotonic() - begin > timeout_s:
@@ -133,7 +134,7 @@ def _wait(store, rank: int, timeout_s: float, progress: Progress | None) -> str 
 
 @functools.cache
 def version() -> str:
-    """What must be the same on all ranks: torch, and this package to the last character."""
+    """The version of torch, and a digest of this package's sources. They must be the same on all ranks."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cu", ".cuh", ".c")):

@@ -1,4 +1,4 @@
-"""Which transport carries a group's sites: chosen once for each group and device, the same on all its ranks."""
+"""Chooses the transport of a group's sites, once for each group and device. All ranks of the group take the same one."""
 
 import collections
 import functools
@@ -6,10 +6,12 @@ import gc
 import json
 import logging
 import threading
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from .. import compat
 from ..compat import resolve_process_group
 from ..options import TokenWeaveError
 from ..site import Site, add_norm
@@ -22,21 +24,31 @@ from .together import WorkspaceError, together
 
 log = logging.getLogger("tw_compile")
 
-_SYMMETRIC = {"multimem": True, "peer": False}  # name -> does it use multicast
+Transport = ProcessGroup | Symmetric
+
+_SYMMETRIC = {"multimem": True, "peer": False}  # name -> whether it uses multicast
 _ORDER = ("multimem", "peer", "process_group")
-chosen = {}  # (group name, device, requested transport) -> transport
-_locks = collections.defaultdict(threading.RLock)  # of each group, for whoever makes its ranks meet
+# (group name, device, requested transport) -> (transport, why it is not a better one)
+chosen: dict[tuple[str, torch.device, str], tuple[Transport, str]] = {}
+# The lock of each group, by name. A thread holds it in a call, and while the ranks of the group agree.
+_locks: collections.defaultdict[str, Any] = collections.defaultdict(threading.RLock)
 
 
 def unavailable(name: str, group_name: str, device: torch.device) -> str | None:
-    """Why this rank cannot use a transport for a group, or None. Local: no rank is asked."""
+    """Why this rank cannot use a transport for a group; None if it can. It asks no other rank."""
     if name == "process_group":
         return None
-    return Symmetric.unavailable(group_name, device, multicast=_SYMMETRIC[name])
+    return lacking(device) or Symmetric.unavailable(group_name, device, multicast=_SYMMETRIC[name])
+
+
+def lacking(device: torch.device) -> str | None:
+    """Why this PyTorch cannot run the transports over symmetric memory: names that it lacks. None if it has all, or if there is no GPU."""
+    names = compat.missing_on_gpus() if device.type == "cuda" and torch.version.cuda is not None else []
+    return f"PyTorch {torch.__version__} lacks names that it needs ({', '.join(names)})" if names else None
 
 
 def candidates(requested: str, group_name: str, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The transports this rank could use, best first, and the reasons against the others that were asked for."""
+    """(the requested transports that this rank can use, best first; name -> why it cannot use the others)"""
     names = _ORDER if requested == "auto" else (requested,)
     reasons = {name: unavailable(name, group_name, device) for name in names}
     return [n for n in names if reasons[n] is None], {n: r for n, r in reasons.items() if r is not None}
@@ -44,13 +56,14 @@ def candidates(requested: str, group_name: str, device: torch.device) -> tuple[l
 
 def choose(
     requested: str, group_name: str, device: torch.device, timeout_s: float | None = None
-) -> tuple["ProcessGroup | Symmetric", str]:
-    """The transport for a group, and why it is not a better one (empty where it is the best).
+) -> tuple[Transport, str]:
+    """The transport of a group, and why it is not a better one; '' if it is the best.
 
-    timeout_s: how long its kernels wait for another rank from now on; None leaves that as it is
+    requested: an option ``transport``
+    timeout_s: seconds that its kernels wait for another rank from now on; None leaves them as they are
 
-    A collective on CUDA groups the first time it is asked for a group: the ranks agree, so that all take the same path.
-    Raises TokenWeaveError on every rank where a requested transport is missing on any of them.
+    The first time for a group, it is a collective on CUDA groups: the ranks agree on the transport.
+    Raises TokenWeaveError on all ranks if a forced transport is unavailable on one of them.
     """
     key = group_name, device, requested
     with _locks[group_name]:
@@ -66,51 +79,52 @@ def choose(
                 log.warning("transport of group %s is %s; %s", group_name, name, why_not)
             chosen[key] = _made(name, group_name, device), why_not
             chosen[key][0].lock = _locks[group_name]
-        if timeout_s is not None and chosen[key][0].name in _SYMMETRIC:
-            chosen[key][0].set_timeout(timeout_s)
-        return chosen[key]
+        transport, why_not = chosen[key]
+        if timeout_s is not None and isinstance(transport, Symmetric):
+            transport.set_timeout(timeout_s)
+        return transport, why_not
 
 
 def fall_back(requested: str, group_name: str, device: torch.device, reason: str) -> None:
-    """Let the process group's own collectives carry a group from here on, on all of its ranks."""
+    """Use the process group's own collectives for a group from now on. All ranks of the group must call this."""
     name = chosen[group_name, device, requested][0].name
     log.warning("transport of group %s is process_group from here on; %s: %s", group_name, name, reason)
     chosen[group_name, device, requested] = _make("process_group", group_name, device), f"{name}: {reason}"
 
 
 def forget(group_name: str) -> None:
-    """Drop what was chosen for a group, with its memory: the group is gone, and another may come by its name."""
+    """Drop the transports of a destroyed group, and their memory. Another group may take its name."""
     for key in [key for key in chosen if key[0] == group_name]:
         del chosen[key]
-    gc.collect()  # its workspaces, of which some things refer to each other
+    gc.collect()  # frees its workspaces, which contain reference cycles
 
 
 def is_process_group(group_name: str) -> bool:
-    """Whether the process group's own collectives carry all that was chosen for a group."""
+    """Whether all chosen transports of a group are the process group's own collectives."""
     return all(transport.name == "process_group" for key, (transport, _) in chosen.items() if key[0] == group_name)
 
 
-def another(requested: str, group_name: str, device: torch.device) -> "ProcessGroup | Symmetric":
-    """A transport like the chosen one that shares nothing with it: its memory is free again when it is dropped."""
+def another(requested: str, group_name: str, device: torch.device) -> Transport:
+    """A new transport of the kind that is chosen, with memory of its own, which is freed when the transport is dropped."""
     return _make(choose(requested, group_name, device)[0].name, group_name, device)
 
 
 def workspace_bytes() -> dict[torch.device, int]:
-    """Bytes of symmetric memory that this process holds on each GPU, for all groups, outside of PyTorch's allocator."""
-    held = collections.Counter()
+    """Device -> bytes of symmetric memory that this process holds there, for all groups. PyTorch's allocator does not count them."""
+    held: collections.Counter[torch.device] = collections.Counter()
     for transport, _ in [*chosen.values()]:
         held[transport.device] += transport.workspace_bytes()
     return {device: number for device, number in held.items() if number}
 
 
-def _make(name: str, group_name: str, device: torch.device, tuning: Tuning | None = None) -> "ProcessGroup | Symmetric":
+def _make(name: str, group_name: str, device: torch.device, tuning: Tuning | None = None) -> Transport:
     if name in _SYMMETRIC:
         return Symmetric(group_name, device, multicast=_SYMMETRIC[name], tuning=tuning)
     return ProcessGroup(group_name, device)
 
 
-def _made(name: str, group_name: str, device: torch.device, tuning: Tuning | None = None) -> "ProcessGroup | Symmetric":
-    """The same, on all ranks or on none: a collective on CUDA groups."""
+def _made(name: str, group_name: str, device: torch.device, tuning: Tuning | None = None) -> Transport:
+    """Make a transport on all ranks or on none. A collective on CUDA groups."""
     if name not in _SYMMETRIC:
         return _make(name, group_name, device)
     what = f"the set-up of transport {name}"
@@ -118,16 +132,21 @@ def _made(name: str, group_name: str, device: torch.device, tuning: Tuning | Non
 
 
 def _best(usable: list[str], reasons: dict[str, str], group_name: str, device: torch.device) -> str | None:
-    """Of what all ranks can use, the fastest that is right, and to ``reasons`` what speaks against others. A collective on CUDA groups.
+    """The fastest of the usable transports that passes its self-test; None if none does. A collective on CUDA groups.
 
-    One for all calls of a group. To take the process group for some numbers of tokens, where it may be the faster, and a kernel for
-    others is not possible: its sums are rounded otherwise, and the bits of a row would hang on the batch that it is in.
+    Adds to ``reasons`` why others are not taken. All calls of a group have the same transport, even if the process group is faster for some
+    numbers of tokens: its sums are rounded differently, and the bits of a row would then depend on the batch that it is in.
     """
-    right = {}
+    right: dict[str, Transport | None] = {}
     for name in usable:
         if right and device.type != "cuda":
-            break  # nothing to compare by
-        tested, reason = self_tested(name, group_name, device) if name in _SYMMETRIC else (_make(name, group_name, device), None)
+            break  # nothing can be measured
+        tested: Transport | None = None
+        reason = None
+        if name in _SYMMETRIC:
+            tested, reason = self_tested(name, group_name, device)
+        else:
+            tested = _make(name, group_name, device)
         if reason is None:
             right[name] = tested
         else:
@@ -137,10 +156,11 @@ def _best(usable: list[str], reasons: dict[str, str], group_name: str, device: t
     seconds = {}
     try:
         seconds = tuning.compare(right, group_name, device)
-    except WorkspaceError as error:  # which all ranks have
+    except WorkspaceError as error:  # raised on all ranks
         log.warning("transports are not compared: %s", error)
     names = [*right]
-    right.clear(), gc.collect()  # the testers' workspaces, of which some things refer to each other
+    right.clear()
+    gc.collect()  # frees the workspaces of the tested transports, which contain reference cycles
     best = fastest(names, seconds)
     reasons |= {
         name: f"it takes {seconds[name] / seconds[best]:.2f} times as long as {best} here" for name in names[: names.index(best)]
@@ -149,16 +169,20 @@ def _best(usable: list[str], reasons: dict[str, str], group_name: str, device: t
 
 
 def fastest(names: list[str], seconds: dict[str, float]) -> str:
-    """The first of the names that is as fast as the fastest, but for MARGIN; the first of all where nothing was measured."""
+    """The first of the names that is as fast as the fastest, within MARGIN; the first of all if there are no measurements.
+
+    seconds: name -> seconds of a call
+    """
     least = min(seconds.values(), default=0.0)
     return next((name for name in names if seconds and seconds[name] * (1 - MARGIN) <= least), names[0])
 
 
-def self_tested(name: str, group_name: str, device: torch.device) -> tuple["Symmetric | None", str | None]:
-    """A transport whose small calls have the process group's answer on all ranks; or how they differ on some. A collective.
+def self_tested(name: str, group_name: str, device: torch.device) -> tuple[Transport | None, str | None]:
+    """Make a transport, and compare its results with the process group's. A collective.
 
-    The kernels must not be wrong in silence on a machine that this project has not: multimem has never been run. They are not tuned
-    before they are known to be right.
+    Returns (the transport, None if the results agree on all ranks, else the reason); (None, the reason) if it could not be made.
+    The test keeps wrong results from staying unnoticed on machines that the project does not have; multimem has never been run. Kernels are
+    tuned only after the test.
     """
     group = resolve_process_group(group_name)
     with torch.inference_mode(False), torch.no_grad():
@@ -166,13 +190,13 @@ def self_tested(name: str, group_name: str, device: torch.device) -> tuple["Symm
             transport = _made(name, group_name, device, by_rule(group.size()))
             chains = together(group_name, "the self-test's inputs", lambda: _chains(group, device), agree.PATIENCE_S)
             transport.prepare([(slot, c.dtype, (c.rows, _TEST_HIDDEN), c.center) for c in chains for slot in range(3)])
-        except WorkspaceError as error:  # which all ranks have
+        except WorkspaceError as error:  # raised on all ranks
             gc.collect()
             return None, f"its self-test failed: {error}"
         reason = ""
         try:
             reason = _difference(transport, chains, group)
-        except Exception as error:  # the others must hear of it, whatever it is
+        except Exception as error:  # the other ranks must know of any error
             reason = f"{type(error).__name__}: {error}"
     said = f"its self-test failed: {reason} on rank {group.rank()}" if reason else ""
     answers = agree.exchange(group_name, f"the self-test of transport {name}", said)
@@ -185,7 +209,7 @@ _TEST_REPEATS = 10
 
 
 def _chains(group, device: torch.device) -> list["_Chain"]:
-    """Of both norms, and around each size where another kernel or another workspace begins."""
+    """The chains of the self-test: with both norms, and with sizes around each at which another kernel or workspace begins."""
     switch = by_rule(group.size()).one_shot_rows
     sizes = sorted({1, 5, switch, switch + 1, LEAST_ROWS - 1, LEAST_ROWS, LEAST_ROWS + 1, 2 * LEAST_ROWS + 1})
     return [_Chain(group, device, dtype, center, rows) for dtype, center, some in (
@@ -195,10 +219,10 @@ def _chains(group, device: torch.device) -> list["_Chain"]:
 
 
 def _difference(transport, chains: list["_Chain"], group) -> str:
-    """How what the passes call differs from the process group's answer on this rank; empty if it does not.
+    """How a transport's results differ from the process group's on this rank; '' if they do not.
 
-    Sites that carry their residual to the next and one that makes it whole, behind GEMMs and alone, woven and fused, with all that a
-    norm can have; and many in a row. First come the calls, and then they are compared: no rank is left waiting in a kernel for one
+    It calls sites as the passes do: with a sharded residual and with a whole one, behind GEMMs and alone, woven and fused, with all
+    arguments that a norm can have; and many in a row. All calls come before all comparisons, so that no rank waits in a kernel for a rank
     that has found a difference.
     """
     for chain in chains:
@@ -213,7 +237,7 @@ def _difference(transport, chains: list["_Chain"], group) -> str:
 
 
 class _Chain:
-    """Three sites, one after the other, and what is right: x of the second is that of a GEMM."""
+    """Three sites in a row, and their correct results. x of the second site is the output of a GEMM."""
 
     def __init__(self, group, device, dtype, center, rows):
         self.dtype, self.center, self.rows = dtype, center, rows
@@ -223,15 +247,16 @@ class _Chain:
         self.xs = [draw(own, rows, _TEST_HIDDEN), self.a @ self.b, draw(own, rows, _TEST_HIDDEN)]
         self.residual = draw(everybodys, rows, _TEST_HIDDEN)
         vector = functools.partial(draw, everybodys, _TEST_HIDDEN)
-        # Of the sites in turn: with a weight in float32, and nothing else; with everything; with a weight.
+        # The arguments of the three sites: a weight in float32 only; everything; a weight only.
         none, shift = (None, 1e-5, 1.0, 0.0, center), vector() if center else None
         self.numerics = (
             (vector().float(), None, *none), (vector(), vector(), shift, 1e-6, 0.5, 1.0, center), (vector(), None, *none)
         )  # fmt: skip
-        self.got, self.right = [], []
+        self.got: list[tuple[int, torch.Tensor]] = []
+        self.right: list[torch.Tensor] = []
 
     def reduce(self, group):
-        """What is right, by the process group."""
+        """Compute the correct results with the process group."""
         residual = self.residual
         for x, numerics in zip(self.xs, self.numerics):
             total = x.to(torch.float32, copy=True)
@@ -243,7 +268,7 @@ class _Chain:
     def run(self, transport):
         self.fuse(transport, 2)
         chains = [self._weave(transport, slot) for slot in range(2)]
-        for _ in range(1 + len(self.xs)):  # both slots are under way
+        for _ in range(1 + len(self.xs)):  # sites of both slots are in flight
             for chain in chains:
                 next(chain, None)
 
@@ -269,7 +294,7 @@ class _Chain:
         return transport.linear(self.a, self.b, None, slot) if number == 1 else self.xs[number]
 
     def difference(self) -> str | None:
-        """Every value counts: one vector that is wrong is an error."""
+        """How the results differ from the correct ones; None if they do not. A single wrong value is a difference."""
         tolerance = _TOLERANCES[self.dtype]
         for number, ours in self.got:
             right = self.right[number]
@@ -280,14 +305,14 @@ class _Chain:
         return None
 
 
-def _agree(group_name, usable, reasons):
-    """What every rank of the group can use, and the first reason against each of the rest: the same on all of them."""
+def _agree(group_name: str, usable: list[str], reasons: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """(the transports that all ranks can use, name -> the first reason of a rank that cannot use it), the same on all ranks."""
     said = agree.exchange(group_name, "the choice of a transport", json.dumps((agree.version(), usable, reasons)))
     answers = [json.loads(answer) for answer in said]
     versions = {version for version, _, _ in answers}
     if len(versions) > 1:
         raise TokenWeaveError(f"the ranks of group {group_name} run different versions: {sorted(versions)}")
-    against = {}
+    against: dict[str, str] = {}
     for rank, (_, _, theirs) in enumerate(answers):
         for name, reason in theirs.items():
             against.setdefault(name, f"{reason} (rank {rank})")

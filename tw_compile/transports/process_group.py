@@ -23,13 +23,13 @@ class ProcessGroup:
 
     name = "process_group"
 
-    def __init__(self, group_name: str, device: torch.device):
+    def __init__(self, group_name: str, device: torch.device) -> None:
         self.group_name, self.device = group_name, device
         self.lock, self._depth = threading.RLock(), 0
-        self.pending = {}  # slot -> (the sum under way, the site)
+        self.pending: dict[int, tuple[Tensor, Site]] = {}  # slot -> (the sum under way, the site)
 
     def call(self) -> "ProcessGroup":
-        """``with transport.call():`` around calls that belong together: see Symmetric."""
+        """``with transport.call():`` keeps the ops of one call together: see Symmetric."""
         return self
 
     def __enter__(self) -> None:
@@ -52,10 +52,10 @@ class ProcessGroup:
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
     def _forget(self, slot: int) -> None:
-        """A start() without wait(): its run failed in between."""
+        """Drop a site that was started but not waited for, as its run has failed."""
         total, _ = self.pending.pop(slot)
         with contextlib.suppress(RuntimeError):  # if that run was a capture
-            c10d.wait_tensor(total)  # what reuses its memory runs behind it
+            c10d.wait_tensor(total)  # later work may reuse its memory
 
     def start(self, site: Site) -> Tensor:
         x, slot = site.x, site.slot
@@ -81,7 +81,7 @@ class ProcessGroup:
         return 0
 
     def raise_if_lost(self, cause: BaseException | None = None) -> None:
-        """What becomes of a rank that does not come is the process group's own error."""
+        """Nothing: the process group raises its own error for a rank that does not come."""
 
 
 def _add_norm(total: Tensor, site: Site) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""What all ranks of a group do, or none: a step that fails on one of them fails on all, and nobody waits for who has failed."""
+"""Steps that succeed on all ranks of a group or fail on all of them, so that no rank waits for one that has failed."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from . import agree
 
@@ -9,13 +9,15 @@ _Done = TypeVar("_Done")
 
 
 class WorkspaceError(RuntimeError):
-    """What a site needs cannot be made on some rank. It is raised on all of them, and nothing is half made."""
+    """Something that a site needs could not be made on some rank. It is raised on all ranks of the group, and none keeps its part."""
 
 
 def together(group_name: str, what: str, step: Callable[[], _Done], timeout_s: float) -> _Done:
-    """What ``step`` returns here, once it has returned on every rank. A collective.
+    """Run ``step`` on every rank, and return its result on this rank. A collective.
 
-    Raises WorkspaceError on all ranks, with the reason, where it raises on any; and what ``agree.exchange`` raises.
+    what:      the purpose of the step, the same on all ranks, for error messages
+    timeout_s: seconds to wait for each rank
+    Raises WorkspaceError on all ranks, with the reason, if ``step`` raises on any rank; and what ``agree.exchange`` raises.
     """
     done, reason, cause = None, "", None
     try:
@@ -27,4 +29,4 @@ def together(group_name: str, what: str, step: Callable[[], _Done], timeout_s: f
     if failed:
         rank, reason = failed[0]
         raise WorkspaceError(f"{what} failed on rank {rank} of group {group_name}, so that no rank goes on: {reason}") from cause
-    return done
+    return cast(_Done, done)

@@ -1,0 +1,23 @@
+"""What reports say of places, plans and sites, in words."""
+
+import os
+
+
+def short(source: str) -> str:
+    """A place in the source, without the path of the working directory or of site-packages."""
+    return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
+
+
+def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None) -> str:
+    """A Plan in words."""
+    if gain is None:
+        return f"no, for lack of memory; a rule weaves from {min_tokens} tokens on"
+    cut = f"split ratio {split_ratio:g}" + (f", {ctas} CTAs" if ctas else "")
+    if min_tokens is None:
+        return f"not woven at any number of tokens; the best woven form is {gain:.2f} times as fast as fused at the most tokens, with {cut}"
+    return f"woven from {min_tokens} tokens on, with {cut}: {gain:.2f} times as fast as fused at the most tokens"
+
+
+def form_of(norm: str, residual: bool) -> str:
+    """The steps of a site, in words. residual: whether one is added"""
+    return f"all-reduce + add + {norm}" if residual else f"all-reduce + {norm}"
