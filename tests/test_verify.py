@@ -64,9 +64,9 @@ def on_ranks(wrong):
     with pytest.MonkeyPatch.context() as patch:
         fused = ProcessGroup.fused
 
-        def off(self, *args):
-            norm, residual = fused(self, *args)
-            return (norm * 1.1 if dist.get_rank() == 1 and args[11] == 1 else norm), residual
+        def off(self, site, in_workspace):
+            norm, residual = fused(self, site, in_workspace)
+            return (norm * 1.1 if dist.get_rank() == 1 and site.number == 1 else norm), residual
 
         patch.setattr(ProcessGroup, "fused", off)
         found = tw_compile.verify(parallel("functional", 1, dtype=torch.float32), ids, options={"tokenweave.mode": "fuse"})
