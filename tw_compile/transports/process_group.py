@@ -4,7 +4,6 @@ import contextlib
 import threading
 
 import torch
-import torch.distributed._functional_collectives  # defines the ops below
 import torch.nn.functional as F
 from torch import Tensor
 
