@@ -24,13 +24,13 @@ def logged():
     """What the process group is asked for while this context is open, at run time: S and W with the slot."""
     log, start, wait = [], ProcessGroup.start, ProcessGroup.wait
 
-    def logging_start(self, *args):
-        log.append(f"S{args[10]}")
-        return start(self, *args)
+    def logging_start(self, site):
+        log.append(f"S{site.slot}")
+        return start(self, site)
 
-    def logging_wait(self, slot, *args):
+    def logging_wait(self, slot, in_workspace):
         log.append(f"W{slot}")
-        return wait(self, slot, *args)
+        return wait(self, slot, in_workspace)
 
     ProcessGroup.start, ProcessGroup.wait = logging_start, logging_wait
     try:

@@ -8,7 +8,7 @@ import torch.distributed._functional_collectives as funcol
 from graphs import capture, rewrite, text, without_codegen
 from models import all_gather, parallel
 from sites import NORMS, H, hf_norm, torch_norm, values
-from test_ranks import check, error_of  # noqa: F401: run is a fixture
+from test_ranks import check, error_of, run  # noqa: F401: run is a fixture
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 

@@ -66,7 +66,7 @@ def on_ranks(wrong):
 
         def off(self, *args):
             norm, residual = fused(self, *args)
-            return (norm * 1.1 if dist.get_rank() == 1 and args[11] == 1 else norm), residual
+            return (norm * 1.1 if dist.get_rank() == 1 and args[0].number == 1 else norm), residual
 
         patch.setattr(ProcessGroup, "fused", off)
         found = tw_compile.verify(parallel("functional", 1, dtype=torch.float32), ids, options={"tokenweave.mode": "fuse"})
