@@ -28,9 +28,9 @@ def logged():
         log.append(f"S{site.slot}")
         return start(self, site)
 
-    def logging_wait(self, slot, *args):
+    def logging_wait(self, slot, in_workspace):
         log.append(f"W{slot}")
-        return wait(self, slot, *args)
+        return wait(self, slot, in_workspace)
 
     ProcessGroup.start, ProcessGroup.wait = logging_start, logging_wait
     try:
