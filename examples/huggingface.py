@@ -53,7 +53,8 @@ def run(args):
         timed = {name: functools.partial(runs[name], new=new) for name in BACKENDS}
         compare(what, median_times(timed, ids, samples=3, calls=1))
     same = torch.equal(*(tokens[name] for name in BACKENDS))
-    say(f"both generated {'the same tokens' if same else 'different tokens: with random weights, or in bfloat16, two are often equally likely'}")
+    text = "the same tokens" if same else "different tokens: with random weights, or in bfloat16, two are often equally likely"
+    say(f"both generated {text}")
     if device.type == "cpu":
         say("on CPUs the communication runs on the cores that compute: this shows that it works, not what it gains")
 

@@ -9,7 +9,10 @@ from tw_compile import cli, records
 from tw_compile.transports import agree
 
 H200 = {"gpu": "NVIDIA H200", "ranks": 4}
-SECTION = {"hidden": 8192, "dtype": "bfloat16", "sizes": [256, 512], "sequences": 1, "ctas": 0, "phases": [[["mm", 64, 8192]]]}
+SECTION = {
+    "hidden": 8192, "dtype": "bfloat16", "sizes": [256, 512], "sequences": 1, "ctas": 0,
+    "phases": [[["mm", 64, 8192]]], "cuda_graphs": True,
+}  # fmt: skip
 PLAN = {"min_tokens": 1024, "ctas": 6, "split_ratio": 0.625, "gain": 1.12}
 TUNING = {"one_shot_rows": 16, "ctas": [[1, 32], [513, 8]]}
 SECONDS = {"peer": 2e-5, "process_group": 5e-5}

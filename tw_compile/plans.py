@@ -10,9 +10,9 @@ from .autotune.plan import Plan
 from .autotune.schedule import Section
 from .options import TokenWeaveError
 from .records import Record
-from .wording import plan_text
 from .transports import agree
 from .transports.symmetric.tuning import Tuning
+from .wording import plan_text
 
 _FORMAT = "tw_compile plans 1"
 

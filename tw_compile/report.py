@@ -129,7 +129,9 @@ class Report:
         lines += [f"  because {reason}" for reason in self.reasons]
         lines += [f"  graph break at {short(self.broken.source)}: {self.broken.reason}"] if self.broken else []
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
-        found = [(done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), form_of(s.norm, s.residual)) for s in self.sites]
+        found = [
+            (done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), form_of(s.norm, s.residual)) for s in self.sites
+        ]
         found += [("refused", r.all_reduce, short(r.source), r.reason) for r in self.refusals]
         found += [("unsplit", j.op, short(j.source), j.reason) for j in self.joins]
         # Equal rows become one with their number, as the layers of a model are alike.

@@ -1,30 +1,32 @@
-"""What a site is given, and what it computes of that, in eager PyTorch: the specification, and the oracle of the tests."""
+"""The arguments of a site, and what it computes, in eager PyTorch. This is the specification of sites, and the oracle of the tests."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# The slot of what is not split: 0 and 1 are the woven halves'.
+# The slot of sites that are not cut. Slots 0 and 1 are those of the halves.
 SLOT_WHOLE = 2
 
-# As the number of a site: the one after that of the site before it in the slot. So layers that are alike make the same calls.
+# The number of a site that counts on from the slot's last site, so that equal layers make equal calls.
 NEXT_SITE = -1
 
 
 class Site(NamedTuple):
-    """What a site is given. The ops take the same, in this order.
+    """The arguments of a site. The ops take the same, in this order.
 
     x:                [..., H] this rank's partial sums
-    residual:         [..., H], dtype and shape of x, or None; or what the slot's last site left with ``sharded_residual``
+    residual:         [..., H], dtype and shape of x, or None; or the residual that the slot's last site returned with ``sharded_residual``
     weight:           [H], of x's dtype or float32, or None for ones; used as ``weight + offset``
-    bias:             [H], of x's dtype, or None; added to the sum, which then is multiplied by ``scale``
+    bias:             [H], of x's dtype, or None; added to the sum, before ``scale``
     shift:            [H], of x's dtype or float32, or None; added to the norm. Only with ``center``
+    scale:            factor on the sum, after the bias
     center:           LayerNorm; otherwise RMSNorm
-    ctas:             CTAs of the kernel; 0 leaves it open
+    ctas:             CTAs of the kernel; 0 leaves the number to the kernel
+    slot:             0 or 1 for a half, SLOT_WHOLE for sites that are not cut
     number:           for error messages; NEXT_SITE counts on from the slot's last one
     fp32_residual:    the new residual is float32
-    sharded_residual: the new residual need only be good for the slot's next site
+    sharded_residual: only the slot's next site reads the new residual, so that each rank may keep its own rows only
     """
 
     x: Tensor
@@ -43,13 +45,13 @@ class Site(NamedTuple):
     sharded_residual: bool = False
 
     @property
-    def addends(self) -> tuple:
-        """What ``add_norm`` takes beside the sum."""
+    def addends(self) -> tuple[Any, ...]:
+        """The arguments of ``add_norm`` after the sum."""
         return self[1:9]
 
 
 def empty_results(x: Tensor, fp32_residual: bool) -> tuple[Tensor, Tensor]:
-    """What a site on x returns, (norm, residual), without values; fp32_residual: the residual is float32."""
+    """Empty tensors for the results of a site on x, (norm, residual). fp32_residual: the residual is float32."""
     norm = torch.empty_like(x, memory_format=torch.contiguous_format)
     return norm, torch.empty_like(norm, dtype=torch.float32 if fp32_residual else x.dtype)
 

@@ -275,23 +275,24 @@ class _Chain:
     def fuse(self, transport, slot):
         residual = self.residual
         for number in range(len(self.xs)):
-            x, last = self._x(transport, slot, number), number == len(self.xs) - 1
-            norm, residual = transport.fused(Site(x, residual, *self.numerics[number], 0, slot, number, not last, not last), False)
+            norm, residual = transport.fused(self._site(transport, residual, slot, number), False)
             self.got.append((number, norm))
         self.got.append((len(self.xs), residual))
 
     def _weave(self, transport, slot):
         residual = self.residual
         for number in range(len(self.xs)):
-            x, last = self._x(transport, slot, number), number == len(self.xs) - 1
-            transport.start(Site(x, residual, *self.numerics[number], 0, slot, number, not last, not last))
+            transport.start(self._site(transport, residual, slot, number))
             yield
             norm, residual = transport.wait(slot, True)
             self.got.append((number, norm.clone()))
         self.got.append((len(self.xs), residual))
 
-    def _x(self, transport, slot, number):
-        return transport.linear(self.a, self.b, None, slot) if number == 1 else self.xs[number]
+    def _site(self, transport, residual, slot, number):
+        x = transport.linear(self.a, self.b, None, slot) if number == 1 else self.xs[number]
+        carries = number < len(self.xs) - 1  # a float32, sharded residual to the next site
+        given: tuple[Any, ...] = x, residual, *self.numerics[number], 0, slot, number, carries, carries
+        return Site(*given)
 
     def difference(self) -> str | None:
         """How the results differ from the correct ones; None if they do not. A single wrong value is a difference."""
