@@ -5,26 +5,26 @@ dispatcher: for so many arguments that takes longer than all that a function doe
 """
 
 from ..site import Site
-from ..transports import choose
+from ..transports.choose import choose, chosen
 
 _packed = tuple.__new__  # as Site, which does the same in Python
 
 
 def linear(a, b, bias, slot, group, transport):
-    found, _ = choose.chosen.get((group, a.device, transport)) or choose.choose(transport, group, a.device)
+    found, _ = chosen.get((group, a.device, transport)) or choose(transport, group, a.device)
     return found.linear(a, b, bias, slot)
 
 
 def start(
     x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, group, transport
 ):  # fmt: skip
-    found, _ = choose.chosen.get((group, x.device, transport)) or choose.choose(transport, group, x.device)
+    found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
     packed = x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual
     return found.start(_packed(Site, packed))
 
 
 def wait(token, x, residual, weight, bias, shift, after, slot, fp32_residual, sharded_residual, in_workspace, group, transport):
-    found, _ = choose.chosen.get((group, x.device, transport)) or choose.choose(transport, group, x.device)
+    found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
     return found.wait(slot, in_workspace)
 
 
@@ -32,6 +32,6 @@ def fused(
     x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, in_workspace,
     group, transport
 ):  # fmt: skip
-    found, _ = choose.chosen.get((group, x.device, transport)) or choose.choose(transport, group, x.device)
+    found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
     packed = x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual
     return found.fused(_packed(Site, packed), in_workspace)
