@@ -19,7 +19,7 @@ VENV ?= .venv$(addprefix -,$(VERSION))
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
-SOURCES := setup.py $(shell find tw_compile -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
+SOURCES := setup.py tokenweave.py $(shell find tw_compile -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 
 # Those that were tested: docs/versions.md.
 OLDEST := 2.11
