@@ -89,7 +89,7 @@ def test_why_not_a_better_transport(gpus):
 
 
 @pytest.mark.parametrize(
-    "name, reason, advice", [("host", "there is no C compiler for it", "install gcc"), ("nvrtc", "no NVRTC", "pip install")]
+    "name, reason, advice", [("host", "there is no C compiler", "install gcc"), ("nvrtc", "no NVRTC", "pip install")]
 )
 def test_what_is_missing_comes_with_what_to_do(gpus, name, reason, advice, monkeypatch, capsys):
     seen = gpus(2, **{name: reason})

@@ -7,7 +7,7 @@ from sites import H, all_reduce, hf_norm, values
 from test_split import mlp, mlp_inputs
 
 import tw_compile
-from tw_compile import report
+from tw_compile import wording
 
 
 def broken(x, w):
@@ -49,7 +49,7 @@ def test_a_break_is_in_the_report_of_the_graph_that_it_ends(explain):
     assert first.broken.reason == "Call to `torch._dynamo.graph_break()`: User-inserted graph break. Message: None"
     assert "test_explain.py:" in first.broken.source and first.broken.source.endswith("in broken: torch._dynamo.graph_break()  # here")
     assert second.broken is None and found.breaks == [first.broken]
-    assert f"  graph break at {report.short(first.broken.source)}: Call to" in str(first) and "1 graph breaks" in str(found)
+    assert f"  graph break at {wording.short(first.broken.source)}: Call to" in str(first) and "1 graph breaks" in str(found)
     assert tw_compile.Report.from_dict(first.to_dict()) == first
 
 

@@ -123,7 +123,7 @@ def test_what_is_missing_is_said(library, monkeypatch, tmp_path):
         host.calls("no such driver")
     monkeypatch.setenv("TW_COMPILE_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CC", "cc -include no-such-header.h")
-    with pytest.raises(RuntimeError, match="cannot compile: .*no-such-header.h"):
+    with pytest.raises(RuntimeError, match="cannot compile it: .*no-such-header.h"):
         host.calls.__wrapped__(library)
 
 
@@ -143,7 +143,7 @@ def test_a_compiler_that_hangs_is_given_up(monkeypatch, tmp_path):
     (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
     monkeypatch.setattr(host, "_COMPILER_S", 0.2)
-    with pytest.raises(RuntimeError, match="has not compiled it within 0.2 s"):
+    with pytest.raises(RuntimeError, match="did not end within 0.2 s"):
         host._compile()
     monkeypatch.setenv("CC", str(tmp_path / "none"))
     with pytest.raises(RuntimeError, match="none cannot be run: "):
@@ -215,8 +215,8 @@ def test_a_start_and_a_wait(symmetric_sites, driver):
 
 def test_gemms_have_a_carveout_while_kernels_may_run_beside_them(symmetric_sites, monkeypatch):
     log, x = [], torch.randn(64, H)
-    monkeypatch.setattr(gemms, "leave_out", lambda ctas: log.append(ctas) or True)
-    monkeypatch.setattr(gemms, "as_before", lambda: log.append("before"))
+    monkeypatch.setattr(gemms, "reserve_sms", lambda ctas: log.append(ctas) or True)
+    monkeypatch.setattr(gemms, "release_sms", lambda: log.append("before"))
 
     def start(slot):
         symmetric_sites.start(Site(x, None, *site(), 4, slot))
@@ -399,7 +399,7 @@ def blas(monkeypatch):
         monkeypatch.setattr(gemms, f"set_{name}", lambda value, key=key: state.update({key: value}))
     monkeypatch.setattr(gemms, "BlasBackend", SimpleNamespace(Cublaslt="cublaslt"))
     yield state
-    assert state == {"backend": "cublas", "carveout": None} and gemms._askers == 0
+    assert state == {"backend": "cublas", "carveout": None} and gemms._reservations == 0
 
 
 def test_an_exception_between_start_and_wait_leaves_nothing_behind(symmetric_sites, driver, blas):
@@ -414,7 +414,7 @@ def test_an_exception_between_start_and_wait_leaves_nothing_behind(symmetric_sit
         dones = [symmetric_sites._events[slot][1] for slot in range(2)]
         assert driver.noted() == [("wait", CURRENT, done, 0, 0) for done in dones], "the kernels may still read their inputs"
         assert blas["carveout"] is None and not symmetric_sites._pending
-    with pytest.raises(RuntimeError, match="nothing was started"):
+    with pytest.raises(RuntimeError, match="wait for slot . without a start"):
         symmetric_sites.wait(0, True)
     begin_and_end(symmetric_sites)
 

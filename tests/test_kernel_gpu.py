@@ -387,7 +387,7 @@ def test_a_capture_loads_no_kernel():
     """The workspace is there, but so far without LayerNorms."""
     group, x = ranks(4), torch.zeros(40, 4096, dtype=FP16, device="cuda")
     group.workspaces(FP16, 4096, 40)
-    with pytest.raises(RuntimeError, match="no kernel yet for a LayerNorm"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(RuntimeError, match="the kernels for a LayerNorm"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         group.ranks[0].fused(Site(x, None, None, None, *site(center=True), 0, 2), False)
 
 
@@ -469,13 +469,13 @@ def test_calls_from_two_streams(rows):
     # All GEMMs first without kernels that wait: what is loaded or allocated for them would wait for these.
     for stream, ctas in itertools.product(streams()[: 2 * world], (0, CTAS)):
         torch.cuda.synchronize()
-        carveout = ctas and gemms.leave_out(ctas)
+        carveout = ctas and gemms.reserve_sms(ctas)
         with torch.cuda.stream(stream):
             norm, out = a[0, 0] @ b, torch.empty(rows, hidden, dtype=BF16, device="cuda")
             torch.mm(norm @ c, b, out=out)
             [t.clone() for t in (norm, out)]
         if carveout:
-            gemms.as_before()
+            gemms.release_sms()
     torch.cuda.synchronize()
 
     def graph(s, rank, which):
@@ -561,7 +561,7 @@ def test_a_cubin_that_does_not_load_is_made_anew():
     s = ranks(2).ranks[0]
     wanted = macros(BF16, 8192, 2, 0, "peer", False, layout(BF16, 8192, 2, False))
     command = nvrtc.options(nvrtc.architecture(torch.cuda.get_device_capability()), wanted)
-    path = files.path("two_shot", nvrtc._ingredients("two_shot", command), "cubin")
+    path = files.path("two_shot", nvrtc._cache_key("two_shot", command), "cubin")
     whole = path.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], files._sealed(b"no cubin")):
         path.write_bytes(damaged)
@@ -576,7 +576,7 @@ def test_a_start_without_wait_is_forgotten():
     group.each(lambda s, rank: s.start(Site(d["x"][rank], None, None, None, *site(), CTAS, 0, 0, False, False)))
     results = group.overlapped(d["x"], d["residual"], d["weight"], None)
     assert_close(results[0][0], expected(d["x"], d["residual"], d["weight"], None)[0])
-    with pytest.raises(RuntimeError, match="nothing was started"):
+    with pytest.raises(RuntimeError, match="wait for slot . without a start"):
         group.each(lambda s, rank: s.wait(0, False))
 
 
@@ -598,7 +598,7 @@ def test_what_it_refuses():
     with pytest.raises(RuntimeError, match="multiples of 8"):
         group.fused(x[..., :12], None, None, None)
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="run once un-captured"), group.stand_ins(), torch.cuda.graph(graph):
+    with pytest.raises(RuntimeError, match="run this size once without capture"), group.stand_ins(), torch.cuda.graph(graph):
         group.ranks[0].fused(
             Site(torch.zeros(40, 8192, dtype=BF16, device="cuda"), None, None, None, *site(), 0, 7), False
         )
@@ -649,5 +649,5 @@ def test_another_number_of_tokens_is_noticed(rows):
 @pytest.mark.parametrize("rows", (3, 40))
 def test_another_site_is_noticed(rows):
     message = lost(rows, rows, sites=(3, 5))
-    here = f"is at the all-reduce of site {{}} with {rows} tokens, but rank {{}} at that of site {{}} with {rows} tokens"
+    here = f"is at the all-reduce of site {{}} with {rows} tokens, but rank {{}} is at that of site {{}} with {rows} tokens"
     assert f"rank 0 {here.format(3, 1, 5)}" in message or f"rank 1 {here.format(5, 0, 3)}" in message, message[-2000:]

@@ -261,7 +261,7 @@ def test_where_one_rank_cannot_all_go_by_a_rule(ranks, free, max_ctas, reason):
     for tunings, measured, files, warnings in ranks(where_one_rank_cannot, free, max_ctas):
         assert tunings == [by_rule(2)] * 2 and measured == 0 and files == []
         (warning,) = warnings
-        assert warning.startswith("not tuned for torch.bfloat16 [64]") and reason in warning
+        assert warning.startswith("kernels for torch.bfloat16 [64] are not tuned") and reason in warning
 
 
 def of_ranks_with_different_disks(cases):
@@ -328,8 +328,8 @@ def test_ranks_that_run_different_things_are_told_so(ranks):
     """Where one of them has to measure first, and the other has not."""
     for message in ranks(of_another_hidden_size):
         assert "do different things" in message and "null" not in message
-        assert "rank 0 is at the making of a workspace for up to 64 tokens of torch.bfloat16 [64]" in message
-        assert "rank 1 is at the making of a workspace for up to 64 tokens of torch.bfloat16 [128]" in message
+        assert "rank 0 is at the set-up of a workspace for up to 64 tokens of torch.bfloat16 [64]" in message
+        assert "rank 1 is at the set-up of a workspace for up to 64 tokens of torch.bfloat16 [128]" in message
 
 
 class Lost(Sites):

@@ -1,32 +1,32 @@
-"""The arguments of a site, and what it computes, in eager PyTorch. This is the specification of sites, and the oracle of the tests."""
+"""A site: its packed arguments, and its computation in eager PyTorch, which is the specification and the reference of the tests."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# The slot of sites that are not cut. Slots 0 and 1 are those of the halves.
+# The slot of values that are not split. Slots 0 and 1 are for the woven halves.
 SLOT_WHOLE = 2
 
-# The number of a site that counts on from the slot's last site, so that equal layers make equal calls.
+# A number of a site that stands for the number after that of the slot's last site. With it, equal layers make the same calls.
 NEXT_SITE = -1
 
 
 class Site(NamedTuple):
     """The arguments of a site. The ops take the same, in this order.
 
-    x:                [..., H] this rank's partial sums
-    residual:         [..., H], dtype and shape of x, or None; or the residual that the slot's last site returned with ``sharded_residual``
-    weight:           [H], of x's dtype or float32, or None for ones; used as ``weight + offset``
-    bias:             [H], of x's dtype, or None; added to the sum, before ``scale``
-    shift:            [H], of x's dtype or float32, or None; added to the norm. Only with ``center``
-    scale:            factor on the sum, after the bias
-    center:           LayerNorm; otherwise RMSNorm
-    ctas:             CTAs of the kernel; 0 leaves the number to the kernel
-    slot:             0 or 1 for a half, SLOT_WHOLE for sites that are not cut
-    number:           for error messages; NEXT_SITE counts on from the slot's last one
+    x:                [..., H], the partial sums of this rank, in bfloat16, float16 or float32
+    residual:         [..., H], with the dtype and shape of x; or the float32 residual that the slot's last site returned; or None
+    weight:           [H], in the dtype of x or float32; or None for ones. The norm is multiplied by ``weight + offset``
+    bias:             [H], in the dtype of x; or None. It is added to the sum, and the result is multiplied by ``scale``
+    shift:            [H], in the dtype of x or float32; or None. It is added to the norm, and only allowed with ``center``
+    eps:              is added to the mean of squares
+    center:           True for a LayerNorm, False for an RMSNorm
+    ctas:             the number of CTAs of the kernel; 0 leaves the choice to the transport
+    slot:             0 or 1 for a woven half, SLOT_WHOLE for values that are not split
+    number:           the number of the site, for error messages; NEXT_SITE for the number after the slot's last one
     fp32_residual:    the new residual is float32
-    sharded_residual: only the slot's next site reads the new residual, so that each rank may keep its own rows only
+    sharded_residual: only the slot's next site reads the new residual, so that it may be in a form of the transport
     """
 
     x: Tensor
@@ -45,13 +45,13 @@ class Site(NamedTuple):
     sharded_residual: bool = False
 
     @property
-    def addends(self) -> tuple[Any, ...]:
+    def addends(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, float, float, bool]:
         """The arguments of ``add_norm`` after the sum."""
         return self[1:9]
 
 
 def empty_results(x: Tensor, fp32_residual: bool) -> tuple[Tensor, Tensor]:
-    """Empty tensors for the results of a site on x, (norm, residual). fp32_residual: the residual is float32."""
+    """(norm, residual) as a site on x returns them, with undefined values. fp32_residual: the residual is float32"""
     norm = torch.empty_like(x, memory_format=torch.contiguous_format)
     return norm, torch.empty_like(norm, dtype=torch.float32 if fp32_residual else x.dtype)
 
@@ -69,13 +69,13 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Residual add and norm of a reduced value, in float32.
 
-    total:    [..., H], the sum over the ranks, any floating dtype
-    residual: [..., H] or None, any floating dtype
-    weight:   [H] or None (ones); used as ``weight + offset``
-    bias:     [H] or None, added to the sum
-    shift:    [H] or None, added to the norm; only with ``center``
-    scale:    factor on the sum, after the bias
-    center:   LayerNorm: the mean of each row is subtracted first; otherwise RMSNorm
+    total:    [..., H], the sum over the ranks, in any floating-point dtype
+    residual: [..., H] in any floating-point dtype, or None
+    weight:   [H], or None for ones. The norm is multiplied by ``weight + offset``
+    bias:     [H] or None, is added to the sum
+    shift:    [H] or None, is added to the norm; only with ``center``
+    scale:    multiplies the sum after the bias is added
+    center:   True for a LayerNorm, which subtracts the mean of each row; False for an RMSNorm
     Returns (norm, residual), both [..., H] in float32. A site rounds each of them once, to the dtype of the model.
     """
     r = total.float()
@@ -105,12 +105,12 @@ def all_reduce_add_norm(
     offset: float,
     center: bool,
 ) -> tuple[Tensor, Tensor]:
-    """A whole site, from the partial sums of all ranks.
+    """A whole site, computed from the partial sums of all ranks.
 
     partials: one [..., H] tensor of each rank, in rank order. They are added in float32 in this order, so that all ranks get the same
-              bits, whichever rank computes them.
+              bits, whichever rank computes them
     The other arguments are those of ``add_norm``.
-    Returns (norm, residual), both [..., H], the norm in the dtype of the partials, the residual in float32.
+    Returns (norm, residual), both [..., H]: the norm in the dtype of the partials, the residual in float32.
     """
     total = partials[0].float()
     for partial in partials[1:]:

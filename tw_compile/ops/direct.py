@@ -1,37 +1,45 @@
-"""What the ops do, as plain functions: a transport is found, and called.
+"""The implementations of the ops, as plain functions: each finds its transport and calls it.
 
-The code that Inductor writes calls them as they are. Everything else calls the ops, which come here by way of PyTorch's
-dispatcher: for so many arguments that takes longer than all that a function does.
+The code that Inductor generates calls these functions directly. All other callers use the ops, which reach them through PyTorch's
+dispatcher: with this many arguments the dispatcher takes longer than the function itself.
 """
+
+from torch import Tensor
 
 from ..site import Site
 from ..transports.choose import choose, chosen
 
-_packed = tuple.__new__  # as Site, which does the same in Python
+_packed = tuple.__new__  # does the same as Site(), which is a function in Python
 
 
-def linear(a, b, bias, slot, group, transport):
+def linear(a: Tensor, b: Tensor, bias: Tensor | None, slot: int, group: str, transport: str) -> Tensor:
     found, _ = chosen.get((group, a.device, transport)) or choose(transport, group, a.device)
     return found.linear(a, b, bias, slot)
 
 
 def start(
-    x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, group, transport
-):  # fmt: skip
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None,
+    eps: float, scale: float, offset: float, center: bool, ctas: int, slot: int, site: int,
+    fp32_residual: bool, sharded_residual: bool, group: str, transport: str,
+) -> Tensor:  # fmt: skip
     found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
     packed = x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual
     return found.start(_packed(Site, packed))
 
 
-def wait(token, x, residual, weight, bias, shift, after, slot, fp32_residual, sharded_residual, in_workspace, group, transport):
+def wait(
+    token: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None,
+    after: Tensor | None, slot: int, fp32_residual: bool, sharded_residual: bool, in_workspace: bool, group: str, transport: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
     return found.wait(slot, in_workspace)
 
 
 def fused(
-    x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, in_workspace,
-    group, transport
-):  # fmt: skip
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None,
+    eps: float, scale: float, offset: float, center: bool, ctas: int, slot: int, site: int,
+    fp32_residual: bool, sharded_residual: bool, in_workspace: bool, group: str, transport: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
     packed = x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual
     return found.fused(_packed(Site, packed), in_workspace)

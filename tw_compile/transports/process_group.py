@@ -1,7 +1,8 @@
-"""The sites over the process group's own all-reduce: anywhere, on any device."""
+"""The transport over the process group's own all-reduce. It works on all devices."""
 
 import contextlib
 import threading
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,11 @@ c10d = torch.ops._c10d_functional
 
 
 class ProcessGroup:
-    """Sites over the functional all-reduce that Inductor's code calls. The sum has the process group's own order and rounding.
+    """Sites over the functional all-reduce that Inductor's code calls. The order and rounding of the sum are the process group's.
 
-    The process group runs a collective on a stream, or in a thread, of its own, and the compute goes on. Add and norm follow in
-    ``wait``. Calls share no memory: the process group orders its collectives, whichever streams they come from, and ``call()`` keeps
-    other threads out between a start and its wait, as in Symmetric.
+    The process group runs a collective on its own stream or in its own thread, beside the compute. Add and norm run in ``wait``. Calls
+    share no memory. The process group orders its collectives, whichever streams they are enqueued on. ``call()`` keeps other threads out
+    between a start and its wait, as in Symmetric.
     """
 
     name = "process_group"
@@ -25,17 +26,17 @@ class ProcessGroup:
     def __init__(self, group_name: str, device: torch.device) -> None:
         self.group_name, self.device = group_name, device
         self.lock, self._depth = threading.RLock(), 0
-        self.pending: dict[int, tuple[Tensor, Site]] = {}  # slot -> (the sum under way, the site)
+        self.pending: dict[int, tuple[Tensor, Site]] = {}  # slot -> (the sum, which is not waited for; the site)
 
     def call(self) -> "ProcessGroup":
-        """``with transport.call():`` keeps the ops of one call together: see Symmetric."""
+        """``with transport.call():`` keeps other threads out between the ops of one call: see Symmetric."""
         return self
 
     def __enter__(self) -> None:
         self.lock.acquire()
         self._depth += 1
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self._depth -= 1
             if not self._depth:
@@ -44,16 +45,16 @@ class ProcessGroup:
         finally:
             self.lock.release()
 
-    def prepare(self, calls) -> None:
-        """Nothing is to be made."""
+    def prepare(self, calls: Iterable[tuple]) -> None:
+        """Does nothing: there are no workspaces and kernels to make."""
 
     def linear(self, a: Tensor, b: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
     def _forget(self, slot: int) -> None:
-        """Drop a site that was started but not waited for, as its run has failed."""
+        """Drop a site that was started but not waited for, because its call has failed."""
         total, _ = self.pending.pop(slot)
-        with contextlib.suppress(RuntimeError):  # if that run was a capture
+        with contextlib.suppress(RuntimeError):  # raised if that call was captured in a CUDA graph
             c10d.wait_tensor(total)  # later work may reuse its memory
 
     def start(self, site: Site) -> Tensor:
@@ -65,7 +66,7 @@ class ProcessGroup:
 
     def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, Tensor]:
         if slot not in self.pending:
-            raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
+            raise RuntimeError(f"wait for slot {slot} without a start")
         total, site = self.pending.pop(slot)
         return _add_norm(c10d.wait_tensor(total), site)
 
@@ -73,25 +74,24 @@ class ProcessGroup:
         return _add_norm(c10d.wait_tensor(self._reduced(site.x)), site)
 
     def _reduced(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks, under way until it is waited for."""
+        """Begin the sum of x over the ranks. It has no value before ``wait_tensor``."""
         return c10d.all_reduce_(x.clone(memory_format=torch.contiguous_format), "sum", self.group_name)
 
     def workspace_bytes(self) -> int:
         return 0
 
     def raise_if_lost(self, cause: BaseException | None = None) -> None:
-        """Nothing: the process group raises its own error for a rank that does not come."""
+        """Does nothing: the process group raises its own error for a rank that does not come."""
 
 
 def _add_norm(total: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     residual, weight, bias, shift, eps, scale, offset, center = site.addends
     dtype, of_residual = total.dtype, torch.float32 if site.fp32_residual else total.dtype
-    plain = weight is not None and weight.dtype == dtype and offset == 0.0 and bias is None and scale == 1.0
-    plain = plain and (shift is None or shift.dtype == dtype)
-    if not (total.is_cuda and plain):
+    plain = offset == 0.0 and bias is None and scale == 1.0 and (shift is None or shift.dtype == dtype)
+    if weight is None or weight.dtype != dtype or not (total.is_cuda and plain):
         norm, total = add_norm(total, *site.addends)
         return norm.to(dtype), total.to(of_residual)
-    # Three kernels in place of the reference's dozen; the norm's input is rounded first, as eager does it.
+    # Three kernels instead of the reference's dozen. The input of the norm is rounded first, as in eager mode.
     if residual is not None:
         total = total + residual
     rounded = total.to(dtype)

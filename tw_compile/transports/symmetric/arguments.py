@@ -1,8 +1,9 @@
-"""What a kernel is compiled for and what a launch is given, as csrc/ has it; and what a kernel that gives up leaves behind."""
+"""The macros and the launch argument of the kernels in csrc/, and the error record that a kernel writes before it gives up."""
 
 import ctypes
 import functools
 import struct
+from collections.abc import Sequence
 
 import torch
 
@@ -10,15 +11,20 @@ from .layout import Layout
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
-# csrc/sync.cuh, kErrorMagic
+# As in csrc/sync.cuh: kErrorMagic, the words that give_up writes, kOtherCall, and the bits of a flag.
 _ERROR_MAGIC = 0x7457F417
 _ERROR_WORDS = 7
 _OTHER_CALL = 2
-_ROW_BITS, _SITE_BITS = 18, 10  # of a flag
+_ROW_BITS, _SITE_BITS = 18, 10
+
+_RESTART = (
+    "All ranks of a tensor-parallel group must run the same model on the same number of tokens, in the same order. The CUDA context is "
+    "lost. Restart all ranks."
+)
 
 
 def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: str, center: bool, layout: Layout) -> dict[str, object]:
-    """What a kernel is compiled for. transport: "peer" or "multimem"; center: LayerNorm, not RMSNorm."""
+    """The macros that a kernel is compiled with. transport: "peer" or "multimem"; center: True for a LayerNorm"""
     return {
         "TW_ELEMENT": ELEMENTS[dtype],
         "TW_HIDDEN": hidden,
@@ -38,19 +44,33 @@ def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: st
 
 
 class Arguments:
-    """The argument of a launch (csrc/site.cuh, Site), packed once but for what changes from call to call.
+    """The argument of a launch: ``Site`` in csrc/site.cuh. The part that is the same for all calls in a workspace is packed once.
 
-    All pointers are addresses; ``workspaces`` and ``pads`` in rank order.
-
-    set(rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, takes_carried, whole_residual, eps, scale,
-    offset, shift_is_float, shift) packs what changes.
+    ``set(rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, takes_carried, whole_residual, eps, scale,
+    offset, shift_is_float, shift)`` packs the other part.
     """
 
     _CALL = struct.Struct("<I6Q4I3fIQ")
 
-    def __init__(self, rank, workspaces, pads, multicast, epochs, error, timeout_s, whole_residual_at, staging_at):
+    def __init__(
+        self,
+        rank: int,
+        workspaces: Sequence[int],
+        pads: Sequence[int],
+        multicast: int,
+        epochs: int,
+        error: int,
+        timeout_s: float,
+        whole_residual_at: int,
+        staging_at: int,
+    ) -> None:
+        """workspaces, pads: addresses of each rank's memory, in rank order; multicast, epochs, error: addresses, 0 for none
+
+        timeout_s:                     seconds that a kernel waits for another rank
+        whole_residual_at, staging_at: byte offsets in a workspace
+        """
         world = len(workspaces)
-        turned = [(rank + i) % world for i in range(world)]
+        rotated = [(rank + i) % world for i in range(world)]
         fixed = struct.Struct(f"<{2 * world + 6}QI")
         self._buffer = ctypes.create_string_buffer(self.size(world))
         self.set = functools.partial(self._CALL.pack_into, self._buffer, fixed.size)
@@ -58,8 +78,8 @@ class Arguments:
         fixed.pack_into(
             self._buffer,
             0,
-            *(workspaces[r] for r in turned),
-            *(pads[r] for r in turned),
+            *(workspaces[r] for r in rotated),
+            *(pads[r] for r in rotated),
             multicast,
             epochs,
             error,
@@ -77,35 +97,37 @@ class Arguments:
 
     @classmethod
     def size(cls, world: int) -> int:
+        """Bytes of the argument for a number of ranks."""
         return struct.calcsize(f"<{2 * world + 6}QI") + cls._CALL.size
 
 
 class ErrorRecord:
-    """Where a kernel that gives up waiting says so: pinned host memory, readable when the CUDA context is lost."""
+    """The error that a kernel writes before it gives up, in pinned host memory, which can be read after the CUDA context is lost.
 
-    def __init__(self):
+    address: for the kernels
+    words:   its content. The first word is 0 if there is no error
+    """
+
+    def __init__(self) -> None:
         self._memory = torch.zeros(_ERROR_WORDS, dtype=torch.int32, pin_memory=True)
-        self.address = self._memory.data_ptr()
-        self.words = (ctypes.c_uint32 * _ERROR_WORDS).from_address(self.address)  # the first is 0 as long as all is well
+        self.address: int = self._memory.data_ptr()
+        self.words = (ctypes.c_uint32 * _ERROR_WORDS).from_address(self.address)
 
     def raise_if_set(self, timeout_s: float, cause: BaseException | None = None) -> None:
+        """Raise RuntimeError from ``cause`` if there is an error. timeout_s: seconds that the kernel has waited, for the message"""
         if self.words[0] != _ERROR_MAGIC:
             return
         _, rank, site, peer, phase, rows, call_of_peer = self.words
         if phase == _OTHER_CALL:
             site_of_peer, rows_of_peer = call_of_peer >> _ROW_BITS, call_of_peer & ((1 << _ROW_BITS) - 1)
-            here = f"rank {rank} is at the all-reduce of site {site} with {rows} tokens, but rank {peer} "
+            here = f"rank {rank} is at the all-reduce of site {site} with {rows} tokens, but rank {peer} is "
             if site_of_peer != site % (1 << _SITE_BITS):
                 there = f"at that of site {site_of_peer} with {rows_of_peer} tokens"
             else:
-                there = f"with another number of tokens, {rows_of_peer}"
-            raise RuntimeError(
-                f"{here}{there}: all ranks of a tensor-parallel group must run the same, in the same order. The CUDA context is "
-                "lost: start all ranks again."
-            ) from cause
-        place = "at the end of" if phase else "to begin"
+                there = f"there with another number of tokens, {rows_of_peer}"
+            raise RuntimeError(f"{here}{there}. {_RESTART}") from cause
+        place = "finish" if phase else "begin"
         raise RuntimeError(
-            f"rank {rank} waited {timeout_s:g} s for rank {peer} {place} the all-reduce of site {site}, and gave up. "
-            f"Either rank {peer} has died or hangs: see its log; or it runs another number of tokens, or another model: "
-            "all ranks of a tensor-parallel group must run the same. The CUDA context is lost: start all ranks again."
+            f"rank {rank} waited {timeout_s:g} s for rank {peer} to {place} the all-reduce of site {site}, and gave up. "
+            f"Rank {peer} has died, hangs, or runs another model or number of tokens: see its log. {_RESTART}"
         ) from cause

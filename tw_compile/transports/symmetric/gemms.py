@@ -1,56 +1,58 @@
 """The SM carveout: GEMMs that run beside a communication kernel leave it as many SMs as it has CTAs.
 
-A GEMM that counts on all SMs has a last wave for a few of its tiles, in which the others wait. cuBLASLt picks its kernel and its grid for
-the SMs that the carveout leaves; cuBLAS, which PyTorch would take for most GEMMs, knows no carveout.
+A GEMM that expects all SMs has a last wave with few tiles, in which most SMs are idle. cuBLASLt chooses its kernel and grid for the SMs
+that the carveout leaves. cuBLAS, which PyTorch uses for most GEMMs, has no carveout.
 
-It is a setting of the whole process. So it is counted for the whole process, too: what was set before comes back with the last one that
-has asked, whichever groups and threads they are of. Until then GEMMs of other threads have the same carveout, which costs them some
-SMs, and may pick other kernels for them.
+The carveout is a setting of the process. So its uses are counted for the process: the last release restores the setting from before the
+first reservation, whichever groups and threads they are of. Until then GEMMs of other threads have the same carveout, which costs them
+some SMs, and may change their kernels.
 """
 
 import threading
+from typing import Any
 
 import torch
 
 from ...compat import BlasBackend, get_blas_preferred_backend, get_sm_carveout, has, set_blas_preferred_backend, set_sm_carveout
 
-# CTAs up to which it helps. On H200s the kernels that cuBLASLt picks for more than 8 SMs fewer than there are are slower than those
-# for all of them (benchmarks/results/schedule-*.json).
+# The largest useful carveout. On H200s the kernels that cuBLASLt chooses with a carveout of more than 8 SMs are slower than those for
+# all SMs (benchmarks/results/schedule-*.json).
 MAX_CTAS = 8
 
-# The library of a CPU build, and what a later PyTorch may have no more: both are experimental in 2.13.
+# False for a CPU build, and for a later PyTorch without these settings, which are experimental in 2.13.
 _HAS_CARVEOUT = torch.version.cuda is not None and has(set_sm_carveout)
 
 _lock = threading.Lock()
-_askers, _before = 0, None  # how many have asked and not yet taken it back; what was set before the first of them
+_reservations = 0
+_saved: tuple[Any, Any] = None, None  # BLAS backend and SM carveout from before the first reservation
 
 
-def leave_out(ctas: int) -> bool:
-    """From now on, and in whatever CUDA graph is being captured, GEMMs leave so many SMs to others, if nobody has asked for some before.
+def reserve_sms(ctas: int) -> bool:
+    """Let GEMMs leave ``ctas`` SMs to other kernels, also in a CUDA graph under capture. An earlier reservation keeps its number.
 
-    Returns whether that was done: ``as_before`` must follow.
+    Returns False, and does nothing, if a carveout is not possible or not useful. Otherwise ``release_sms`` must follow.
     """
-    global _askers, _before
+    global _reservations, _saved
     if ctas > MAX_CTAS or not _HAS_CARVEOUT:
         return False
     with _lock:
-        if _askers == 0:
-            _before = get_blas_preferred_backend(), get_sm_carveout()
+        if _reservations == 0:
+            _saved = get_blas_preferred_backend(), get_sm_carveout()
             _set(BlasBackend.Cublaslt, ctas)
-        _askers += 1
+        _reservations += 1
     return True
 
 
-def as_before() -> None:
-    """Take back what ``leave_out`` has done. The last one brings back what was set before the first."""
-    global _askers, _before
+def release_sms() -> None:
+    """Undo one ``reserve_sms``. The last one restores the settings."""
+    global _reservations, _saved
     with _lock:
-        _askers -= 1
-        if _askers == 0:
-            _set(*_before)
-            _before = None
+        _reservations -= 1
+        if _reservations == 0:
+            _set(*_saved)
+            _saved = None, None
 
 
-def _set(backend, carveout) -> None:
+def _set(backend: Any, carveout: int | None) -> None:
     set_blas_preferred_backend(backend)
     set_sm_carveout(carveout)

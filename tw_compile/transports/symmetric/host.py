@@ -1,7 +1,6 @@
-"""The driver calls of a site as one call from Python: ``csrc/host.c``, compiled by this machine's C compiler.
+"""The driver calls of a site, as one call from Python: ``csrc/host.c``, compiled by the C compiler of this machine.
 
-At run time, as Triton compiles its launchers, with the same needs: a C compiler and Python.h. So a checkout and a package are
-the same, and need no building.
+It is compiled at run time, as Triton's launchers are, and needs a C compiler and Python.h. So the package has no build step.
 """
 
 import functools
@@ -12,20 +11,22 @@ import subprocess
 import sysconfig
 import tempfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from ... import files
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 _DRIVER = "libcuda.so.1"
-_COMPILER_S = 60.0  # for a file that takes less than a second
-_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # names the Python and the machine
+_COMPILER_S = 60.0  # timeout in seconds; the compiler takes less than one
+_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")  # contains the version of Python and the machine
 
 
 @functools.cache
-def calls(driver: str = _DRIVER):
-    """The module: ``launch``, ``start``, ``wait`` and others, as csrc/host.c has them, on the driver in this library.
+def calls(driver: str = _DRIVER) -> Any:
+    """The module of csrc/host.c, with ``launch``, ``start``, ``wait`` and others. driver: library of the CUDA driver
 
-    Raises RuntimeError where it cannot be compiled, or there is no driver.
+    Raises RuntimeError if the module cannot be compiled, or there is no driver.
     """
     path = files.path("host", (SOURCES / "host.c").read_bytes(), _SUFFIX.removeprefix("."))
     module = files.kept(path, _compile, _import)
@@ -33,8 +34,9 @@ def calls(driver: str = _DRIVER):
     return module
 
 
-def _import(path: Path):
+def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("host", path)
+    assert spec is not None and spec.loader is not None  # by the suffix of the path
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -42,7 +44,7 @@ def _import(path: Path):
 
 @functools.cache
 def missing() -> str | None:
-    """What this process lacks for ``calls``; None if nothing."""
+    """Why ``calls`` is not possible in this process; None if it is."""
     try:
         calls()
     except Exception as error:
@@ -51,27 +53,26 @@ def missing() -> str | None:
 
 
 def find_compiler() -> str | None:
-    """This machine's C compiler, as a command; None if there is none."""
+    """The command of this machine's C compiler; None if there is none."""
     return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
 def _compile() -> bytes:
+    """Compile csrc/host.c. Returns the shared library."""
     compiler = find_compiler()
     if compiler is None:
-        raise RuntimeError("the driver is called through csrc/host.c, and there is no C compiler for it")
+        raise RuntimeError("csrc/host.c must be compiled, but there is no C compiler")
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "host.so"
-        options = "-O2", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", "-o", out
-        command = [*compiler.split(), SOURCES / "host.c", *options]
+        options = "-O2", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", "-o", str(out)
+        command = [*compiler.split(), str(SOURCES / "host.c"), *options]
         try:
-            run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_COMPILER_S)
+            run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_COMPILER_S, check=False)
         except subprocess.TimeoutExpired:
-            raise RuntimeError(
-                f"the driver is called through csrc/host.c, and {compiler} has not compiled it within {_COMPILER_S:g} s"
-            ) from None
+            raise RuntimeError(f"csrc/host.c must be compiled, but {compiler} did not end within {_COMPILER_S:g} s") from None
         except OSError as error:
-            raise RuntimeError(f"the driver is called through csrc/host.c, and {compiler} cannot be run: {error}") from error
+            raise RuntimeError(f"csrc/host.c must be compiled, but {compiler} cannot be run: {error}") from error
         if run.returncode:
             why = next((line for line in run.stderr.splitlines() if "error" in line), f"{compiler} failed")
-            raise RuntimeError(f"the driver is called through csrc/host.c, which {compiler} cannot compile: {why}")
+            raise RuntimeError(f"csrc/host.c must be compiled, but {compiler} cannot compile it: {why}")
         return out.read_bytes()

@@ -1,7 +1,8 @@
-"""What calls on inputs of one shape have in common, and what their launches are given."""
+"""The calls on inputs of one shape: their tensors in the workspace, their kernels, and the arguments of a launch."""
 
 import functools
 import itertools
+from typing import Any
 
 import torch
 import torch.utils.dlpack
@@ -14,56 +15,71 @@ from .workspace import Workspace
 
 
 class Call:
-    """What calls on inputs of one shape, in one slot, have in common."""
+    """The common part of all calls on inputs of one shape, in one slot.
 
-    def __init__(self, owner, workspace: Workspace, shape: torch.Size, rows: int):
+    partials, norm: [..., H], of the dtype of x. Both are the activations of the workspace
+    carried():      [..., H], float32, the sharded residual
+    whole_residual: [..., H], of the dtype of x
+    token:          the result of the op ``start``, without elements
+    one_shot:       whether the kernel is one_shot, not two_shot
+    """
+
+    def __init__(self, owner: Any, workspace: Workspace, shape: torch.Size, rows: int) -> None:
+        """owner: Symmetric; rows: the number of tokens"""
         self.shape, self.rows, self.workspace, self.arguments = shape, rows, workspace, workspace.arguments
         self.dtype = workspace.activations.dtype
         self.activations_at, self.carried_at = workspace.activations.data_ptr(), workspace.carried.data_ptr()
-        # One memory, several tensors: the result of an op may not share the storage of what it takes (torch warns of it
-        # in 2.11, and from 2.12 on refuses it), and a site's input and norm, and its residuals before and after, are in
-        # one place each.
+        # A result of an op must not share the storage of an input: PyTorch 2.11 warns of it, and 2.12 raises. But the input of a site and
+        # its norm are in the same memory, and so are its old and its new residual. So each of them has a storage of its own.
         tensors = [_with_own_storage(t)[:rows].view(shape) for t in (workspace.activations, workspace.carried) for _ in range(2)]
         self.partials, self.norm, *carried = tensors
-        # The carried residual, as another tensor than the last time, which may be what the site has taken.
+        # Two tensors in turns, as the one that was returned last may be the input of the site.
         self.carried = itertools.cycle(carried).__next__
         self.token = self.partials.new_empty(0)
         self.whole_residual = workspace.whole_residual[:rows].view(shape)
         self.kernel = workspace.tuning.kernel_of(rows)
         self.one_shot = self.kernel != "two_shot"
-        # The rows of the rank that has most: there are never more CTAs than rows for them.
+        # The most rows of a rank: more CTAs would be idle.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
         self.ctas = two_shot_ctas(owner.world)
         self.ctas_alone = workspace.tuning.ctas_alone(rows)
-        # (center, ctas, otherwise) -> (Kernel, number of CTAs): see grid
+        # (center, ctas, default_ctas) -> (Kernel, number of CTAs): see grid
         self.launcher = functools.cache(self._launcher)
 
-    def _launcher(self, center: bool, ctas: int, otherwise: int) -> tuple[nvrtc.Kernel, int]:
+    def _launcher(self, center: bool, ctas: int, default_ctas: int) -> tuple[nvrtc.Kernel, int]:
         kernel = self.workspace.kernels(center)[self.kernel]
-        return kernel, self.grid(ctas, otherwise, kernel.cluster)
+        return kernel, self.grid(ctas, default_ctas, kernel.cluster)
 
-    def grid(self, ctas: int, otherwise: int, cluster: int = 1) -> int:
-        """The number of CTAs, the same on all ranks, in whole clusters. ctas: the caller's wish, 0 for none."""
+    def grid(self, ctas: int, default_ctas: int, cluster: int = 1) -> int:
+        """The number of CTAs of a kernel, a multiple of ``cluster``, the same on all ranks.
+
+        ctas:         the number that the caller asked for; 0 for any
+        default_ctas: the number of a two_shot kernel for which the caller asked for none
+        Raises RuntimeError if the signal pad has too few flags.
+        """
         most = self.workspace.max_ctas // cluster * cluster
         if ctas > most:
             raise RuntimeError(
-                f"{ctas} CTAs do not fit into the signal pad of symmetric memory, which has room for {most}: ask for fewer, or call "
+                f"{ctas} CTAs do not fit into the signal pad of symmetric memory, which has room for {most}: use fewer CTAs, or call "
                 "torch.distributed._symmetric_memory.set_signal_pad_size before the first use"
             )
-        grid = min(ctas or (self.most_rows if self.one_shot else otherwise), self.most_rows)
+        grid = min(ctas or (self.most_rows if self.one_shot else default_ctas), self.most_rows)
         return min(-(-grid // cluster) * cluster, most)
 
     def prepare(
-        self, site: Site, number: int, norm_out: int, whole_residual: Tensor, otherwise: int
+        self, site: Site, number: int, norm_out: int, whole_residual: Tensor, default_ctas: int
     ) -> tuple[nvrtc.Kernel, int, tuple]:
-        """Bring the inputs to where the kernel reads them, on the current stream, and pack its arguments.
+        """Copy inputs that the kernel cannot read in place, on the current stream, and pack the argument of the launch.
 
-        otherwise: CTAs of the kernel if the site leaves them open
-        Returns (the kernel, its number of CTAs, what must stay alive until it has run).
+        norm_out:       address for the norm; only one_shot uses it
+        whole_residual: where the new residual is written if it is not sharded
+        default_ctas:   see grid
+        Returns (the kernel, its number of CTAs, tensors that must stay alive until it has run).
+        Raises RuntimeError for inputs that the kernel does not support.
         """
         x, residual, weight, bias, shift, eps, scale, offset, center, ctas, _, _, fp32_residual, sharded_residual = site
         if fp32_residual is not sharded_residual:
-            raise RuntimeError("over symmetric memory a residual is float32 where it is sharded, and nowhere else")
+            raise RuntimeError("over symmetric memory fp32_residual and sharded_residual must be equal")
         if shift is not None and not center:
             raise RuntimeError("only a LayerNorm has a shift")
         x_at = residual_at = weight_at = bias_at = shift_at = 0
@@ -71,20 +87,20 @@ class Call:
         if self.one_shot:
             x, x_at = _readable(x)
         elif x.data_ptr() != self.activations_at or not x.is_contiguous():
-            self.partials.copy_(x)  # two_shot reads it there
+            self.partials.copy_(x)  # two_shot reads x in the workspace
         if residual is not None:
             residual_at = residual.data_ptr()
             carried = residual_at == self.carried_at
             if not carried:
                 if residual.dtype is not self.dtype or residual.shape != self.shape:
-                    raise RuntimeError(f"residual is {residual.dtype} {[*residual.shape]}, but x {x.dtype} {[*x.shape]}")
+                    raise RuntimeError(f"residual is {residual.dtype} {[*residual.shape]}, but x is {x.dtype} {[*x.shape]}")
                 residual, residual_at = _readable(residual)
         if weight is not None:
             weight_is_float = weight.dtype is not self.dtype and _is_float("weight", weight, x)
             weight, weight_at = _readable(weight)
         if bias is not None:
             if bias.dtype is not self.dtype:
-                raise RuntimeError(f"bias is {bias.dtype}; beside {x.dtype} it must be the same")
+                raise RuntimeError(f"bias is {bias.dtype}, but x is {x.dtype}: bias must have the dtype of x")
             bias, bias_at = _readable(bias)
         if shift is not None:
             shift_is_float = shift.dtype is not self.dtype and _is_float("shift", shift, x)
@@ -93,22 +109,23 @@ class Call:
             self.rows, x_at, residual_at, bias_at, weight_at, norm_out, self.carried_at if sharded_residual else whole_residual.data_ptr(),
             number, weight_is_float, carried, not sharded_residual, eps, scale, offset, shift_is_float, shift_at,
         )  # fmt: skip
-        kernel, grid = self.launcher(center, ctas, otherwise)
+        kernel, grid = self.launcher(center, ctas, default_ctas)
         return kernel, grid, (x, residual, weight, bias, shift)
 
 
 def _with_own_storage(t: Tensor) -> Tensor:
-    """The same memory, kept alive by the result, under a storage of its own. Not an inference tensor, wherever it is made."""
+    """A tensor with the memory of t and another storage. It keeps the memory alive, and is never an inference tensor."""
     with torch.inference_mode(False):
         return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(t))
 
 
-def like(x: Tensor) -> Tensor:
+def empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor with the shape and dtype of x, with undefined values."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _readable(t: Tensor) -> tuple[Tensor, int]:
-    """t as the kernels can read it, contiguous and 16-byte aligned, and its address."""
+    """(t, its address); a copy of t if t is not contiguous and 16-byte aligned, as the kernels need it."""
     address = t.data_ptr()
     if address % 16 or not t.is_contiguous():
         t = t.clone(memory_format=torch.contiguous_format)
@@ -117,7 +134,8 @@ def _readable(t: Tensor) -> tuple[Tensor, int]:
 
 
 def _is_float(name: str, vector: Tensor, x: Tensor) -> bool:
-    """True; raises RuntimeError for a vector that is not float32 where it is not of x's dtype."""
+    """True for a float32 vector. Raises RuntimeError for another one, whose dtype is not that of x either."""
     if vector.dtype is not torch.float32:
-        raise RuntimeError(f"{name} is {vector.dtype}; beside {x.dtype} it must be that, or float32")
+        raise RuntimeError(f"{name} is {vector.dtype}, but x is {x.dtype}: {name} must have the dtype of x, or float32")
+
     return True

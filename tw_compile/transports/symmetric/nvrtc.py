@@ -1,20 +1,23 @@
-"""Compiles the CUDA kernels at run time, for this GPU and these sizes, and loads them.
+"""Compiles the CUDA kernels at run time, for the GPU and sizes at hand, and loads them.
 
-NVRTC and the driver come from cuda-python, which torch's CUDA builds bring along: no toolkit and no header is needed.
-Importing this module needs neither a GPU nor cuda-python.
+NVRTC and the driver are called through cuda-python, which CUDA builds of PyTorch install. No CUDA toolkit and no CUDA headers are needed.
+This module can be imported without a GPU and without cuda-python.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from ... import files
 from . import host
 from .host import SOURCES
 
-# Shared memory that a kernel may use without asking for more.
+# Dynamic shared memory of a CTA above which a kernel needs an attribute.
 _DEFAULT_SHARED_BYTES = 48 * 1024
 
 
-def _bindings():
+def _bindings() -> tuple[Any, Any]:
+    """(cuda.bindings.driver, cuda.bindings.nvrtc)"""
     try:
         from cuda.bindings import driver, nvrtc
     except ImportError as error:
@@ -27,24 +30,24 @@ def _bindings():
 
 @functools.cache
 def missing() -> str | None:
-    """What this process lacks to compile kernels, with what to install; None if nothing."""
+    """Why this process cannot compile kernels, with what to install; None if it can."""
     try:
         _, nvrtc = _bindings()
         check(nvrtc.nvrtcVersion())
-    except Exception as error:  # what cuda.bindings raises for a missing library differs between its versions
+    except Exception as error:  # versions of cuda.bindings raise different exceptions for a missing library
         message = str(error).strip().splitlines()
         return message[0] if message else type(error).__name__
     return None
 
 
 def version() -> str:
-    """NVRTC's own version. Raises RuntimeError where it is missing."""
+    """The version of NVRTC. Raises RuntimeError if it is missing."""
     _, nvrtc = _bindings()
     return "{}.{}".format(*check(nvrtc.nvrtcVersion()))
 
 
-def check(answer: tuple):
-    """The value in what a cuda.bindings function returned. Raises RuntimeError if the call failed."""
+def check(answer: tuple) -> Any:
+    """The value, or list of values, after the status in a result of cuda.bindings. Raises RuntimeError if the call failed."""
     status, *values = answer
     if status != 0:
         raise RuntimeError(f"CUDA call failed: {status.name if hasattr(status, 'name') else status}")
@@ -58,19 +61,19 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def options(arch: str, macros: dict[str, object]) -> list[str]:
-    """NVRTC's command line."""
+    """The command line of NVRTC."""
     return [f"--gpu-architecture={arch}", "-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
 
 
 def compile_kernel(name: str, command: list[str]) -> tuple[bytes, str]:
-    """Compile ``csrc/<name>.cu``: see compile_source."""
+    """Compile ``csrc/<name>.cu``: see ``compile_source``."""
     return compile_source((SOURCES / f"{name}.cu").read_bytes(), f"{name}.cu", command)
 
 
 def compile_source(source: bytes, name: str, command: list[str]) -> tuple[bytes, str]:
-    """Compile a program that may include the headers in ``csrc``.
+    """Compile a program, which may include the headers in ``csrc``.
 
-    Returns (cubin, the compiler's messages). Raises RuntimeError with these.
+    Returns (cubin, messages of the compiler). Raises RuntimeError with the messages if it fails.
     """
     _, nvrtc = _bindings()
     headers = {path.name: path.read_bytes() for path in sorted(SOURCES.glob("*.cuh"))}
@@ -90,32 +93,36 @@ def compile_source(source: bytes, name: str, command: list[str]) -> tuple[bytes,
     return cubin, messages
 
 
-def cubin(name: str, arch: str, macros: dict[str, object], load=lambda image: image):
-    """What ``load`` makes of the compiled ``csrc/<name>.cu``, from the cache if it is there and can be loaded."""
+def cubin(name: str, arch: str, macros: dict[str, object], load: Callable[[bytes | None], Any] = lambda image: image) -> Any:
+    """The result of ``load`` on the cubin of ``csrc/<name>.cu``, which is taken from the cache if it is there and can be loaded."""
     command = options(arch, macros)
-    path = files.path(name, _ingredients(name, command), "cubin")
+    path = files.path(name, _cache_key(name, command), "cubin")
     return files.kept(path, lambda: compile_kernel(name, command)[0], lambda path: load(files.content(path)))
 
 
-def _ingredients(name: str, command: list[str]) -> tuple:
+def _cache_key(name: str, command: list[str]) -> tuple:
     _, nvrtc = _bindings()
     sources = SOURCES / f"{name}.cu", *sorted(SOURCES.glob("*.cuh"))
     return command, check(nvrtc.nvrtcVersion()), [(source.name, source.read_bytes()) for source in sources]
 
 
 class Kernel:
-    """A loaded kernel that takes one structure.
+    """A loaded kernel, whose argument is one structure.
 
-    block:        threads of a CTA, in x and y
-    shared_bytes: dynamic shared memory of a CTA
-    cluster:      CTAs that come together, as the kernel is compiled
-
-    launch(ctas, arguments, stream) enqueues it, and start(ctas, arguments, current, side, fork, done) does on a stream beside
-    the current one: see csrc/host.c. arguments: address of the array of pointers to the kernel's arguments
+    ``launch(ctas, arguments, stream)`` enqueues it on a stream. ``start(ctas, arguments, current, side, fork, done)`` enqueues it on the
+    stream ``side``, behind the work on the stream ``current``: see csrc/host.c. arguments: the address of an array with the address of
+    the kernel's argument
     """
 
-    def __init__(self, image: bytes, name: str, block: tuple[int, int], shared_bytes: int, cluster: int = 1):
-        """Load into the current CUDA context, which is torch's."""
+    def __init__(self, image: bytes | None, name: str, block: tuple[int, int], shared_bytes: int, cluster: int = 1) -> None:
+        """Load the kernel into the current CUDA context.
+
+        image:        the cubin
+        block:        threads of a CTA in x and y
+        shared_bytes: dynamic shared memory of a CTA
+        cluster:      CTAs of a cluster, as the kernel is compiled
+        """
+
         driver, _ = _bindings()
         self.cluster = cluster
         self._module = check(driver.cuModuleLoadData(image))

@@ -1,4 +1,4 @@
-"""What a rank and its group need for the transports over symmetric memory."""
+"""Whether the transports over symmetric memory can be used on this machine."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -11,20 +11,20 @@ from . import host, nvrtc
 
 
 def unavailable(group_name: str, device: torch.device, multicast: bool) -> str | None:
-    """Why this rank cannot use the transport, as far as it can tell alone; None if it can."""
+    """Why this rank cannot use the transport; None if it can. It asks no other rank. multicast: True for multimem"""
     world = resolve_process_group(group_name).size()
     return unavailable_to(world, device, multicast, lambda index: _not_neighbours(group_name, index))
 
 
 def unavailable_to(world: int, device: torch.device, multicast: bool, not_neighbours: Callable[[int], str | None]) -> str | None:
-    """The same for a group of so many ranks, which need not be there.
+    """The same for a group of ``world`` ranks, which need not exist.
 
-    not_neighbours: why the GPU of this index cannot reach the memory of the others of the group; None if it can
+    not_neighbours: index of a GPU -> why it cannot reach the memory of the other GPUs of the group, or None
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return "it needs NVIDIA GPUs"
     if not 2 <= world <= 8:
-        return f"it joins 2 to 8 ranks, and the group has {world}"
+        return f"it supports 2 to 8 ranks, and the group has {world}"
     if reason := nvrtc.missing() or host.missing():
         return reason
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -39,7 +39,7 @@ def unavailable_to(world: int, device: torch.device, multicast: bool, not_neighb
 
 
 def unreachable(index: int, others: Iterable[int]) -> str | None:
-    """Why a GPU cannot reach the memory of others of this machine; None if it can."""
+    """Why a GPU cannot reach the memory of other GPUs of this machine; None if it can."""
     for other in others:
         if other != index and not torch.cuda.can_device_access_peer(index, other):
             return f"GPU {index} cannot reach the memory of GPU {other}"
@@ -47,20 +47,21 @@ def unreachable(index: int, others: Iterable[int]) -> str | None:
 
 
 def _not_neighbours(group_name: str, index: int) -> str | None:
-    """Why the GPUs of the group cannot reach each other's memory, as far as this rank can know."""
-    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # set by torchrun
+    """Why the GPUs of a group cannot reach each other's memory; None if they can, or if this rank cannot know."""
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # set by torchrun
     if on_host == 0:
         return None
     ranks = dist.get_process_group_ranks(resolve_process_group(group_name))
     if len({rank // on_host for rank in ranks}) > 1:
         return "the ranks of the group are not all on one host"
     if torch.cuda.device_count() < on_host:
-        return None  # each rank sees GPUs of its own
+        return None  # each rank sees only its own GPU
     return unreachable(index, (rank % on_host for rank in ranks))
 
 
 def has_multicast(index: int) -> bool:
-    """Whether a GPU has NVLink multicast, and it is not switched off. Only asks."""
+    """Whether a GPU has NVLink multicast that is not disabled. Allocates nothing."""
+
     if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0") not in ("", "0"):
         return False
     return SymmetricMemory.has_multicast_support(DeviceType.CUDA, index)

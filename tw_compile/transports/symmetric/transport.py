@@ -1,21 +1,19 @@
-"""The sites over symmetric memory: one kernel launch each, in which the ranks read and write each other's memory.
+"""The transports over symmetric memory. A site is one kernel launch, in which the ranks read and write each other's memory.
 
-A *workspace* is memory that all ranks have mapped: ``rows`` rows of activations, where partial sums come in and norms go
-out; the residual, as it is carried from site to site and as it leaves; and what the kernels need themselves. There is one
-for each slot, dtype, hidden size and power of two of rows. It is made on first use, by all ranks together or by none, and stays
-where it is for good: the pointers are in captured CUDA graphs.
+Workspaces. A workspace is memory that all ranks have mapped. It has activations, where the kernels read partial sums and write norms;
+the carried residual and the whole residual; and memory that only the kernels use. There is one for each slot, dtype, hidden size and
+power of two of rows. It is made on first use, by all ranks or by none, and is kept, as captured CUDA graphs contain its addresses.
 
-Streams and threads. A slot has one workspace, so that calls follow each other, from whichever stream and thread they come: as NCCL's
-on one communicator do. A call on another stream than the last one's waits, on the GPU, for all that was enqueued there; and whoever
-makes calls that belong together, a start and its wait or a whole graph, makes them within ``call()``, which keeps other threads out.
-All ranks must come to the same order of calls, those of all groups of a GPU together, as with NCCL: kernels of two groups that wait in
-opposite orders on two ranks may never end. Where several threads make calls that is for the user to see to. What cannot be seen are
-the replays of a CUDA graph that the user has captured: they must be ordered by the user, against each other and against other calls, if
-they are on several streams. (Replays of Inductor's CUDA graphs are within a call of the compiled model.) While a graph is captured, no
-other thread may make calls.
+Streams and threads. As with NCCL's communicators, the calls of a slot run one after the other, on whichever stream and thread they are
+made, since a slot has one workspace. A call on another stream than the last call's waits, on the GPU, for the work on that stream. Calls
+that belong together, such as a start and its wait or the calls of a graph, are made within ``call()``, which keeps other threads out.
+All ranks must make the calls of all groups on a GPU in the same order, as with NCCL: kernels of two groups that wait in opposite orders
+on two ranks may deadlock. With several threads the user must ensure this order. The user must also order replays of CUDA graphs that the
+user has captured, which this module does not see, if they are on several streams. (Replays of Inductor's CUDA graphs are within a call
+of the compiled model.) While a CUDA graph is captured, no other thread may make calls.
 
-The kernels (``csrc/``): for few tokens each rank finishes all rows for itself, in one_shot; otherwise a part of them for all, in
-two_shot. Which it is: ``tuning``. Which rank owns which row: ``layout.own_rows``.
+Kernels (``csrc/``). With one_shot, for few tokens, each rank finishes all rows for itself. With two_shot each rank finishes its own rows
+for all ranks. ``tuning`` chooses between them, and ``layout.own_rows`` has the rows of each rank.
 """
 
 import concurrent.futures
@@ -23,6 +21,8 @@ import contextlib
 import functools
 import gc
 import threading
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,25 +33,25 @@ from .. import agree
 from ..together import together
 from . import gemms, host, nvrtc, support
 from .arguments import ELEMENTS, ErrorRecord, macros
-from .launch import Call, like
+from .launch import Call, empty_like
 from .layout import Layout
 from .tuning import LEAST_ROWS, Tuning
 from .workspace import Workspace
 
 MAX_HIDDEN = 32768
 
-# Shapes of calls that are remembered, at most: those that have not come for longest are forgotten, and cost some time when they come.
+# The most shapes for which a Call is kept. The least recently used ones are dropped; the next call with such a shape takes longer.
 MAX_CALLS = 256
 
 
 class Symmetric:
     """Sites over symmetric memory. One for each process group and device.
 
-    name: "peer", loads and stores through a pointer to each rank's memory; or "multimem", through NVLink multicast, where
-          the switch adds
-    lock: held by ``call()``; that of another may be put in its place before the first call
-    All ranks must make the same calls in the same order. x is bfloat16, float16 or float32, its last dimension H a multiple
-    of 8 up to 32768; all others are tokens. Errors of a lost or late rank are RuntimeErrors that name it.
+    name: "peer": loads and stores through a pointer to each rank's memory; or "multimem": NVLink multicast, where the switch adds
+    lock: is held by ``call()``. It may be replaced by the lock of another object before the first call
+
+    All ranks must make the same calls in the same order. x is bfloat16, float16 or float32. Its last dimension H is a multiple of 8 up to
+    32768, and the other dimensions are tokens. If a rank is lost or late, the others raise a RuntimeError that names it.
     """
 
     def __init__(
@@ -61,11 +61,12 @@ class Symmetric:
         multicast: bool,
         timeout_s: float = agree.PATIENCE_S,
         tuning: Tuning | None = None,
-    ):
-        """No collective.
+    ) -> None:
+        """Not a collective.
 
-        timeout_s: how long a kernel waits for another rank, which may be compiling, say
-        tuning:    the same on all ranks; None to measure it for each dtype and hidden size
+        multicast: True for multimem, False for peer
+        timeout_s: seconds that a kernel waits for another rank, which may be compiling
+        tuning:    the same on all ranks; None to measure one for each dtype and hidden size
         """
         group = resolve_process_group(group_name)
         self.name = "multimem" if multicast else "peer"
@@ -74,36 +75,38 @@ class Symmetric:
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._error = ErrorRecord()
         self.lock, self._depth = threading.RLock(), 0
-        self._workspaces = {}  # (slot, dtype, hidden, rows) -> Workspace
-        self._calls, self._older_calls = {}, {}  # (slot, dtype, shape) -> Call; of both MAX_CALLS at most
-        self._kernels = {}  # (name, dtype, hidden, center) -> Kernel
-        self._pending = {}  # slot -> what wait() needs of start()
-        self._carveout = False  # whether GEMMs leave SMs to its kernels
-        self._stream = torch.cuda.Stream(self.device, priority=-1)  # ahead of the GEMMs when an SM becomes free
+        self._workspaces: dict[tuple[int, torch.dtype, int, int], Workspace] = {}  # (slot, dtype, hidden, rows) -> Workspace
+        self._calls: dict[tuple[int, torch.dtype, torch.Size], Call] = {}  # (slot, dtype, shape) -> Call, recently used ones
+        self._older_calls: dict[tuple[int, torch.dtype, torch.Size], Call] = {}
+        self._kernels: dict[tuple[str, torch.dtype, int, bool], nvrtc.Kernel] = {}  # (name, dtype, hidden, center) -> Kernel
+        self._pending: dict[int, tuple[Call | None, bool, Any]] = {}  # slot -> what wait() needs of start(); no Call without tokens
+        self._carveout = False  # whether SMs are reserved for its kernels
+        self._stream = torch.cuda.Stream(self.device, priority=-1)  # CTAs of its kernels come before those of GEMMs
         self._side = self._stream.cuda_stream
         self._current = functools.partial(current_raw_stream, self.device.index)
         self._host = host.calls()
         self._context = self._host.context(self.device.index)
         self._order = self._host.event(self._context)
-        self._on = None  # the stream of the last call; None where there is none yet, or it was captured
-        self._uncaptured = self._captured = None  # the streams of the last call that was not captured, and that was
-        self._external = False  # whether the last call's stream is the user's own, and may be gone any time after call()
-        self._events = {}  # slot -> (fork, done)
-        self._sites = {}  # slot -> the number of its last site
+        self._on: int | None = None  # the stream of the last call; None if there was none yet, or it was captured
+        self._uncaptured: int | None = None  # the stream of the last call that was not captured
+        self._captured: int | None = None  # the stream of the last call that was captured
+        self._external = False  # whether the last call's stream is not PyTorch's, and may be destroyed after call()
+        self._events: dict[int, tuple[int, int]] = {}  # slot -> (fork, done)
+        self._sites: dict[int, int] = {}  # slot -> the number of its last site
 
     unavailable = staticmethod(support.unavailable)
 
     def another(self, tuning: Tuning) -> "Symmetric":
-        """One with that tuning that shares nothing with this one: its memory is free again when it is dropped."""
+        """A new transport of the same kind, with memory of its own, which is freed when the transport is dropped."""
         return Symmetric(self.group_name, self.device, self.name == "multimem", tuning=tuning)
 
     # ---- Around the ops
 
     def call(self) -> "Symmetric":
-        """``with transport.call():`` around calls that belong together, such as those of a graph.
+        """``with transport.call():`` around calls that belong together, such as those of a graph. May be nested.
 
-        Other threads' calls wait until it ends; what is begun in it and not waited for, as after an exception, is then forgotten, and
-        GEMMs have the SM carveout from before. May be nested.
+        Calls of other threads wait until it ends. Its end drops sites that were started and not waited for, as after an exception, and
+        restores the SM carveout.
         """
         return self
 
@@ -118,7 +121,7 @@ class Symmetric:
             self.__exit__()
             raise
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self._depth -= 1
             if not self._depth:
@@ -129,10 +132,11 @@ class Symmetric:
         finally:
             self.lock.release()
 
-    def prepare(self, calls) -> None:
-        """Make the workspaces and kernels of calls, each (slot, dtype, shape of x, center), for all of them or for none. A collective.
+    def prepare(self, calls: Iterable[tuple]) -> None:
+        """Make the workspaces and kernels of calls, so that the calls make none. A collective.
 
-        Nothing is left to be made then while they run. Raises WorkspaceError on all ranks where a rank cannot make them.
+        calls: (slot, dtype, shape of x, center) of each
+        Raises WorkspaceError on all ranks if a rank cannot make them. Then no workspace is made.
         """
         before = set(self._workspaces)
         try:
@@ -147,9 +151,10 @@ class Symmetric:
     # ---- The ops
 
     def linear(self, a: Tensor, b: Tensor, bias: Tensor | None, slot: int) -> Tensor:
-        """a @ b (+ bias), written where start() and fused() of the slot need no copy.
+        """a @ b, or a @ b + bias, in the workspace, so that start() and fused() of the slot need no copy.
 
-        a: [M, K]; b: [K, H]; bias: [H] or None. Returns [M, H] in the workspace: valid until the slot is next used.
+        a: [M, K]; b: [K, H]; bias: [H] or None
+        Returns [M, H], valid until the next use of the slot.
         """
         try:
             stream = self._current()
@@ -167,9 +172,10 @@ class Symmetric:
             raise
 
     def start(self, site: Site) -> Tensor:
-        """Begin a site on the side stream; wait() gives its results. Returns an empty tensor, to hand to wait's op.
+        """Begin a site on the side stream. wait() returns its results.
 
-        A whole residual is read in own_rows only by two_shot. One in float32 is possible where it is sharded, and nowhere else.
+        Returns a tensor without elements, for the op ``wait``. Raises RuntimeError if fp32_residual and sharded_residual differ.
+        two_shot reads only ``own_rows`` of a residual that is not sharded.
         """
         x, *_, slot, number, fp32_residual, sharded_residual = site
         try:
@@ -184,21 +190,21 @@ class Symmetric:
             kernel.start(grid, call.arguments.address, stream, self._side, *events)
             self._pending[slot] = call, sharded_residual, held
             if not self._carveout:
-                self._carveout = gemms.leave_out(grid)
+                self._carveout = gemms.reserve_sms(grid)
             return call.token
         except RuntimeError as error:
             self.raise_if_lost(error)
             raise
 
     def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, Tensor]:
-        """What the slot's start() began: (norm, residual), both [..., H], in x's dtype but for a float32 residual.
+        """The results of the slot's start(): (norm, residual), both [..., H], in the dtype of x.
 
-        in_workspace: the norm may be memory of the workspace, valid until the slot is next used; otherwise it is a new tensor.
-        With ``sharded_residual`` the residual is memory of the workspace, float32, and means something to the slot's next site only.
+        in_workspace: the norm may be in the workspace, valid until the next use of the slot; otherwise it is a new tensor
+        With ``sharded_residual`` the residual is float32, in the workspace, and only for the slot's next site.
         """
         pending = self._pending.pop(slot, None)
         if pending is None:
-            raise RuntimeError(f"wait for slot {slot}, in which nothing was started")
+            raise RuntimeError(f"wait for slot {slot} without a start")
         try:
             call, sharded_residual, held = pending
             stream = self._current()
@@ -216,7 +222,7 @@ class Symmetric:
             raise
 
     def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
-        """start() and wait() in one, on the current stream."""
+        """start() and wait() in one kernel launch on the current stream."""
         x, sharded_residual = site.x, site.sharded_residual
         try:
             stream = self._current()
@@ -224,13 +230,13 @@ class Symmetric:
             if call is None:
                 return empty_results(x, site.fp32_residual)
             norm, whole_residual = call.norm, call.whole_residual
-            if call.one_shot:  # it writes for this rank only, and can do so anywhere
-                norm = norm if in_workspace else like(x)
-                whole_residual = whole_residual if sharded_residual else like(x)
+            if call.one_shot:  # it writes only results of this rank, to any address
+                norm = norm if in_workspace else empty_like(x)
+                whole_residual = whole_residual if sharded_residual else empty_like(x)
             number = self._number(site.slot, site.number)
             kernel, grid, held = call.prepare(site, number, norm.data_ptr(), whole_residual, call.ctas_alone)
             kernel.launch(grid, call.arguments.address, stream)
-            del held  # what reuses its memory runs later on this stream
+            del held  # its memory is reused later on this stream
             if not call.one_shot:
                 norm = norm if in_workspace else norm.clone()
                 whole_residual = whole_residual if sharded_residual else whole_residual.clone()
@@ -240,7 +246,7 @@ class Symmetric:
             raise
 
     def set_timeout(self, timeout_s: float) -> None:
-        """timeout_s: how long a kernel waits for another rank from now on. CUDA graphs keep what they were captured with."""
+        """timeout_s: seconds that kernels launched from now on wait for another rank. Captured CUDA graphs keep their timeout"""
         self.timeout_s = timeout_s
         for workspace in self._workspaces.values():
             workspace.arguments.set_timeout(timeout_s)
@@ -249,31 +255,28 @@ class Symmetric:
         """Bytes of symmetric memory held on this rank."""
         return sum(workspace.bytes for workspace in self._workspaces.values())
 
-    # ---- Behind them
+    # ---- Internals
 
     @property
     def error_address(self) -> int:
         return self._error.address
 
     def raise_if_lost(self, cause: BaseException | None = None) -> None:
-        """Raises RuntimeError where a kernel has given up waiting for another rank."""
+        """Raise RuntimeError if a kernel has given up waiting for another rank."""
         self._error.raise_if_set(self.timeout_s, cause)
 
     def kernels(self, names: set[str], dtype: torch.dtype, hidden: int, center: bool) -> dict[str, nvrtc.Kernel]:
-        """Those of these names. A collective the first time: no rank launches one while another has none."""
+        """name -> kernel. A collective the first time: no rank launches a kernel that another rank could not load."""
         keys = {name: (name, dtype, hidden, center) for name in sorted(names)}
         missing = [key for key in keys.values() if key not in self._kernels]
         if missing:
             kind = f"a {'LayerNorm' if center else 'RMSNorm'} of {dtype} [{hidden}]"
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"no kernel yet for {kind}, and none can be loaded while a CUDA graph is captured: run once un-captured at this "
-                    "size first"
+                    f"the kernels for {kind} cannot be loaded while a CUDA graph is captured: run this size once without capture first"
                 )
-            made = together(
-                self.group_name, f"the compilation of the kernels for {kind}", lambda: {k: self._kernel(*k) for k in missing}, self.timeout_s
-            )
-            self._kernels |= made
+            what = f"the compilation of the kernels for {kind}"
+            self._kernels |= together(self.group_name, what, lambda: {k: self._kernel(*k) for k in missing}, self.timeout_s)
         return {name: self._kernels[key] for name, key in keys.items()}
 
     def _kernel(self, name: str, dtype: torch.dtype, hidden: int, center: bool) -> nvrtc.Kernel:
@@ -286,7 +289,7 @@ class Symmetric:
         return nvrtc.cubin(name, arch, wanted, lambda image: nvrtc.Kernel(image, name, block, layout.shared[not two_shot], cluster))
 
     def _begin(self, slot: int, x: Tensor, stream: int) -> Call | None:
-        """What start() and fused() begin with: the call, None if there are no tokens."""
+        """The common beginning of start() and fused(). Returns the Call; None if there are no tokens."""
         if self._error.words[0]:
             self.raise_if_lost()
         if stream != self._on:
@@ -296,7 +299,7 @@ class Symmetric:
         return self._calls.get((slot, x.dtype, x.shape)) or (self._call(slot, x.dtype, x.shape) if x.numel() else None)
 
     def _call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Call:
-        """The call of a shape: remembered, or made now. One that is forgotten owns nothing: its workspace and kernels stay."""
+        """The Call for a shape, which is made if there is none. A Call that is dropped owns no workspace and no kernels: they are kept."""
         key = slot, dtype, shape
         call = self._calls.get(key) or self._older_calls.pop(key, None) or self._new_call(slot, dtype, shape)
         if key not in self._calls:
@@ -308,9 +311,9 @@ class Symmetric:
     def _new_call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Call:
         hidden = shape[-1]
         if dtype not in ELEMENTS:
-            raise RuntimeError(f"dtype {dtype}: the kernels are for bfloat16, float16 and float32")
+            raise RuntimeError(f"dtype {dtype}: the kernels support bfloat16, float16 and float32")
         if hidden % 8 or hidden > MAX_HIDDEN:
-            raise RuntimeError(f"hidden size {hidden}: the kernels take multiples of 8 up to {MAX_HIDDEN}")
+            raise RuntimeError(f"hidden size {hidden}: the kernels support multiples of 8 up to {MAX_HIDDEN}")
         rows = shape.numel() // hidden
         return Call(self, self._workspace(slot, dtype, hidden, rows), shape, rows)
 
@@ -320,32 +323,31 @@ class Symmetric:
         if key not in self._workspaces:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"no workspace yet for {rows} tokens of {dtype} [{hidden}], and none can be made while a CUDA graph is "
-                    "captured: run once un-captured at this size first"
+                    f"a workspace for {rows} tokens of {dtype} [{hidden}] cannot be made while a CUDA graph is captured: run this size "
+                    "once without capture first"
                 )
-            # In a thread of its own, as what is allocated there belongs to nobody else: not to the memory pool of CUDA
-            # graphs that are about to be captured, nor to an inference mode.
+            # Another thread allocates it, which has no memory pool of CUDA graphs that are captured next, and no inference mode.
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
                 self._workspaces[key] = thread.submit(Workspace, self, dtype, hidden, bucket).result()
         return self._workspaces[key]
 
     def _number(self, slot: int, number: int) -> int:
+        """The number of a site that is given as ``number``, which may be NEXT_SITE."""
         self._sites[slot] = number = self._sites.get(slot, NEXT_SITE) + 1 if number == NEXT_SITE else number
         return number
 
-
     def _end_carveout(self) -> None:
         self._carveout = False
-        gemms.as_before()
+        gemms.release_sms()
 
     def _make_events(self, slot: int) -> tuple[int, int]:
         self._events[slot] = self._host.event(self._context), self._host.event(self._context)
         return self._events[slot]
 
     def _follow(self, stream: int) -> None:
-        """Let what is enqueued next on this stream, which is not the last call's, wait for all that is on that one.
+        """Let later work on this stream wait for the work on the stream of the last call, which is another one.
 
-        What is captured and what is not run at different times: the last call of the same kind counts.
+        Captured calls wait for captured calls only, and others for others, as the two run at different times.
         """
         captured = self._host.capture(self._context, stream)
         if captured:
@@ -357,19 +359,19 @@ class Symmetric:
         before = self._uncaptured
         if before not in (None, stream):
             if self._host.capture(self._context, before):
-                raise RuntimeError("no call can be made while another thread captures a CUDA graph on the stream of the last one")
+                raise RuntimeError("a call cannot be made while another thread captures a CUDA graph on the stream of the last call")
             self._host.follow(self._context, before, stream, self._order)
         self._uncaptured = self._on = stream
         self._external = _is_external(torch.cuda.current_stream(self.device).stream_id)
 
     def _leave(self) -> None:
-        """Let the side stream stand for the last call's, which may be gone when another call comes; and one with its address be there."""
+        """Let the side stream take the place of the last call's, which may be destroyed before the next call, and its address reused."""
         if self._on is not None and not self._host.capture(self._context, self._on):
             self._host.follow(self._context, self._on, self._side, self._order)
             self._uncaptured, self._on = self._side, None
 
-    def _drop(self, keys: set) -> None:
-        """Give back workspaces that no kernel has run in yet."""
+    def _drop(self, keys: set[tuple[int, torch.dtype, int, int]]) -> None:
+        """Free workspaces that no kernel has used yet."""
         for key in keys:
             workspace = self._workspaces.pop(key)
             for calls in (self._calls, self._older_calls):
@@ -377,21 +379,20 @@ class Symmetric:
                     del calls[which]
         if keys:
             del workspace, calls
-            gc.collect()  # some things in them refer to each other
+            gc.collect()  # frees the workspaces, which contain reference cycles
 
     def _abandon(self, slot: int) -> None:
-        """Forget a start() without wait(): its run failed in between. Its kernel may not have ended."""
+        """Drop a site that was started and not waited for, as the call failed in between. Its kernel may still run."""
         call, *_ = self._pending.pop(slot)
         if self._carveout and not self._pending:
             self._end_carveout()
         if call is not None and not torch.cuda.is_current_stream_capturing():
-            with contextlib.suppress(RuntimeError):  # if that run was a capture; then no kernel runs either
-                for stream in {self._current(), self._uncaptured} - {None}:  # what reuses the memory of its inputs runs behind it
+            with contextlib.suppress(RuntimeError):  # raised if that call was captured; then no kernel runs either
+                for stream in {self._current(), self._uncaptured} - {None}:  # the memory of its inputs is reused on these streams
                     self._host.wait(stream, self._events[slot][1])
 
 
 def _is_external(stream_id: int) -> bool:
-    """Whether a stream is not torch's, by the number that torch gives it: odd for its own, 0 for the default one (CUDAStream.cpp)."""
+    """Whether PyTorch did not create a stream. PyTorch gives its own streams odd ids, and the default stream 0 (CUDAStream.cpp)."""
+
     return stream_id != 0 and stream_id % 2 == 0
-
-

@@ -1,8 +1,9 @@
-"""The memory that all ranks have mapped for the calls of a slot, and the kernels that work on it."""
+"""The workspaces: symmetric memory for the calls of a slot, and the kernels that use it."""
 
 import functools
 import json
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -15,17 +16,22 @@ from .tuning import LEAST_ROWS, Tuning
 
 
 class Workspace:
-    """Symmetric memory for calls of up to ``rows`` rows, and the kernels that work on it. A collective of the group.
-
-    Raises WorkspaceError on all ranks where a rank cannot make it.
+    """Symmetric memory for calls of up to ``rows`` rows, and the kernels that use it.
 
     activations, whole_residual: [rows, hidden] tensors of dtype
-    carried:                     a [rows, hidden] tensor of float32. Of LEAST_ROWS rows or more, a rank has half of them
-                                 at most, in the front of it; behind that it overlaps with whole_residual
-    tuning:                      the owner's; otherwise that of the first rank that knows one, or what all now measure
+    carried:                     [rows, hidden] tensor of float32. With more than LEAST_ROWS rows a rank uses at most the first half of
+                                 it, and the second half overlaps with whole_residual
+    tuning:                      that of the owner; or else of the first rank that knows one; or else the ranks measure one
+    kernels(center):             name -> Kernel, for a LayerNorm or an RMSNorm
+    max_ctas:                    CTAs for which the signal pad has flags
+    bytes:                       size of the symmetric memory
     """
 
-    def __init__(self, owner, dtype: torch.dtype, hidden: int, rows: int):
+    def __init__(self, owner: Any, dtype: torch.dtype, hidden: int, rows: int) -> None:
+        """A collective of the group. owner: Symmetric
+
+        Raises RuntimeError if the ranks make different workspaces, and WorkspaceError on all ranks if a rank cannot make it.
+        """
         rank, world = owner.rank, owner.world
         torch.cuda.set_device(owner.device)
         self.max_ctas = symmetric_memory.get_signal_pad_size() // 4 // world
@@ -36,30 +42,31 @@ class Workspace:
         whole_residual_at = region + (carried if one_shot else carried // 2)
         staging_at = whole_residual_at + region
         epochs_at = staging_at + staging
-        self.bytes = epochs_at + 4 * self.max_ctas
+        self.bytes: int = epochs_at + 4 * self.max_ctas
 
         ours = f"{rows} tokens of {dtype} [{hidden}], {self.bytes} bytes"
         mine = owner.tuning or tuning.known(owner, dtype, hidden)
         message = ours + "\n" + json.dumps(mine and asdict(mine))
-        said = agree.exchange(owner.group_name, f"the making of a workspace for up to {ours}", message, owner.timeout_s)
+        said = agree.exchange(owner.group_name, f"the set-up of a workspace for up to {ours}", message, owner.timeout_s)
         made, _, tunings = zip(*(theirs.partition("\n") for theirs in said))
         if len(set(made)) > 1:
             raise RuntimeError(
-                f"the ranks of group {owner.group_name} run different things, and so make different workspaces: "
+                f"the ranks of group {owner.group_name} make different workspaces: "
                 + "; ".join(f"rank {r}: for up to {theirs}" for r, theirs in enumerate(made))
+                + ". All ranks of a tensor-parallel group must run the same model on the same number of tokens"
             )
         known = next((Tuning.from_dict(theirs) for theirs in map(json.loads, tunings) if theirs), None)
         self.tuning = known or tuning.measure(owner, dtype, hidden, self.max_ctas)
 
-        def allocate():
+        def allocate() -> Any:
             memory = symmetric_memory.empty(self.bytes, dtype=torch.uint8, device=owner.device)
             memory.zero_()  # the epochs
-            # No rank begins the rendezvous before all have come here: nobody's flag can be overwritten by another's zeros.
+            # No rank begins the rendezvous before all ranks have reached this point, so that the zeros overwrite no flag.
             torch.cuda.synchronize(owner.device)
             return memory
 
-        def meet():
-            handle = symmetric_memory.rendezvous(memory, owner.group_name)  # which gives up when the group's store does
+        def meet() -> Any:
+            handle = symmetric_memory.rendezvous(memory, owner.group_name)  # has the timeout of the group's store
             if handle.rank != rank or handle.world_size != world:
                 raise RuntimeError(f"rendezvous of group {owner.group_name} gave rank {handle.rank} of {handle.world_size}")
             if owner.name == "multimem" and handle.multicast_ptr == 0:
@@ -86,5 +93,5 @@ class Workspace:
             staging_at,
         )
         names = {self.tuning.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
-        # center -> name -> Kernel. All names at once: a CUDA graph of another number of rows may be captured next.
+        # All names are loaded at once, as a CUDA graph for another number of rows may be captured next.
         self.kernels = functools.cache(lambda center: owner.kernels(names, dtype, hidden, center))
