@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from .compat import FakeTensorMode, FakeTensorProp, ShapeEnv, SymNode, ValueRanges, int_oo
-from .passes.graph_utils import value
+from .passes.graph_utils import copied_graph, value
 
 
 def copied(gm: GraphModule, graph: Graph | None = None) -> GraphModule:
@@ -21,12 +21,7 @@ def copied(gm: GraphModule, graph: Graph | None = None) -> GraphModule:
 
     graph: used in place of a copy of ``gm.graph``
     """
-    if graph is None:
-        graph = Graph()
-        env: dict[Node, Node] = {}
-        for node in gm.graph.nodes:
-            env[node] = graph.node_copy(node, env.__getitem__)
-    new = GraphModule(gm, graph)
+    new = GraphModule(gm, copied_graph(gm.graph) if graph is None else graph)
     new.meta = dict(gm.meta)
     for name, inner in list(new.named_children()):
         if isinstance(inner, GraphModule):

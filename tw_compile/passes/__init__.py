@@ -1,4 +1,4 @@
-"""The passes over a post-grad graph, in order. ``rewrite`` reads as the story."""
+"""The passes over a post-grad graph. ``rewrite`` runs them in order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from ..report import Refusal, Report, Site
 from .cut import Cut, choose_cut
 from .find import Match, find
 from .fuse import fuse
-from .graph_utils import source_of, value
+from .graph_utils import copied_graph, source_of, value
 from .outline import outline
 from .place import place
 from .section import section_of
@@ -19,20 +19,35 @@ from .unshard import unshard
 from .weave import weave
 from .wire import Decision, numbered
 
-__all__ = ["Cut", "Decision", "Rewritten", "rewrite", "unshard", "find", "fuse", "choose_cut", "section_of", "split", "weave", "place", "outline", "source_of"]
+__all__ = [
+    "Cut",
+    "Decision",
+    "Rewritten",
+    "choose_cut",
+    "find",
+    "fuse",
+    "outline",
+    "place",
+    "rewrite",
+    "section_of",
+    "source_of",
+    "split",
+    "unshard",
+    "weave",
+]
 
 
 @dataclass
 class Rewritten:
-    """What became of a graph.
+    """A rewritten graph. The original is the graph before it was rewritten.
 
-    graph:     the new one; the one that was given where nothing is done
+    graph:     the new graph; the original if nothing is done
     report:    what was done, and why not more
-    sites:     number of a site -> (group, number of its collective in the graph as it was)
-    refused:   the collectives that could have been sites -> why they are none
-    values:    number of a site -> the names of its norm and its residual, in the graph as it was
-    cut:       where it is cut; None where it is not
-    not_woven: why it is not woven; ''
+    sites:     number of a site -> (group, number of its collective in the original)
+    refused:   (group, number in the original) of each all-reduce and reduce-scatter that is no site -> why
+    values:    number of a site -> the names of its norm and its residual in the original
+    cut:       where the graph is cut; None if it is not
+    not_woven: why the graph is not woven, or ''
     """
 
     graph: Graph
@@ -51,14 +66,14 @@ def rewrite(
     cut_of: Callable[[list[Node]], Cut | str],
     decision: Decision = Decision(),
 ) -> Rewritten:
-    """Find the sites of a graph and do what the options ask for. Changes nothing in ``graph``.
+    """Find the sites of a graph, then fuse or weave them as the options ask. ``graph`` is not changed.
 
-    may_be_symmetric: (group name, device) -> whether its sites may run over symmetric memory, so that values should live there
-    cut_of:           the sites, as ``fused`` calls -> the cut, or why the graph is not woven; '' leaves that to the caller
-    decision:         what is not done, as some rank cannot
+    may_be_symmetric: (group name, device) -> whether sites of the group may use symmetric memory
+    cut_of:           the sites, as ``fused`` calls -> the cut, or why the graph is not woven; '' if the caller gives the reason
+    decision:         what is not done, as another rank cannot do it
     """
     report = Report(requested=options.requested)
-    work = copied(graph)
+    work = copied_graph(graph)
     numbers = {node.name: number for node, number in numbered(work).items()}
     denied = {name: decision.refused[number] for name, number in numbers.items() if number in decision.refused}
     work, scatters = unshard(work, denied)
@@ -75,17 +90,18 @@ def rewrite(
         report.reasons.append(options.off or _nothing([n for n, f in (("all-reduces", reduces), ("reduce-scatters", scatters)) if f]))
         return new
 
-    device = value(matches[0].total).device  # asked now: the passes below replace the node
-    ctas = 0 if options.ctas == "auto" else options.ctas
+    device = value(matches[0].total).device  # read now, as the passes below replace the node
+    ctas = options.ctas if isinstance(options.ctas, int) else 0
     sites = fuse(work, matches, options.transport, ctas)
-    report.mode, woven = "fuse", []
+    woven: list[Node] = []
+    report.mode = "fuse"
     cut = decision.not_woven or cut_of(sites)
     if isinstance(cut, Cut):
         may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven]
         others = numbered(work, without=sites)
         unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
-        work, woven, joins, *_ = split(work, may_be_cut, cut, unsplit)
-        report.joins = [*joins.values()]
+        work, woven, unsplit_ops, *_ = split(work, may_be_cut, cut, unsplit)
+        report.joins = [*unsplit_ops.values()]
         work, new.cut = weave(work, cut.ctas or ctas), cut
         report.mode, report.split = "weave", tuple(n if isinstance(n, int) else str(n) for n in cut.halves)
     else:
@@ -98,14 +114,14 @@ def rewrite(
 
 
 def check_sites(new: Rewritten, options: Options) -> None:
-    """Raises TokenWeaveError for a graph without sites, where ``mode`` asks for some."""
+    """Raises TokenWeaveError for a graph without sites if ``mode`` forces sites."""
     if options.forced and not new.sites:
         rows = "".join(f"\n  {r.all_reduce}: {r.reason} ({r.source})" for r in new.report.refusals)
         raise TokenWeaveError(f"{_asked(options)}: {new.report.reasons[-1]}{rows}")
 
 
 def check_woven(reason: str, options: Options) -> None:
-    """Raises TokenWeaveError for a graph that is not woven for this reason, where ``mode`` asks for it."""
+    """Raises TokenWeaveError for a graph that is not woven for this reason, if ``mode`` forces weaving."""
     if options.forced == "weave" and options.min_tokens == "auto":
         raise TokenWeaveError(f"{_asked(options)} woven: {reason}")
 
@@ -114,15 +130,8 @@ def _asked(options: Options) -> str:
     return f"option 'tokenweave.mode' is {options.mode!r}, but this graph cannot be"
 
 
-def copied(graph: Graph) -> Graph:
-    new, env = Graph(graph.owning_module), {}
-    for node in graph.nodes:
-        env[node] = new.node_copy(node, env.__getitem__)
-    return new
-
-
 def _nothing(kinds: list[str]) -> str:
-    """Why a graph has no site. kinds: of what it has"""
+    """Why a graph has no site. kinds: the kinds of its collectives that could have been sites"""
     if kinds:
         return f"none of its {' and '.join(kinds)} can be fused"
     return "it contains no all-reduce; is the model tensor-parallel, and are its collectives inside the compiled region?"

@@ -1,9 +1,10 @@
-"""A rewritten graph -> the same graph, with collectives in halves where the other ranks have them so.
+"""Rewritten graph -> the same graph, with an all-reduce in two halves where the other ranks run it in two halves.
 
-For a rank that compiles anew alone, over the process group: what others have on the wire is known, and a rank whose graph does not
-allow a site, as it reads the sum itself, takes part in its two halves all the same.
+This is for a rank that compiles again alone, over the process group, and knows which collectives the other ranks run. If its graph
+reads the sum itself, there can be no site. The rank then still runs the two collectives of the other ranks.
 """
 
+import itertools
 import math
 
 import sympy
@@ -18,7 +19,7 @@ from .rules.token_axis import expr
 
 
 def halve(node: Node, cut: Cut) -> bool:
-    """Make two calls of an all-reduce, in place: of the entries in front of the cut, and of the others. Whether it can be done."""
+    """Replace an all-reduce by two, in place: one of the entries before the cut, one of the others. Returns whether that is possible."""
     x = value(node.args[0]) if node.target is c10d.all_reduce.default else None
     entries = sympy.simplify(expr(math.prod(x.shape)) / expr(cut.length)) if x is not None else sympy.nan
     if x is None or entries.as_numer_denom()[1] != 1:
@@ -29,7 +30,8 @@ def halve(node: Node, cut: Cut) -> bool:
     with graph.inserting_before(node):
         at = [emit.size(expr(n) * entries) for n in (0, cut.first, cut.length)]
         flat, parts = emit(aten.reshape.default, node.args[0], [-1]), []
-        for emit.half, first, end in zip((0, 1), at, at[1:]):
+        for half, (first, end) in enumerate(itertools.pairwise(at)):
+            emit.half = half
             part = emit(aten.slice.Tensor, flat, 0, first, end)
             parts.append(emit(WAIT, emit(node.target, part, *node.args[1:])))
         emit.half = None

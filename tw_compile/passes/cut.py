@@ -1,7 +1,9 @@
-"""Fused graph -> where to cut it, or why not at all."""
+"""Fused graph -> where to cut it, or why it is not cut."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch.fx import Node
 
 from ..autotune import schedule
@@ -12,14 +14,17 @@ from .graph_utils import value
 
 @dataclass(frozen=True)
 class Cut:
-    """Where all sites of a graph are cut: dimension ``dim`` of their shape, ``first`` of its ``length`` entries in front.
+    """Where all sites of a graph are cut.
 
-    ctas: of the communication kernels, 0 for their own choice
+    dim:    the dimension of the reduced values that is cut
+    length: its number of entries, int or SymInt
+    first:  the number of entries in the first half, int or SymInt
+    ctas:   CTAs of a communication kernel; 0 leaves the number to the kernel
     """
 
     dim: int
-    length: object
-    first: object
+    length: Any
+    first: Any
     ctas: int = 0
 
     @property
@@ -39,23 +44,23 @@ def plan_by_rule(sites: list[Node]) -> Plan:
 
 
 def choose_cut(sites: list[Node], options: Options, plan: Plan | None = None) -> Cut | str:
-    """The cut for a graph's ``fused`` calls and the sizes that it is compiled for, or why there is none.
+    """The cut of a graph for its ``fused`` calls and the hints of its sizes; or why it is not cut.
 
-    plan: None goes by a rule. Sizes are taken by their hints: which form of a graph runs is decided in each call (forms.py).
+    plan: None takes the plan by rule
     """
     plan, batch = plan or plan_by_rule(sites), batch_of(sites)
-    numbers = [number(size) for size in batch]
-    if None in numbers:
+    numbers = [n for size in batch if (n := number(size)) is not None]
+    if len(numbers) < len(batch):
         return "its number of tokens depends on data"
     at = place_of_cut(numbers, options, plan)
     return at if isinstance(at, str) else cut_at(batch, at, plan)
 
 
 def cut_at(batch: list, at: Place, plan: Plan) -> Cut:
-    """batch: see ``batch_of``"""
+    """The cut of values with this shape at this place. batch: see ``batch_of``"""
     return Cut(at.dim, batch[at.dim], first_half(batch[at.dim], at.rule, plan.split_ratio), plan.ctas)
 
 
-def number(size) -> int | None:
-    """A size, as the number that it has where the graph is compiled; no guard comes of it. None where that depends on data."""
+def number(size: int | torch.SymInt) -> int | None:
+    """The number that a size has where the graph is compiled, without a guard; None if it depends on data."""
     return size if isinstance(size, int) else size.node.hint

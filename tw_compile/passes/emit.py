@@ -1,6 +1,8 @@
-"""Adding nodes to a graph together with their fake values, sizes included."""
+"""Adding nodes to a graph together with their fake values, and nodes that compute sizes."""
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import sympy
 import torch
@@ -10,32 +12,37 @@ from torch.fx.node import map_arg
 from ..compat import FloorDiv
 from .graph_utils import aten, value
 
+# Adds a call to a graph: (target, *args, **kwargs) -> Node.
+Emit = Callable[..., Node]
+
 
 class Emitter:
-    """Appends calls to ``graph``, whose placeholders are there already.
+    """Adds calls to ``graph``, which has its placeholders already.
 
-    like: the node whose place in the model's source the next calls take over; set by the caller
-    half: 0 or 1 where the next calls belong to one half, else None; set by the caller
+    Callers set these two:
+    like: the node from which the next calls take their place in the model's source
+    half: 0 or 1 if the next calls belong to a half, otherwise None
     """
 
-    def __init__(self, graph: Graph, fake_mode):
+    def __init__(self, graph: Graph, fake_mode: Any):
         self.graph, self.fake_mode = graph, fake_mode
-        self.like, self.half = None, None
-        self.sizes = {}  # sympy expression -> what computes it
+        self.like: Node | None = None
+        self.half: int | None = None
+        self.sizes: dict[sympy.Expr, int | Node] = {}  # a size -> the number, or the node that computes it
 
-    def __call__(self, target, *args, **kwargs) -> Node:
+    def __call__(self, target: Callable, *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
         fake_args, fake_kwargs = map_arg((args, kwargs), value)
         node.meta = {k: v for k, v in (self.like.meta if self.like else {}).items() if k in ("stack_trace", "nn_module_stack")}
         if self.like is not None:
-            node.meta["of"] = self.like.name  # by which values are compared (verify.py)
+            node.meta["of"] = self.like.name  # verify.py compares the values of both
         with self.fake_mode:
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         node.meta["half"] = self.half
         return node
 
-    def size(self, size):
-        """An int or SymInt or sympy expression as what an op's argument can be: an int, or a node that computes it."""
+    def size(self, size: int | torch.SymInt | sympy.Expr) -> int | Node:
+        """A size as an argument of an op: an int, or a node that computes it."""
         size = size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
         if size not in self.sizes:
             half, self.half = self.half, None
@@ -43,14 +50,14 @@ class Emitter:
             self.half = half
         return self.sizes[size]
 
-    def _compute(self, size):
+    def _compute(self, size: sympy.Expr) -> int | Node:
         if size.is_Integer:
             return int(size)
         if size.is_Symbol:
             for node in self.graph.find_nodes(op="placeholder"):
                 if isinstance(value(node), torch.SymInt) and value(node).node.expr == size:
                     return node
-            raise KeyError(f"no input of the graph is the size {size}")
+            raise KeyError(f"no input of the graph has the size {size}")
         if isinstance(size, FloorDiv):
             return self(operator.floordiv, *map(self.size, size.args))
         if size.is_Pow and size.exp.is_Integer and size.exp > 0:
@@ -63,7 +70,7 @@ class Emitter:
         raise KeyError(f"cannot compute the size {size}")
 
 
-def size_of(emit, node: Node, dim: int):
-    """A size of a value as an op's argument. emit: a function (target, *args) -> Node"""
+def size_of(emit: Emit, node: Node, dim: int) -> int | Node:
+    """The size of dimension ``dim`` of a tensor, as an argument of an op."""
     size = value(node).shape[dim]
     return size if isinstance(size, int) else emit(aten.sym_size.int, node, dim)

@@ -1,30 +1,33 @@
-"""[Match] -> graph: each site becomes one ``tokenweave.fused`` call, on the compute stream and not split."""
+"""[Match] -> graph: each site becomes one call of ``tokenweave.fused``, on the compute stream and not split."""
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 from torch.fx import Graph, Node
 
 from .. import ops
+from ..site import SLOT_WHOLE
 from .find import Match, stays
 from .graph_utils import RESHAPES, WAIT, aten, calls, in_order, same_shape, sort_and_clean, value
 
 
 def fuse(graph: Graph, matches: list[Match], transport: str, ctas: int) -> list[Node]:
-    """Replace each match by a ``fused`` call; returns the calls, in the order of the matches.
+    """Replace each match by a ``fused`` call, in place. Returns the calls in the order of the matches.
 
-    A call takes the place of its all-reduce among the collectives. Those all-reduces vanish, and no other collective.
+    A call has the place of its all-reduce in the order of the collectives. No other collective is removed.
 
-    ctas: CTAs of the kernel, 0 for its own choice.
+    ctas: CTAs of the kernel; 0 leaves the number to the kernel
     """
     replaced = {node for match in matches for node in (match.all_reduce, summed(match.all_reduce))}
-    # From the last to the first, so that the residual of a site is still the node its match names.
+    # From the last site to the first, so that the residual of a site is still the node that its match contains.
     calls_of = {m: _replace(graph, m, i, transport, ctas) for i, m in reversed(list(enumerate(matches)))}
     sort_and_clean(graph, lambda node: stays(node) and node not in replaced)
     return [calls_of[m] for m in matches]
 
 
 def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) -> Node:
-    def emit(target, *args, meta):
+    def emit(target: Callable, *args: Any, meta: Node) -> Node:
         node = graph.call_function(target, args)
         node.meta = {**meta.meta, "val": value(meta)}
         return node
@@ -37,7 +40,7 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
         named = dict(
             x=x, residual=match.residual, weight=norm.weight, bias=match.bias, shift=norm.shift,
             eps=norm.eps, scale=match.scale, offset=norm.offset, center=norm.center,
-            group=match.group, transport=transport, ctas=ctas, slot=ops.SLOT_WHOLE, site=index,
+            group=match.group, transport=transport, ctas=ctas, slot=SLOT_WHOLE, site=index,
             fp32_residual=False, sharded_residual=False, in_workspace=False,
         )  # fmt: skip
         call = emit(ops.fused, *in_order(ops.fused, named), meta=total)
@@ -53,7 +56,7 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
 
 
 def summed(all_reduce: Node) -> Node:
-    """The node that holds the sum: an asynchronous all-reduce's wait, or the all-reduce itself."""
+    """The node of the sum: the wait of an asynchronous all-reduce, or the all-reduce itself."""
     waits = [user for user in all_reduce.users if calls(user, WAIT)]
     return waits[0] if waits else all_reduce
 

@@ -1,7 +1,9 @@
-"""Small questions that every pass asks of a post-grad graph."""
+"""Helpers of all passes: what a node of a post-grad graph is, copies of graphs, the order of nodes."""
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -13,69 +15,69 @@ WAIT = c10d.wait_tensor.default
 
 _TORCH = str(Path(torch.__file__).parent)
 
-# What changes the shape alone: all elements are there, in their order.
+# Ops that change only the shape: they keep all elements and their order.
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
-def calls(node, *targets) -> bool:
+def calls(node: object, *targets: object) -> bool:
     """Whether ``node`` is a call of one of ``targets``."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
-def is_view(op) -> bool:
-    """Whether a call of ``op`` returns its input's memory in another shape, or copies it if there is no other way to that shape.
+def is_view(op: object) -> bool:
+    """Whether a call of ``op`` returns the memory of its input in another shape, or a copy where such a view is not possible.
 
-    By the op's schema, which names the alias (``OpOverload.is_view``). RESHAPES may copy, or return an alias without a name.
+    The op's schema declares the alias (``OpOverload.is_view``). That of RESHAPES does not, as they may copy.
     """
     return op in RESHAPES or getattr(op, "is_view", False)
 
 
-def value(node: Node):
+def value(node: Node) -> Any:
     """The fake value of a node: a tensor, a SymInt, or a tuple of them."""
     return node.meta.get("val")
 
 
-def is_tensor(node) -> bool:
+def is_tensor(node: object) -> bool:
     return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
 
 
-def same_size(a, b) -> bool:
+def same_size(a: object, b: object) -> bool:
     """Whether two sizes are known to be equal, without a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return getattr(getattr(a, "node", None), "expr", a) == getattr(getattr(b, "node", None), "expr", b)
 
 
-def same_shape(a, b) -> bool:
+def same_shape(a: Sequence, b: Sequence) -> bool:
     return len(a) == len(b) and all(map(same_size, a, b))
 
 
-def is_one(size) -> bool:
+def is_one(size: object) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def other_operand(node: Node, operand: Node):
+def other_operand(node: Node, operand: Node) -> Any:
     """The other argument of a binary call."""
     return node.args[1] if node.args[0] is operand else node.args[0]
 
 
-def arguments(call: Node) -> dict[str, object]:
-    """The arguments of a call of one of our own ops, which all stand by position, by their names."""
+def arguments(call: Node) -> dict[str, Any]:
+    """Name -> argument of a call of one of our own ops. Such calls have positional arguments only."""
     return {a.name: given for a, given in zip(call.target._schema.arguments, call.args, strict=True)}
 
 
-def in_order(op, named: dict[str, object]) -> tuple:
-    """Those of the named arguments that ``op`` takes, by position."""
+def in_order(op: Any, named: dict[str, Any]) -> tuple:
+    """The positional arguments of a call of ``op``. named: name -> argument; names that ``op`` does not take are ignored"""
     return tuple(named[a.name] for a in op._schema.arguments)
 
 
 def keeps_rows(view: Node) -> bool:
-    """Whether a view leaves the last dimension, so the rows, as they are."""
+    """Whether a view keeps the last dimension, and so the rows."""
     return same_size(value(view).shape[-1], value(view.args[0]).shape[-1])
 
 
 class Ancestors:
-    """Which nodes each node of a graph depends on, as one bit each."""
+    """The nodes that each node of a graph depends on, as a bit set."""
 
     def __init__(self, graph: Graph):
         self.bit = {node: 1 << i for i, node in enumerate(graph.nodes)}
@@ -86,7 +88,7 @@ class Ancestors:
                 self.of[node] |= self.of[a] | self.bit[a]
 
     def __call__(self, first: Node, then: Node) -> bool:
-        """Whether ``first`` is done before ``then`` begins, by data flow."""
+        """Whether ``then`` depends on ``first``, so that it runs later in any order."""
         return bool(self.of[then] & self.bit[first])
 
     def replace(self, old: Node, new: Node) -> None:
@@ -96,7 +98,7 @@ class Ancestors:
 def source_of(node: Node, callers: int = 0) -> str:
     """``file:line, in function: code`` of the model's source that a node comes from, or ''.
 
-    The innermost frame outside of torch; ``callers`` asks for the one that many calls further out, where there is one.
+    This is the innermost frame outside of torch. callers: take the frame that many calls further out, if there is one
     """
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     frames = [i for i, line in enumerate(lines) if line.startswith("File ") and _TORCH not in line]
@@ -118,16 +120,25 @@ def subgraphs(graph: Graph) -> list[tuple[str, Graph]]:
     return [(name, module.graph) for name, module in modules]
 
 
+def copied_graph(graph: Graph) -> Graph:
+    """A copy of a graph, with the same owning module."""
+    new = Graph(graph.owning_module)
+    env: dict[Node, Node] = {}
+    for node in graph.nodes:
+        env[node] = new.node_copy(node, env.__getitem__)
+    return new
+
+
 def sort_and_clean(graph: Graph, stays: Callable[[Node], bool], first: Mapping[Node, Iterable[Node]] | None = None) -> None:
-    """Put every node after its inputs, and drop what nobody uses.
+    """Put each node after its inputs, and remove the nodes without users.
 
-    A node moves only to the front, and only when one that stood before it needs it: calls which do not need a later one keep
-    their order.
+    A node moves only forward, and only if an earlier node needs it. Calls that need no later node keep their order.
 
-    stays: whether a node is kept although nobody uses it; placeholders and the output always are
-    first: a node -> others that go before it, although they are not its inputs
+    stays: whether a node without users is kept; placeholders and the output are kept in any case
+    first: a node -> other nodes to put before it, although they are not its inputs
     """
-    order, placed = [], set()
+    order: list[Node] = []
+    placed: set[Node] = set()
     for node in graph.nodes:
         stack = [node]
         while stack:
@@ -139,7 +150,7 @@ def sort_and_clean(graph: Graph, stays: Callable[[Node], bool], first: Mapping[N
             if stack.pop() not in placed:
                 placed.add(top)
                 order.append(top)
-    for before, node in zip(order, order[1:]):
+    for before, node in itertools.pairwise(order):
         if before.next is not node:
             before.append(node)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or stays(node))

@@ -1,21 +1,23 @@
-"""How the values around a site live: in which dtype, and whether in the workspace that the ranks share.
+"""In which dtype and in which memory the values around a site are.
 
-fp32_residual     the residual goes from site to site in float32: only the slot's next site reads it.
+fp32_residual     The residual goes from site to site in float32. Only the slot's next site reads it.
 
-Over symmetric memory a site reads its input, and writes its norm, in the workspace of its slot. Without this pass the input
-is copied in and the norm copied out. The pass proves, from the graph alone, where neither is needed:
+Over symmetric memory a site reads its input and writes its norm in the workspace of its slot. Without this pass the input is
+copied in, and the norm is copied out. The pass finds, by the graph alone, where a copy is not needed:
 
-linear   the row-parallel GEMM writes into the workspace: nobody else reads its result, and it can only run when the slot's
-         site before it is done with;
-in_workspace      the norm stays in the workspace: only GEMMs read it, and all of them run before the next write to the slot;
-sharded_residual  a float32 residual stays in the workspace, each rank having its own rows.
+linear            The row-parallel GEMM writes to the workspace. Only the site reads the result, and the GEMM runs after the
+                  slot's previous site.
+in_workspace      The norm stays in the workspace. Only GEMMs read it, and all of them run before the next write to the slot.
+sharded_residual  A float32 residual stays in the workspace. Each rank has its own rows.
 
-"Before" means by data flow in every case, so it holds for any order that Inductor may choose.
+"Before" and "after" are by data flow, so they hold in any order that Inductor may choose.
 """
 
+import itertools
 import operator
 from collections.abc import Collection
 
+import torch
 from torch.fx import Graph, Node
 
 from .. import ops
@@ -25,10 +27,10 @@ _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear)
 
 
 def place(graph: Graph, workspace: bool, gathered: Collection[int] = ()) -> None:
-    """Set the flags of all sites, and rewrite the GEMMs in front of them to ``linear``, where it is safe.
+    """Set the flags of all sites, and make the GEMMs before them ``linear``, where this is safe. In place.
 
-    workspace: whether there may be one; without it, only the dtype of the residuals is settled
-    gathered:  numbers of the sites whose residual is whole in any case, as another rank needs it so
+    workspace: whether there may be a workspace; without one only ``fp32_residual`` is set
+    gathered:  numbers of the sites whose residual must be whole, as another rank needs it
     """
     sites = [_Site(n) for n in graph.nodes if calls(n, ops.fused, ops.start)]
     slots: dict[tuple, list[_Site]] = {}
@@ -36,11 +38,11 @@ def place(graph: Graph, workspace: bool, gathered: Collection[int] = ()) -> None
         slots.setdefault((site.group, site.slot), []).append(site)
     before = Ancestors(graph)
     for chain in slots.values():
-        if not all(before(site.done, following.node) for site, following in zip(chain, chain[1:])):
-            continue  # sites that may run in either order would find each other's values in the slot
+        if not all(before(site.done, following.node) for site, following in itertools.pairwise(chain)):
+            continue  # sites that may run in either order would overwrite each other's values in the slot
         if workspace:
             for previous, site in zip([None, *chain], chain):
-                _absorb(graph, previous, site, before)
+                _use_linear(graph, previous, site, before)
         for site, following in zip(chain, [*chain[1:], None]):
             fp32 = site.number not in gathered and _only_carried(site, following)
             site.set_flags(fp32, workspace and fp32, workspace and _can_stay(site, following, before))
@@ -54,13 +56,13 @@ class _Site:
         self.node = node
         self.done = node if calls(node, ops.fused) else next(u for u in node.users if calls(u, ops.wait) and u.args[0] is node)
         self.group, self.transport, self.slot, self.number = map(arguments(node).get, ("group", "transport", "slot", "site"))
-        self.writer = node  # what writes the slot first: the site, which copies its input in, or its linear
+        self.writer = node  # the first to write to the slot: the site, which copies its input, or its linear
 
     def result(self, index: int) -> Node | None:
         return next((u for u in self.done.users if calls(u, operator.getitem) and u.args[1] == index), None)
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         return value(self.node.args[0]).shape
 
     def set_flags(self, fp32_residual: bool, sharded_residual: bool, in_workspace: bool) -> None:
@@ -71,12 +73,12 @@ class _Site:
         if fp32_residual:
             residual = residual.float()
             self.done.meta["val"] = norm, residual
-            if self.result(1) is not None:
-                self.result(1).meta["val"] = residual
+            if (result := self.result(1)) is not None:
+                result.meta["val"] = residual
 
 
-def _absorb(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors) -> None:
-    """Let the GEMM that feeds a site write into the slot's workspace."""
+def _use_linear(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors) -> None:
+    """Make the GEMM before a site ``linear``, which writes to the slot's workspace, if that is safe."""
     gemm = site.node.args[0]
     if not _only_read_by(gemm, site) or gemm is site.node.args[1]:
         return
@@ -103,6 +105,7 @@ def _only_read_by(node: Node, site: _Site) -> bool:
 
 
 def _can_stay(site: _Site, following: _Site | None, before: Ancestors) -> bool:
+    """Whether the norm can stay in the workspace."""
     norm = site.result(0)
     readers = list(norm.users) if norm is not None else []
     while readers:
@@ -115,7 +118,7 @@ def _can_stay(site: _Site, following: _Site | None, before: Ancestors) -> bool:
 
 
 def _only_carried(site: _Site, following: _Site | None) -> bool:
-    """Whether the new residual is read by the slot's next site alone, as its residual; or by nobody."""
+    """Whether nobody reads the new residual but the slot's next site, as its residual."""
     residual = site.result(1)
     if residual is None or not residual.users:
         return True

@@ -1,4 +1,4 @@
-"""Fused graph -> what of it is run to tune its schedule: the work between its first sites."""
+"""Fused graph -> the section of it that autotuning runs: the work between its first sites."""
 
 import logging
 import math
@@ -18,9 +18,10 @@ log = logging.getLogger("tw_compile")
 
 
 def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedule.Section | None:
-    """What of a graph is run to tune its schedule, by its ``fused`` calls; None where nothing can be, or nothing is left to decide.
+    """The section of a graph that autotuning runs; None if it cannot be run, or if the options leave nothing to decide.
 
-    cuda_graphs: whether the graph is run by CUDA graphs
+    sites:       the ``fused`` calls of the graph
+    cuda_graphs: whether the graph runs in CUDA graphs
     """
     x = value(sites[0].args[0])
     if options.fused_only or not schedule.possible(x.device):
@@ -40,17 +41,17 @@ def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedu
     try:
         _, _, unsplit, _, whole = split(sites[0].graph, first, Cut(dim, batch[dim], batch[dim] // 2))
     except Exception as error:  # a graph that cannot be cut can still be fused
-        log.warning("a schedule is not tuned: the graph cannot be cut: %s: %s", type(error).__name__, error)
+        log.warning("a schedule is not autotuned: the graph cannot be cut: %s: %s", type(error).__name__, error)
         return None
     phases = [_phase(site, hidden, unsplit, whole) for site in first[1:]]
     if None in phases or not phases:
         return None
-    ctas = 0 if options.ctas == "auto" else options.ctas
+    ctas = options.ctas if isinstance(options.ctas, int) else 0
     return schedule.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases), cuda_graphs)
 
 
 def _phase(site: Node, hidden: int, unsplit: Container[Node], whole: Container[Node]) -> tuple | None:
-    """The work between a site and the one in front of it, as a Section has it; None if it does not end in a GEMM."""
+    """The phase of a Section that leads from the site before to this one; None if it does not end in a GEMM."""
     nodes, node = [], site.prev
     while not calls(node, site.target) and node.op != "root":
         nodes.append(node)
@@ -65,7 +66,7 @@ def _phase(site: Node, hidden: int, unsplit: Container[Node], whole: Container[N
     if not ops:
         return None
     *ops, last = ops
-    if last[0] == "unsplit":  # x is cut behind it: it is taken to be made for each half, once there is all that it needs
+    if last[0] == "unsplit":  # x is cut after the GEMM: the section runs the GEMM for each half, after all that it needs
         ops, last = [*ops, ("unsplit",)], last[1:]
     sizes = [size for op in (*ops, last) for size in op if not isinstance(size, str)]
     if last[:1] != ("mm",) or last[2] != hidden or not all(isinstance(size, int) for size in sizes):
@@ -74,7 +75,7 @@ def _phase(site: Node, hidden: int, unsplit: Container[Node], whole: Container[N
 
 
 def _op(node: Node) -> tuple | None:
-    """A GEMM or an attention, as a Section has it."""
+    """The entry of a Section for a GEMM or an attention; None for other calls."""
     if calls(node, aten.mm.default, aten.addmm.default):
         return "mm", *value(node.args[-1]).shape
     if calls(node, *SIGNATURES):
@@ -84,8 +85,8 @@ def _op(node: Node) -> tuple | None:
 
 
 def _others(nodes: list[Node]) -> int:
-    """About how many other kernels these are: Inductor makes one of those that use each other's results."""
-    kernel = {}
+    """An estimate of the number of other kernels: Inductor fuses calls that use each other's results."""
+    kernel: dict[Node, Node] = {}  # a call -> the last call of its kernel
     for node in nodes:
         if node.op != "call_function" or not is_tensor(node) or is_view(node.target) or _op(node) or calls(node, operator.getitem):
             continue

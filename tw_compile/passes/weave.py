@@ -1,14 +1,13 @@
-"""Split graph -> woven graph: each site of a half becomes a start and a wait, with the other half's work in between.
+"""Split graph -> woven graph: each site of a half becomes a start and a wait, with the work of the other half in between.
 
-The order, for sites i = 0, 1, …, where S and W are start and wait of one half, and C the work that leads to its next site::
+The order is as follows. S₀ and W₀ are the start and the wait of a site of half 0, and C₀ is the work that leads to its next site::
 
     C₀ S₀  C₁ S₁  |  W₀ C₀ S₀  W₁ C₁ S₁  |  …  |  W₀ W₁
 
-Nothing is scheduled by hand: the starts are called in the order S₀ S₁ S₀ S₁ …, each with just what it still needs. What else
-communicates has its place among them as in the split graph, which is the order of the program. Each wait also takes the newest tensor of the other half, which in this order is that half's start: the order of the graph is its
-data flow, and stays so whatever Inductor does. It also keeps Inductor from fusing the two halves' kernels.
+The starts are called in the order S₀ S₁ S₀ S₁ …, each directly after the nodes that it still needs. The other collectives keep their
+places between them, in program order. Each wait also takes the newest tensor of the other half, which in this order is that half's
+start. So data flow fixes the order, and Inductor cannot change it. It also keeps Inductor from fusing kernels of the two halves.
 """
-
 
 from torch.fx import Graph, Node
 
@@ -18,9 +17,10 @@ from .graph_utils import arguments, calls, in_order, is_tensor, value
 
 
 def weave(graph: Graph, ctas: int = 0) -> Graph:
-    """
-    graph: as ``split`` leaves it, with two calls of ``fused`` for each site, marked by half
-    ctas:  of the kernels that run beside the other half's work, 0 for their own choice
+    """Weave a graph. Returns a new graph.
+
+    graph: what ``split`` returns, with two calls of ``fused`` for each site, marked by half
+    ctas:  CTAs of a communication kernel beside the other half's work; 0 leaves the number to the kernel
     """
     return _Weaver(graph, ctas).run()
 
@@ -29,7 +29,7 @@ class _Weaver:
     def __init__(self, graph: Graph, ctas: int):
         self.old, self.new, self.ctas = graph, Graph(graph.owning_module), ctas
         self.env: dict[Node, Node] = {}
-        self.newest = [None, None]  # the tensor that each half made last
+        self.newest: list[Node | None] = [None, None]  # of each half
         self.starts: dict[Node, Node] = {}
 
     def run(self) -> Graph:
@@ -45,14 +45,14 @@ class _Weaver:
         return self.new
 
     def _demand(self, node: Node, start_only: bool = False) -> None:
-        """Put a node and everything it still needs, inputs first."""
+        """Add a node and all that it still needs, inputs first."""
         stack = [node]
         while stack:
             top = stack[-1]
             done = top in self.env or (start_only and top is node and top in self.starts)
             missing = [] if done else [a for a in top.all_input_nodes if a not in self.env]
             if missing:
-                # Reversed, so that inputs come in their order.
+                # Reversed, so that the inputs are added in order.
                 stack.extend(reversed(missing))
                 continue
             stack.pop()
