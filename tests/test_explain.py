@@ -8,6 +8,7 @@ from test_split import mlp, mlp_inputs
 
 import tw_compile
 from tw_compile import wording
+from tw_compile.explain import ISOLATED
 
 
 def broken(x, w):
