@@ -606,14 +606,14 @@ def test_what_it_refuses():
 
 LOST = """
 import sys, torch
-from tests.test_kernel_gpu import Ranks, BF16, site
+from tests.test_kernel_gpu import Ranks, BF16, Site, site
 group = Ranks(2, timeout_s=0.3)
 rows, sites = zip(*(map(int, word.split("@")) for word in sys.argv[1:]))  # of each rank that comes
 group.workspaces(BF16, 8192, rows[0])
 x = torch.zeros(64, 8192, dtype=BF16, device="cuda")
 def call(rank):
     with torch.cuda.stream(group.streams[rank]):
-        group.ranks[rank].fused(x[:rows[rank]], None, None, None, *site(), 0, 2, sites[rank], True, True, True)
+        group.ranks[rank].fused(Site(x[:rows[rank]], None, None, None, *site(), 0, 2, sites[rank], True, True), True)
 with group.stand_ins():
     for rank in range(len(rows)):
         call(rank)
