@@ -118,7 +118,7 @@ ALIKE = {  # what rank 0 does -> sites of three, why the others are none
     "bias": (3, []),
     "residuals": (3, []),
     "sums": (0, None),
-    "eps": (2, ["rank 1 has another residual or norm there than rank 0"]),
+    "eps": (2, ["its residual or norm on rank 1 differs from that on rank 0"]),
     "another norm": (3, []),
 }
 

@@ -280,7 +280,7 @@ def test_refused_group_of_one_rank():
 
 def test_refused_dtype_of_the_reduced_value():
     refused(
-        "torch.float64 is reduced; bfloat16, float16 and float32 can be fused",
+        "its dtype is torch.float64; bfloat16, float16 and float32 can be fused",
         lambda x, r, w: hf_norm(r + all_reduce(x), w),
         *inputs(torch.float64),
     )
@@ -307,7 +307,7 @@ def test_refused_residual_in_float32():
 def test_refused_weight_that_changes_the_dtype():
     x, r, w = inputs()
     refused(
-        "the norm of a torch.bfloat16 value leaves as torch.float32 (its weight is torch.float32)",
+        "the norm of a torch.bfloat16 value is torch.float32 (its weight is torch.float32)",
         lambda x, r, w: hf_norm(r + all_reduce(x), w),
         x, r, w.float(),
     )  # fmt: skip
@@ -326,7 +326,7 @@ def test_refused_weight_of_another_half_precision():
 def test_refused_cast_before_the_add():
     x, r, w = inputs()
     refused(
-        "a cast to torch.float32 stands before the residual add",
+        "a cast to torch.float32 comes before the residual add",
         lambda x, r, w: torch_norm(r + all_reduce(x).float(), w),
         x, r.float(), w.float(),
     )  # fmt: skip
@@ -350,7 +350,7 @@ def test_refused_two_users_of_the_reduced_value():
 
 
 def test_refused_reduced_value_leaves_the_graph():
-    refused("the reduced value leaves the graph without a norm", all_reduce, values(8, H))
+    refused("the graph returns the reduced value before a norm", all_reduce, values(8, H))
 
 
 def test_refused_reduced_value_leaves_beside_the_norm():
@@ -381,7 +381,7 @@ def test_refused_reduced_value_that_is_broadcast():
 
 def test_refused_a_residual_that_is_scaled_by_the_add():
     refused(
-        "no RMSNorm or LayerNorm follows; the reduced value goes to aten.add.Tensor",
+        "no RMSNorm or LayerNorm follows; the reduced value is the input of aten.add.Tensor",
         lambda x, r, w: hf_norm(torch.add(r, all_reduce(x), alpha=2), w),
         *inputs(torch.float32),
     )
@@ -393,7 +393,7 @@ def test_refused_no_norm():
 
 def test_refused_no_norm_and_no_residual():
     refused(
-        "no RMSNorm or LayerNorm follows; the reduced value goes to aten.relu.default", lambda x: all_reduce(x).relu(), values(8, H)
+        "no RMSNorm or LayerNorm follows; the reduced value is the input of aten.relu.default", lambda x: all_reduce(x).relu(), values(8, H)
     )
 
 
@@ -423,7 +423,7 @@ def mean_of_squares(row):
     return (row * row).mean(-1, keepdim=True)
 
 
-INCOMPLETE = "x * rsqrt(variance + eps) is not complete"
+INCOMPLETE = "no x * rsqrt(variance + eps) follows"
 NOT_QUITE = {  # what is not quite a LayerNorm: a block, and why it is none
     "unbiased": (in_parts(variance=lambda row: row.var(-1, keepdim=True)), "the variance is divided by H - 1, not by H (unbiased=False)"),
     "of all": (in_parts(variance=lambda row: row.var(unbiased=False)), "the variance is over dimensions [0, 1], not the last one"),
@@ -436,7 +436,7 @@ NOT_QUITE = {  # what is not quite a LayerNorm: a block, and why it is none
     "E(x²) - E(x)²": (
         in_parts(variance=lambda row: mean_of_squares(row) - mean(row) ** 2), "the mean of squares is not followed by + eps",
     ),
-    "by the mean of squares": (in_parts(variance=mean_of_squares), "x * rsqrt(mean of squares + eps) is not complete"),
+    "by the mean of squares": (in_parts(variance=mean_of_squares), "no x * rsqrt(mean of squares + eps) follows"),
 }  # fmt: skip
 
 
@@ -464,7 +464,7 @@ def test_refused_layer_norm_that_is_not_in_float32():
 def test_refused_layer_norm_that_changes_the_dtype():
     x, r, w = inputs()
     refused(
-        "the norm of a torch.bfloat16 value leaves as torch.float32 (its weight is torch.float32)",
+        "the norm of a torch.bfloat16 value is torch.float32 (its weight is torch.float32)",
         lambda x, r, w, b: layer_norm((r + all_reduce(x)).float(), w, b),
         x, r, w.float(), bias(torch.float32),
     )  # fmt: skip
@@ -524,7 +524,7 @@ def test_refused_norm_of_something_else_by_this_root():
         total = r + all_reduce(x)
         return r * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5) * w
 
-    refused("x * rsqrt(mean of squares + eps) is not complete", block, *inputs(torch.float32))
+    refused("no x * rsqrt(mean of squares + eps) follows", block, *inputs(torch.float32))
 
 
 def test_refused_reduced_value_added_to_itself():
@@ -538,7 +538,7 @@ def test_refused_first_all_reduce_of_one_norm():
 
     first, second = found_in(block, values(8, H), values(8, H), values(H))
     assert isinstance(second, Match)
-    assert first.reason == f"its residual add or norm waits for {second.all_reduce}, a later collective"
+    assert first.reason == f"its residual add or norm depends on {second.all_reduce}, a later collective"
 
 
 def test_refused_coalesced():

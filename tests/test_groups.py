@@ -74,7 +74,7 @@ def test_a_smaller_group_is_refused(reduce, on_one_rank, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2 if group else 4)
     report = rewrite(function, *inputs).report
     assert [refusal.reason for refusal in report.refusals] == [
-        "compile_on_one_rank: its group is a part of the ranks, and the others run it with theirs"
+        "compile_on_one_rank: its group has only some of the ranks, and its name differs between ranks"
     ] * 2
 
 

@@ -33,6 +33,7 @@ passes
 passes.section
 passes.wire
 passes.outline
+passes.layers
 passes.place
 passes.weave
 passes.conform

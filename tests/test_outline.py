@@ -300,7 +300,7 @@ def test_layers_that_write_to_inputs_that_others_read():
     """A layer that writes what another reads is not called; where all do, none is."""
     some = rewrite(cached(6, read_before=2), *cached_inputs(6), mode="fuse").outlined()
     assert len(calls(some)[0]) == 3
-    assert reason(cached(6, read_before=6), *cached_inputs(6)) == "its layers write to inputs of the graph that are read elsewhere, too"
+    assert reason(cached(6, read_before=6), *cached_inputs(6)) == "its layers write to inputs of the graph that are also read elsewhere"
 
 
 def test_layers_that_hand_on_what_they_take():
@@ -313,7 +313,7 @@ def test_layers_that_hand_on_what_they_take():
         handed.append(other.t())
         return (one + other.sin()) @ down
 
-    assert reason(mlps(8, between), *mlps_inputs(8, INNER)) == "its layers hand on a part of what they take, or write"
+    assert reason(mlps(8, between), *mlps_inputs(8, INNER)) == "its layers return a view of an input, or of a value that they write"
 
 
 def test_layers_that_hand_on_a_part_of_a_tensor():
@@ -330,7 +330,7 @@ def test_layers_that_hand_on_a_part_of_a_tensor():
     x, residual, *weights = mlps_inputs(5, 8)
     weights = [w[: INNER // 2] if w.shape == (INNER, H) else w for w in weights]
     said = reason(mlps(5, between), x, residual, *weights)
-    assert said == "its layers hand on what getitem returns, which is no tensor, or a part of one"
+    assert said == "its layers return the result of getitem, which is not a tensor, or is a part of one"
 
 
 @torch.library.custom_op("tests_outline::unsafe", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -484,7 +484,7 @@ def test_a_product_with_a_number_in_float64_stays():
     stack, (x, residual, *rest) = lengths(5, lambda number, up: up * number)
     rest[:5] = [torch.tensor(3.0, dtype=torch.float64)] * 5
     _, (body, found) = on_gpu(stack, x, residual, *rest)
-    assert body is None and found == "its layers take or make tensors elsewhere than on cuda:0"
+    assert body is None and found == "its layers have tensors that are not on cuda:0"
 
 
 # --- where a layer begins ------------------------------------------------------------------------------------------------

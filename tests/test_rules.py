@@ -275,14 +275,14 @@ def raises(node, axes):
 
 WRONG = {  # name -> (rule, what the report says)
     "raises": (raises, "its token-axis rule raises LookupError: of no use"),
-    "no split": (lambda node, axes: True, "its token-axis rule answers True, which is no Split"),
+    "no split": (lambda node, axes: True, "its token-axis rule returns True, which is not a Split"),
     "another axis": (lambda node, axes: Split(TokenAxis(1)), "its token-axis rule gives a part of shape"),
-    "no axis": (lambda node, axes: Split(TokenAxis(-1)), "its token-axis rule answers TokenAxis(dim=-1, unit=1), which is no axis"),
+    "no axis": (lambda node, axes: Split(TokenAxis(-1)), "its token-axis rule returns TokenAxis(dim=-1, unit=1), which is not an axis"),
     "another unit": (lambda node, axes: Split(TokenAxis(0, 2)), "its token-axis rule gives a part of shape"),
-    "another number of results": (lambda node, axes: Split((TokenAxis(0),)), "its token-axis rule answers (TokenAxis"),
-    "another kind": (lambda node, axes: Split(TokenAxis(0), target=aten.isnan.default), "its token-axis rule gives halves of another kind"),
+    "another number of results": (lambda node, axes: Split((TokenAxis(0),)), "its token-axis rule returns (TokenAxis"),
+    "another kind": (lambda node, axes: Split(TokenAxis(0), target=aten.isnan.default), "its token-axis rule gives halves whose dtype"),
     "whole": (lambda node, axes: Split(TokenAxis(0), whole=frozenset([0])), "its token-axis rule gives a part of shape"),
-    "a call that fails": (lambda node, axes: Split(TokenAxis(0), args=(*node.args, 1)), "it cannot be made for a half: "),
+    "a call that fails": (lambda node, axes: Split(TokenAxis(0), args=(*node.args, 1)), "it fails on half of the tokens: "),
     "another size": (lambda node, axes: Split(TokenAxis(0), target=aten.t.default), "its token-axis rule gives a part of shape"),
 }
 

@@ -245,7 +245,7 @@ def test_refused_gathered_over_another_group():
 
 def test_refused_parts_of_rows():
     refused(
-        "it scatters dimension 1, over which the norm is",
+        "it scatters dimension 1, which the norm reduces",
         lambda x, w: gather(hf_norm(scatter(x, 1), w), 1),
         values(8, 2 * H), values(H),
     )  # fmt: skip
@@ -253,7 +253,7 @@ def test_refused_parts_of_rows():
 
 def test_refused_a_reshape_that_mixes_the_rows_of_ranks():
     refused(
-        "aten.reshape.default stands between reduce-scatter and all-gather: its token-axis rule does not cover this use",
+        "aten.reshape.default is between reduce-scatter and all-gather: its token-axis rule does not cover this use",
         lambda x, w: gather(hf_norm(scatter(x, 1).view(12, H), w)),
         values(3, 8, H), values(H),
     )  # fmt: skip
@@ -264,7 +264,7 @@ def test_refused_first_of_one_norm():
         return gather(hf_norm(scatter(x) + scatter(y), w))
 
     found, refusals, _ = sites_in(block, values(8, H), values(8, H), values(H))
-    assert (found, refusals) == (1, ["its residual add or norm waits for reduce_scatter_tensor_1, a later collective"])
+    assert (found, refusals) == (1, ["its residual add or norm depends on reduce_scatter_tensor_1, a later collective"])
 
 
 def test_refused_several_at_once():
@@ -295,7 +295,7 @@ def test_refused_rows_that_do_not_divide_by_the_ranks(dim):
 
     shape = [3, 3, H]
     shape[dim] = 7
-    refused("its rows do not divide by 2 ranks", block, values(*shape), values(H))
+    refused("its number of rows is not a multiple of the number of ranks, 2", block, values(*shape), values(H))
 
 
 # --- what is done ----------------------------------------------------------------------------------------------------

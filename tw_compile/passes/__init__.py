@@ -70,7 +70,7 @@ def rewrite(
 
     may_be_symmetric: (group name, device) -> whether sites of the group may use symmetric memory
     cut_of:           the sites, as ``fused`` calls -> the cut, or why the graph is not woven; '' if the caller gives the reason
-    decision:         what is not done, as another rank cannot do it
+    decision:         what is not done, as some rank cannot do it
     """
     report = Report(requested=options.requested)
     work = copied_graph(graph)
@@ -87,7 +87,8 @@ def rewrite(
     new.refused = {numbers[f.all_reduce]: f.reason for f in report.refusals if f.all_reduce in numbers}
     if options.off or not matches:
         report.sites = [_site(match) for match in matches]
-        report.reasons.append(options.off or _nothing([n for n, f in (("all-reduces", reduces), ("reduce-scatters", scatters)) if f]))
+        kinds = [name for name, of_kind in (("all-reduces", reduces), ("reduce-scatters", scatters)) if of_kind]
+        report.reasons.append(options.off or _nothing(kinds))
         return new
 
     device = value(matches[0].total).device  # read now, as the passes below replace the node

@@ -1,19 +1,21 @@
-"""graph -> [Match | Refusal]: every all-reduce, as a site that can be fused or with the reason why not. Changes nothing.
+"""graph -> [Match | Refusal]: each all-reduce, as a site that can be fused or with the reason why not. The graph is not changed.
 
-A site, in post-grad ATen, where every way of writing a tensor-parallel model looks alike::
+A site in post-grad ATen, where all ways to write a tensor-parallel model look the same::
 
     all_reduce(x, "sum", group) -> wait_tensor -> [reshape] -> [+ bias] -> [* scale] -> [+ residual] -> norm
 
-A reshape, or a factor that is a tensor of one number, may as well be applied to each rank's part of the sum: it is moved there.
-Sequence-parallel sites get this form from ``unshard``.
+A reshape, or a product with a scalar tensor, gives the same on each rank's part of the sum: it is moved before the all-reduce.
+``unshard`` gives sequence-parallel sites this form.
 
-The residual comes in either order, or not at all (the norm after a vocabulary-parallel embedding). What a norm is: ``norms``.
+The residual may be either operand of the add. There may be no residual, as in the norm after a vocabulary-parallel embedding. norms.py
+recognises the norms.
 """
 
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,14 +41,19 @@ from .graph_utils import (
 )
 from .norms import NO_NORM, Norm, has_row_length, is_number, match_norm
 
-# What the kernels take.
+# Limits of the kernels.
 MAX_HIDDEN = 32768
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class AllReduce:
-    """The arguments of an all-reduce: the node of the partial sum, the reduce op, the name of the process group."""
+    """The arguments of a call of an all-reduce.
+
+    x:         the node of this rank's partial sum, [..., H]; bfloat16, float16 and float32 can be fused
+    reduce_op: the reduce op; only ``"sum"`` can be fused
+    group:     the name of the process group (``ProcessGroup.group_name``)
+    """
 
     x: Node
     reduce_op: str
@@ -57,31 +64,37 @@ def _functional(node: Node) -> AllReduce:
     return AllReduce(*node.args[:3])
 
 
-# How to read each op that is an all-reduce. The in-place form of the op appears where Inductor's own passes made it.
-_ALL_REDUCES: dict[object, Callable[[Node], AllReduce]] = {
+# All-reduce ops -> how to read the arguments of a call. Inductor's own passes make the in-place op.
+_ALL_REDUCES: dict[OpOverload, Callable[[Node], AllReduce]] = {
     c10d.all_reduce.default: _functional,
     c10d.all_reduce_.default: _functional,
 }
-# All-reduces of a form that no site can have, with the reason.
+# All-reduce ops that cannot be sites -> the reason.
 _REFUSED = {c10d.all_reduce_coalesced.default: "all_reduce_coalesced reduces several tensors at once"}
 
 
-def register_all_reduce(op, read: Callable[[Node], AllReduce]) -> None:
-    """Name a custom op as an all-reduce, so that its sites are found.
+def register_all_reduce(op: OpOverload, read: Callable[[Node], AllReduce]) -> None:
+    """Register a custom op as an all-reduce, so that its sites are found. All ranks must register the same ops.
 
-    op:   an OpOverload that returns the sum over the ranks of a group, and takes the partial sum unchanged
-    read: a call's node -> AllReduce(x, reduce_op, group); the group's name as ``ProcessGroup.group_name`` gives it
+    op:   an OpOverload. It returns the sum over the ranks of a group, in the shape and dtype of this rank's partial sum. It does not
+          change the partial sum.
+    read: the node of a call -> its ``AllReduce(x, reduce_op, group)``
+
+    ``TokenWeaveError`` is raised on all ranks if they have registered different ops.
     """
     _ALL_REDUCES[op] = read
 
 
-_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional")  # namespaces of torch's
-_LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # ops there that ask nothing of another rank
+_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional")  # the namespaces of torch's collectives
+_LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # ops in these namespaces that do not communicate
 
 
 def communicates(node: Node) -> bool:
-    """Whether a call needs the other ranks: torch's functional collectives, registered all-reduces, our sites, and the calls of
-    higher-order ops and of layers that have one of these inside. Not ``wait_tensor``, nor the ``wait`` of a site."""
+    """Whether a call communicates with other ranks.
+
+    These are torch's functional collectives, registered all-reduces, our sites, and calls of graphs that contain one of them: of
+    higher-order ops and of layers. ``wait_tensor`` and the ``wait`` of a site do not communicate.
+    """
     if node.op != "call_function":
         return False
     op = node.target
@@ -91,36 +104,35 @@ def communicates(node: Node) -> bool:
 
 
 def _inside(call: Node) -> list[Graph]:
-    """The graphs that a call is given."""
+    """The graphs among the arguments of a call."""
     names = [a.target for a in call.all_input_nodes if a.op == "get_attr"]
     modules = [operator.attrgetter(name)(call.graph.owning_module) for name in names]
     return [module.graph for module in modules if isinstance(module, GraphModule)]
 
 
 def collectives(graph: Graph) -> list[Node]:
-    """All calls of a graph that communicate, in program order: that in which every rank has to make them."""
+    """The calls of a graph that communicate, in program order. All ranks must make them in this order."""
     return [node for node in graph.nodes if communicates(node)]
 
 
 def stays(node: Node) -> bool:
-    """Whether a call is kept although nobody reads its result: the other ranks make it, too, or it does more than return."""
+    """Whether a call without users is kept, as it communicates or has side effects."""
     return node.is_impure() or communicates(node)
 
 
 def registered_all_reduces() -> list[str]:
-    """The ops that were registered as all-reduces."""
+    """The names of the ops that users have registered as all-reduces."""
     return [str(op) for op in _ALL_REDUCES if op.namespace not in _COLLECTIVES]
 
 
 def collective_group(node: Node) -> str:
-    """The name of the group that a collective is for; '' where its arguments do not name one."""
+    """The name of a collective's group; '' if its arguments do not give one."""
+    group: Any = None
     if node.target in _ALL_REDUCES:
         group = _ALL_REDUCES[node.target](node).group
     elif isinstance(node.target, OpOverload):
         named = {a.name: given for a, given in zip(node.target._schema.arguments, node.args)} | dict(node.kwargs)
         group = named.get("group", named.get("group_name"))
-    else:
-        group = None
     try:
         return _name_of(group) if isinstance(group, (str, Node)) else ""
     except _Refused:
@@ -131,11 +143,13 @@ def collective_group(node: Node) -> str:
 class Match:
     """An all-reduce -> residual add -> norm that one op can replace.
 
-    x, group:   what is reduced, over which process group
-    total:      the value that the norm reads and that the next residual is: ``scale * (sum + bias) + residual``
-    residual:   None where nothing is added
-    linear:     what is done to the sum first and will be done to its parts instead, in order: reshapes, and products with
-                a tensor of one number
+    x:        this rank's partial sum
+    group:    the name of the process group
+    linear:   the calls on the sum that are moved before the all-reduce, in order: reshapes, and products with a scalar tensor
+    bias:     a vector that is added to the sum, or None
+    scale:    factor on the sum, after the bias
+    residual: None if nothing is added
+    total:    ``scale * (sum + bias) + residual``, the input of the norm and the next residual
     """
 
     all_reduce: Node
@@ -150,25 +164,26 @@ class Match:
 
     @property
     def source(self) -> str:
-        """The residual add, or the call of the norm where nothing is added."""
+        """The place in the model of the residual add, or of the call of the norm if nothing is added."""
         if self.residual is not None:
             return source_of(self.total)
         modules = list((self.norm.output.meta.get("nn_module_stack") or {}).values())
-        norm_is_torchs = modules and "torch.nn.modules" in str(modules[-1][1])
-        return source_of(self.norm.output, callers=0 if norm_is_torchs else 1)
+        norm_of_torch = modules and "torch.nn.modules" in str(modules[-1][1])
+        return source_of(self.norm.output, callers=0 if norm_of_torch else 1)
 
 
 class _Refused(Exception):
-    pass
+    """An all-reduce cannot be fused, for this reason."""
 
 
 def find(graph: Graph, refused: Mapping[str, str] = MappingProxyType({})) -> list[Match | Refusal]:
-    """Every all-reduce of a post-grad graph, in the order of the graph, as a match or a refusal.
+    """Each all-reduce of a post-grad graph, in the order of the graph, as a match or a refusal.
 
-    refused: names of all-reduces that are refused in any case -> the reason
+    refused: names of all-reduces that some rank refuses -> the reason
     """
-    found, order = [], collectives(graph)
-    before = Ancestors(graph) if order else None
+    found: list[Match | Refusal] = []
+    order = collectives(graph)
+    before = Ancestors(graph if order else Graph())
     for node in graph.nodes:
         if calls(node, *_ALL_REDUCES, *_REFUSED):
             match = Refusal(str(node), source_of(node), refused[node.name]) if node.name in refused else _match(node)
@@ -176,16 +191,15 @@ def find(graph: Graph, refused: Mapping[str, str] = MappingProxyType({})) -> lis
                 match = Refusal(str(node), source_of(node), late)
             found.append(match)
     for name, inner in subgraphs(graph):
-        for node in inner.nodes:
-            if calls(node, *_ALL_REDUCES, *_REFUSED):
-                found.append(Refusal(str(node), source_of(node), f"inside {name}, the graph of a higher-order op"))
+        reason = f"inside {name}, the graph of a higher-order op"
+        found += [Refusal(str(node), source_of(node), reason) for node in inner.nodes if calls(node, *_ALL_REDUCES, *_REFUSED)]
     return found
 
 
 def overtaken(match: Match, order: list[Node], before: Ancestors) -> str | None:
-    """Why a site cannot keep its place among ``order``, the collectives of its graph, if it is so.
+    """Why a site cannot keep its place in ``order``, the collectives of its graph; None if it can.
 
-    It begins when it has all that it adds and multiplies. If that hangs on a later collective, it would come after that.
+    It cannot if one of its inputs depends on a later collective.
     """
     norm = match.norm
     given = [match.residual, match.bias, norm.weight, norm.shift, *(a for step in match.linear for a in step.all_input_nodes)]
@@ -193,7 +207,7 @@ def overtaken(match: Match, order: list[Node], before: Ancestors) -> str | None:
     given = [a for a in given if a is not None and a not in own]
     for later in order[order.index(match.all_reduce) + 1 :]:
         if any(a is later or before(later, a) for a in given):
-            return f"its residual add or norm waits for {later}, a later collective"
+            return f"its residual add or norm depends on {later}, a later collective"
     return None
 
 
@@ -204,7 +218,7 @@ def _match(node: Node) -> Match | Refusal:
 
 
 def match_site(node: Node, call: AllReduce) -> Match | Refusal:
-    """What follows a node whose result is a sum over ranks, as ``call`` says: a whole site, or the reason why it is none."""
+    """The site that begins with ``node``, the sum over the ranks that ``call`` describes; or why it is not one."""
     try:
         return _site(node, call)
     except _Refused as refused:
@@ -218,13 +232,14 @@ def _site(node: Node, call: AllReduce) -> Match:
     if resolve_process_group(group).size() == 1:
         raise _Refused(f"group {group} has one rank: there is nothing to reduce")
     if value(node).dtype not in DTYPES:
-        raise _Refused(f"{value(node).dtype} is reduced; bfloat16, float16 and float32 can be fused")
+        raise _Refused(f"its dtype is {value(node).dtype}; bfloat16, float16 and float32 can be fused")
     hidden = value(node).shape[-1] if value(node).dim() > 1 else None
     if not isinstance(hidden, int) or hidden % 8 or hidden > MAX_HIDDEN:
         raise _Refused(f"shape {list(value(node).shape)}: the last dimension must be a multiple of 8 up to {MAX_HIDDEN}")
 
     total = _sole_user(node, "sum") if any(calls(user, WAIT) for user in node.users) else node
-    linear, bias, scale, residual = [], None, 1.0, None
+    linear: list[Node] = []
+    bias, scale, residual = None, 1.0, None
     while True:
         norm = match_norm(total)
         if isinstance(norm, Norm):
@@ -232,7 +247,7 @@ def _site(node: Node, call: AllReduce) -> Match:
         if residual is not None or norm is not NO_NORM:
             raise _Refused(norm)
         user = _sole_user(total, "reduced value")
-        if (calls(user, *RESHAPES) and keeps_rows(user) or _factor(user, total)) and bias is None and scale == 1.0:
+        if ((calls(user, *RESHAPES) and keeps_rows(user)) or _factor(user, total)) and bias is None and scale == 1.0:
             linear.append(user)
         elif calls(user, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) and is_number(user.args[1]):
             factor = float(user.args[1])
@@ -249,16 +264,16 @@ def _site(node: Node, call: AllReduce) -> Match:
             else:
                 residual = _checked_residual(other, total)
         elif calls(user, prims.convert_element_type.default):
-            raise _Refused(f"a cast to {user.args[1]} stands before the residual add")
+            raise _Refused(f"a cast to {user.args[1]} comes before the residual add")
         else:
-            raise _Refused(f"{norm}; the reduced value goes to {user.target}")
+            raise _Refused(f"{norm}; the reduced value is the input of {user.target}")
         total = user
 
 
-def _name_of(group) -> str:
-    """The name of a group; of one that the graph takes from a mesh (``compile_on_one_rank``), if it is that of all ranks.
+def _name_of(group: str | Node) -> str:
+    """The name of a group, which is a node if the graph takes it from a mesh (``compile_on_one_rank``).
 
-    What one rank compiles then may run on the others, for which a smaller group has another name.
+    Raises _Refused for a node whose group has only some of the ranks. Other ranks run the graph too, and their group has another name.
     """
     if isinstance(group, str):
         return group
@@ -267,21 +282,22 @@ def _name_of(group) -> str:
     if not isinstance(known, dist.ProcessGroup):
         raise _Refused(f"its group is {group.format_node()}, which is not known before the graph runs")
     if known.size() != dist.get_world_size():
-        raise _Refused("compile_on_one_rank: its group is a part of the ranks, and the others run it with theirs")
+        raise _Refused("compile_on_one_rank: its group has only some of the ranks, and its name differs between ranks")
     return known.group_name
 
 
 def _sole_user(node: Node, what: str) -> Node:
+    """The only user of a node. Raises _Refused if there is none, or are several. what: its name in messages"""
     users = list(node.users)
     if len(users) != 1:
         raise _Refused(f"the {what} has {len(users)} users ({', '.join(str(u.target) for u in users) or 'none'})")
     if users[0].op == "output":
-        raise _Refused(f"the {what} leaves the graph without a norm")
+        raise _Refused(f"the graph returns the {what} before a norm")
     return users[0]
 
 
 def _factor(node: Node, total: Node) -> Node | None:
-    """The tensor of one number that ``total`` is multiplied with, if that is what ``node`` does."""
+    """The scalar tensor that ``node`` multiplies ``total`` with; None if it does something else."""
     other = other_operand(node, total) if calls(node, aten.mul.Tensor) else None
     return other if is_tensor(other) and value(other).dim() == 0 and value(node).dtype == value(total).dtype else None
 

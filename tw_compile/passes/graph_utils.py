@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -19,7 +19,7 @@ _TORCH = str(Path(torch.__file__).parent)
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
-def calls(node: object, *targets: object) -> bool:
+def calls(node: object, *targets: object) -> TypeGuard[Node]:
     """Whether ``node`` is a call of one of ``targets``."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
@@ -37,7 +37,8 @@ def value(node: Node) -> Any:
     return node.meta.get("val")
 
 
-def is_tensor(node: object) -> bool:
+def is_tensor(node: object) -> TypeGuard[Node]:
+    """Whether it is a node whose value is a tensor."""
     return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
 
 

@@ -1,12 +1,12 @@
-"""What of a graph is a norm over the last dimension.
+"""Recognises norms over the last dimension.
 
-An RMSNorm is any of
+An RMSNorm has one of these forms, where r32 is the residual in float32:
 
     (r32 * rsqrt(mean(r32²) + eps)).to(dtype) * weight            Hugging Face
     (r32 * rsqrt(mean(r32²) + eps) * weight).to(dtype)            torch.nn.RMSNorm
     (r32 * rsqrt(mean(r32²) + eps) * (1 + weight)).to(dtype)      Gemma
 
-and a LayerNorm is the same of r32 - mean(r32), and may have a bias of its own, added last: the *shift*.
+A LayerNorm is the same of r32 - mean(r32). It may have a bias, which is added last: the *shift*.
 """
 
 import operator
@@ -23,9 +23,11 @@ NO_NORM = "no RMSNorm or LayerNorm follows"
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm: its result, and what it is, ``row * rsqrt(mean(row²) + eps) * (weight + offset) + shift``.
+    """A norm: ``output = row * rsqrt(mean(row²) + eps) * (weight + offset) + shift``.
 
-    center: LayerNorm, whose row is r - mean(r); otherwise RMSNorm, whose row is r, and which has no shift
+    weight: None for ones
+    shift:  None for zeros
+    center: it is a LayerNorm, where row is r - mean(r); otherwise an RMSNorm, where row is r and there is no shift
     """
 
     output: Node
@@ -41,10 +43,10 @@ class Norm:
 
 
 def match_norm(total: Node) -> Norm | str:
-    """The norm over the last dimension that reads ``total``, perhaps through a reshape; or the reason why none was found."""
+    """The norm that reads ``total``, directly or through a reshape; or why there is none that can be fused."""
     reason = NO_NORM
     for start in (total, *(u for u in total.users if calls(u, *RESHAPES) and keeps_rows(u))):
-        # A model may cast the value anew for each time that it reads it.
+        # A model may cast the value each time that it reads it.
         rows = [r for r in (start, *_casts(start, torch.float32)) if value(r).dtype == torch.float32]
         for norm in (*_rms_norms(rows, total), *_layer_norms(rows, total)):
             if isinstance(norm, Norm):
@@ -53,18 +55,18 @@ def match_norm(total: Node) -> Norm | str:
     return reason
 
 
-def _casts(node: Node, dtype) -> list[Node]:
+def _casts(node: Node, dtype: torch.dtype) -> list[Node]:
     return [u for u in node.users if calls(u, prims.convert_element_type.default) and u.args[1] == dtype]
 
 
 def _rms_norms(rows: list[Node], total: Node) -> Iterator[Norm | str]:
-    """Whatever starts with the mean of squares: a norm, or the reason why it cannot be fused."""
+    """For each mean of squares: the norm that it is a part of, or why that cannot be fused."""
     for square in _squares(rows):
         yield _normalised(rows, square, "mean of squares", total, center=False)
 
 
 def _layer_norms(rows: list[Node], total: Node) -> Iterator[Norm | str]:
-    """Whatever starts with a variance: ``var``, ``var_mean``, or the mean of squares of x - mean(x)."""
+    """The same for each variance: ``var``, ``var_mean``, or the mean of squares of x - mean(x)."""
     both = [u for r in rows for u in r.users if calls(u, aten.var_mean.correction)]
     means = [u for r in rows for u in r.users if calls(u, aten.mean.dim) and _of_rows(u)] + _items(filter(_of_rows, both), 1)
     centered = [u for r in rows for u in r.users if calls(u, aten.sub.Tensor) and u.args[1] in means and not u.kwargs]
@@ -91,14 +93,14 @@ def _dims(reduction: Node) -> list[int]:
 
 
 def _of_rows(reduction: Node) -> bool:
-    """Whether it is over the last dimension, and keeps it."""
+    """Whether it is over the last dimension, and keeps that with size 1."""
     rank, result = value(reduction.args[0]).dim(), value(reduction)
     result = result if isinstance(result, torch.Tensor) else result[0]
     return [d % rank for d in _dims(reduction)] == [rank - 1] and result.dim() == rank
 
 
 def _normalised(rows: list[Node], spread: Node, what: str, total: Node, center: bool) -> Norm | str:
-    """The norm that divides one of ``rows`` by sqrt(spread + eps), or why it cannot be fused. what: the name of ``spread``."""
+    """The norm that divides one of ``rows`` by sqrt(spread + eps), or why it cannot be fused. what: its name in messages"""
     reduction = spread.args[0] if calls(spread, operator.getitem) else spread
     if not _of_rows(reduction):
         return f"the {what} is over dimensions {_dims(reduction)}, not the last one"
@@ -109,11 +111,11 @@ def _normalised(rows: list[Node], spread: Node, what: str, total: Node, center: 
         return f"the {what} is not followed by + eps"
     scaled = _divided(rows, shifted)
     if not scaled:
-        return f"x * rsqrt({what} + eps) is not complete"
+        return f"no x * rsqrt({what} + eps) follows"
     return _weighted(scaled, float(shifted.args[1]), total, center)
 
 
-def _one(node: Node, *targets) -> Node | None:
+def _one(node: Node, *targets: object) -> Node | None:
     return next((u for u in node.users if calls(u, *targets)), None)
 
 
@@ -133,7 +135,7 @@ def _divided(rows: list[Node], square: Node) -> Node | None:
 
 
 def _weighted(scaled: Node, eps: float, total: Node, center: bool) -> Norm | str:
-    """The tail of the norm: a weight, with ``center`` a shift, and a cast back before, between or after them; all optional."""
+    """The norm, with what follows ``scaled``: a weight, a shift if ``center``, and a cast back at any place. All are optional."""
     dtype, output, weight, offset, shift = value(total).dtype, scaled, None, 0.0, None
     for _ in range(3):
         if len(output.users) != 1:
@@ -145,26 +147,26 @@ def _weighted(scaled: Node, eps: float, total: Node, center: bool) -> Norm | str
         elif calls(user, aten.mul.Tensor) and weight is None and shift is None and _is_vector(other, total):
             output, (weight, offset) = user, _weight(other, total)
         elif calls(user, aten.add.Tensor) and center and shift is None and _is_vector(other, total) and not user.kwargs:
-            output, shift = user, _as_it_was(other, total)
+            output, shift = user, _before_cast(other, total)
         else:
             break
     if value(output).dtype != dtype:
-        return f"the norm of a {dtype} value leaves as {value(output).dtype}" + (
-            f" (its weight is {value(weight).dtype})" if weight is not None else ""
-        )
+        of_weight = f" (its weight is {value(weight).dtype})" if weight is not None else ""
+        return f"the norm of a {dtype} value is {value(output).dtype}{of_weight}"
     for name, vector in (("weight", weight), ("bias", shift)):
         if vector is not None and value(vector).dtype not in (dtype, torch.float32):
             return f"the norm's {name} is {value(vector).dtype}, its input {dtype}"
     return Norm(output, weight, shift, eps, offset, center)
 
 
-def _is_vector(operand, total: Node) -> bool:
-    """Whether it is [H], and not made of ``total``, which comes out of the op that takes the vector."""
-    return is_tensor(operand) and value(operand).dim() == 1 and has_row_length(operand, total) and not _made_of(operand, total)
+def _is_vector(operand: object, total: Node) -> bool:
+    """Whether it is [H] and does not depend on ``total``, a result of the op that takes the vector."""
+    return is_tensor(operand) and value(operand).dim() == 1 and has_row_length(operand, total) and not _depends(operand, total)
 
 
-def _made_of(node: Node, total: Node) -> bool:
-    seen, left = set(), [node]
+def _depends(node: Node, total: Node) -> bool:
+    seen: set[Node] = set()
+    left = [node]
     while left:
         node = left.pop()
         if node is total:
@@ -175,22 +177,20 @@ def _made_of(node: Node, total: Node) -> bool:
 
 
 def _weight(vector: Node, total: Node) -> tuple[Node, float]:
-    """(weight, offset), where the factor is weight + offset."""
+    """(weight, offset) of a factor weight + offset."""
     offset = 0.0
     if calls(vector, aten.add.Tensor, aten.add.Scalar) and vector.args[1] in (1, 1.0) and not vector.kwargs:
         vector, offset = vector.args[0], 1.0
-    return _as_it_was(vector, total), offset
+    return _before_cast(vector, total), offset
 
 
-def _as_it_was(vector: Node, total: Node) -> Node:
-    """The parameter behind a cast to float32: the kernel widens it itself, and need not do so for each call."""
-    if calls(vector, prims.convert_element_type.default) and vector.args[1] == torch.float32:
-        if value(vector.args[0]).dtype == value(total).dtype:
-            return vector.args[0]
-    return vector
+def _before_cast(vector: Node, total: Node) -> Node:
+    """The parameter that is cast to float32 to make ``vector``, as the kernel casts it itself; otherwise ``vector``."""
+    is_cast = calls(vector, prims.convert_element_type.default) and vector.args[1] == torch.float32
+    return vector.args[0] if is_cast and value(vector.args[0]).dtype == value(total).dtype else vector
 
 
-def is_number(argument) -> bool:
+def is_number(argument: object) -> bool:
     return isinstance(argument, (int, float)) and not isinstance(argument, bool)
 
 

@@ -1,13 +1,14 @@
-"""Fused graph -> the same graph with everything between its first and its last site done twice, once for each half.
+"""Fused graph -> the same graph, with two calls for each call between the first and the last site, one for each half of the tokens.
 
-Each node of a half carries ``meta["half"]``. Values are cut where a site first needs half of them, and joined again where
-an op without a token-axis rule needs them whole, or after the last site.
+A node of a half has ``meta["half"]``. Values are cut where a site first needs half of them. They are joined where an op without a
+token-axis rule needs them whole, and after the last site.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -16,7 +17,7 @@ from .. import ops
 from ..compat import detect_fake_mode, free_unbacked_symbols, statically_known_true
 from ..report import UnsplitOp
 from .cut import Cut
-from .emit import Emitter
+from .emit import Emit, Emitter
 from .find import collectives, communicates
 from .graph_utils import WAIT, Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
 from .rules import attention
@@ -27,30 +28,37 @@ from .rules.token_axis import Split, TokenAxis, equal, expr, expr_of, map_places
 
 @dataclass(frozen=True)
 class Halves:
-    """A value that exists as two nodes, to be joined along ``axis``; of a tuple of values, a tuple of axes."""
+    """A value in two halves.
+
+    axis: the TokenAxis along which they are joined; for a tuple of values, a tuple of them
+    """
 
     nodes: tuple[Node, Node]
-    axis: TokenAxis | tuple
+    axis: Any
 
 
-_NOT_HIDDEN = "no mask is known to hide what the second half writes from the first half"
+_NOT_HIDDEN = "no mask is known to hide from the first half what the second half writes"
 
 
 def split(
     graph: Graph, sites: list[Node], cut: Cut, keep_whole: Mapping[Node, str] | None = None
 ) -> tuple[Graph, list[Node], dict[Node, UnsplitOp], dict[Node, str], set[Node]]:
-    """Cut the region between the first and the last of ``sites`` (``fused`` calls).
+    """Cut a graph between the first and the last of ``sites`` (``fused`` calls).
 
-    keep_whole: calls that are not made for each half, although a rule may allow it -> why
-    Returns (new graph, the sites that were cut, the calls between the first and the last of them that need both halves, what was done
-    with each collective that is no site: ``cut`` or ``whole``, what is made once for all tokens, there and elsewhere). All collectives are in the order of ``graph``, the first half
-    of each before its second.
+    keep_whole: calls that are not cut, whatever the rules allow -> the reason
+    Returns (
+        the new graph; its collectives have the order of ``graph``, and the first half of each is before the second,
+        the sites that are cut,
+        the calls between the first and the last of them that need both halves,
+        each collective that is not a site -> "cut" or "whole",
+        the nodes of ``graph`` that are made once, for all tokens
+    ).
     """
     return _Splitter(graph, sites, cut, keep_whole or {}).run()
 
 
 def _chain(sites: list[Node], before: Ancestors) -> list[Node]:
-    """The sites of which each depends on the one before it, so that a half has one of them under way at a time."""
+    """Sites that each depend on the one before, so that each half communicates for one site at a time."""
     chain = sites[:1]
     for site in sites[1:]:
         if before(chain[-1], site):
@@ -58,8 +66,8 @@ def _chain(sites: list[Node], before: Ancestors) -> list[Node]:
     return chain
 
 
-def _may_be_zero(length) -> bool:
-    """Of a cut's half. One that is made of the sizes of a graph's inputs never is; one that data decides may be."""
+def _may_be_zero(length: int | torch.SymInt) -> bool:
+    """Whether the length of a half may be 0: only if it depends on data."""
     return length == 0 if isinstance(length, int) else bool(free_unbacked_symbols(length))
 
 
@@ -71,14 +79,14 @@ class _Splitter:
         self.sites = _chain([s for s in sites if same_shape(value(s.args[0]).shape[:-1], shape[:-1])], self.before)
         self.emit = Emitter(Graph(graph.owning_module), detect_fake_mode([value(sites[0].args[0])]))
         self.env: dict[Node, Node | Halves] = {}
-        self.joined: dict[Node, Node] = {}  # a value that is cut -> its whole
-        self.cuts: dict[tuple[Node, TokenAxis], tuple[Node, Node]] = {}  # a whole and an axis -> its halves
-        self.written: dict[Node, Write] = {}  # a whole, to which each half's rows are written in turn
-        self.firsts: dict[Node, Node] = {}  # such a whole -> what it is before the second half's are
+        self.joined: dict[Node, Node] = {}  # a value that is cut -> the value joined
+        self.cuts: dict[tuple[Node, TokenAxis], tuple[Node, Node]] = {}  # (a whole value, an axis) -> its halves
+        self.written: dict[Node, Write] = {}  # a whole value, to which each half's rows are written in turn
+        self.firsts: dict[Node, Node] = {}  # such a value -> the value before the second half's rows are written
         self.unsplit_ops: dict[Node, UnsplitOp] = {}
         self.done: dict[Node, str] = {node: "whole" for node in collectives(graph) if not calls(node, ops.fused)}
 
-    def run(self):
+    def run(self) -> tuple[Graph, list[Node], dict[Node, UnsplitOp], dict[Node, str], set[Node]]:
         region = self._region()
         for node in self.old.nodes:
             self.emit.like = node
@@ -89,16 +97,16 @@ class _Splitter:
             elif node not in region:
                 self._whole(node)
             elif self._cut_inputs(node):
-                self._inside(node)
+                self._in_region(node)
             else:
                 self._whole(node)
-                self._follow(node)
+                self._read_written(node)
         self.emit.graph.lint()
         whole = {node for node, made in self.env.items() if not isinstance(made, Halves)}
         return self.emit.graph, self.sites, self.unsplit_ops, self.done, whole
 
     def _region(self) -> set[Node]:
-        """The nodes that the last site needs, or a collective in front of it that nobody reads and that is made all the same."""
+        """The nodes that the last site needs, or that a collective before it needs, which may have no users."""
         nodes = list(self.old.nodes)
         ends = [node for node in nodes[: nodes.index(self.sites[-1])] if communicates(node)]
         ends += [user for node in ends for user in node.users if calls(user, WAIT)] + [self.sites[-1]]
@@ -110,16 +118,19 @@ class _Splitter:
     # --- one node ----------------------------------------------------------------------------------------------------
 
     def _cut_inputs(self, node: Node) -> dict[Node, TokenAxis]:
+        """The inputs of a call that are cut -> their axes."""
         halves = {a: self.env[a] for a in node.all_input_nodes}
         return {a: h.axis for a, h in halves.items() if isinstance(h, Halves)}
 
     def _whole(self, node: Node) -> None:
+        """Make a call once, on all tokens."""
         if calls(node, aten.sym_size.int) and self._cut_inputs(node):
-            self.env[node] = self.emit.size(value(node))  # which takes no joining
+            self.env[node] = self.emit.size(value(node))  # without joining the value
         else:
             self.env[node] = self.emit.graph.node_copy(node, self._join)
 
-    def _inside(self, node: Node) -> None:
+    def _in_region(self, node: Node) -> None:
+        """Make a call whose inputs are cut, once for each half if that is possible."""
         if calls(node, operator.getitem):
             parent = self.env[node.args[0]]
             parts = [self._in_half(h, operator.getitem, n, node.args[1]) for h, n in enumerate(parent.nodes)]
@@ -133,26 +144,26 @@ class _Splitter:
             self.done[node] = "cut"
 
     def _attempt(self, node: Node) -> str | None:
-        """Make a call once for each half; or leave everything as it was, and return why that cannot be."""
+        """Make a call once for each half. If that is not possible, undo all changes and return the reason."""
         last = next(iter(reversed(self.emit.graph.nodes)))
         known = (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes, self.unsplit_ops)
         lengths, written = [len(k) for k in known], dict(self.written)
         try:
             reason = self._in_halves(node)
-        except Exception as error:  # a graph must not break for a call that is only made right as a whole
-            reason = f"it cannot be made for a half: {type(error).__name__}: {error}".splitlines()[0]
+        except Exception as error:  # the call is made on all tokens instead
+            reason = f"it fails on half of the tokens: {type(error).__name__}: {error}".splitlines()[0]
         if reason is None:
             return None
         for entries, length in zip(known, lengths):
             while len(entries) > length:
-                entries.popitem()  # the newest: entries are only added
+                entries.popitem()  # the newest entry, as entries are only added
         self.written, self.emit.half = written, None
         while (made := next(iter(reversed(self.emit.graph.nodes)))) is not last:
             self.emit.graph.erase_node(made)
         return reason
 
     def _in_halves(self, node: Node) -> str | None:
-        """Make a call once for each half, or return why that cannot be."""
+        """Make a call once for each half, or return why that is not possible."""
         axes = self._cut_inputs(node)
         if calls(node, GATHER) and axes[node.args[0]].dim == 0 and (found := side_by_side(node)):
             self._gather(node, *found)
@@ -160,7 +171,7 @@ class _Splitter:
         if write := write_of(node, axes):
             return self._write(node, write)
         if node.target in attention.SIGNATURES and any(map(_may_be_zero, self.cut.halves)):
-            return "a half may be without tokens, of which there is no attention"
+            return "a half may have no tokens, and attention needs at least one"
         rule = split_rule(node, axes)
         if isinstance(rule, str):
             return rule
@@ -170,20 +181,17 @@ class _Splitter:
                 return f"an input has {value(a).shape[axis.dim]} entries along the token axis, not {needed}"
         if attention.is_cut_causally(node, axes, self._rows):
             return self._causal_attention(node, rule)
-        self._follow(node)
+        self._read_written(node)
 
-        def of_input(half):
-            def convert(place, a):
-                return self._join(a) if rule.takes_whole(place, a) else self._half(a, half, rule.slice_of(place, a))
+        def of_input(half: int, place: object, a: Node) -> Node:
+            return self._join(a) if rule.takes_whole(place, a) else self._half(a, half, rule.slice_of(place, a))
 
-            return convert
-
-        made = Halves(tuple(self._again(node, rule, half, of_input(half)) for half in (0, 1)), rule.axis)
+        made = Halves(tuple(self._again(node, rule, half, partial(of_input, half)) for half in (0, 1)), rule.axis)
         self.env[node] = made
         return self._fault(node, made)
 
-    def _is(self, size, wanted) -> bool:
-        """Whether a size is known to be what an expression says, by the guards that there are, too."""
+    def _is(self, size: Any, wanted: Any) -> bool:
+        """Whether a size is known to equal a sympy expression, also by the guards that exist."""
         if equal(expr(size), wanted):
             return True
         env = self.emit.fake_mode.shape_env
@@ -191,10 +199,10 @@ class _Splitter:
             return False
         return statically_known_true(size == (int(wanted) if wanted.is_number else env.create_symintnode(wanted, hint=None)))
 
-    def _again(self, node: Node, rule: Split, half: int, of_input) -> Node:
-        """The call that ``rule`` makes of ``node`` for a half. of_input: (place, node of the old graph) -> its argument"""
+    def _again(self, node: Node, rule: Split, half: int, of_input: Callable[[Any, Node], Node]) -> Node:
+        """Make a call for a half by its rule. of_input: (place, input in the old graph) -> the argument"""
 
-        def convert(place, a):
+        def convert(place: object, a: Any) -> Any:
             if isinstance(a, torch.SymInt):
                 return self.emit.size(a)
             return of_input(place, a) if isinstance(a, Node) else a
@@ -203,10 +211,10 @@ class _Splitter:
         return self._in_half(half, rule.target or node.target, *args, **kwargs)
 
     def _sliced(self, node: Node, rule: Split) -> list[tuple[TokenAxis, Node]]:
-        """What a rule slices of the inputs of a call that are not cut."""
+        """(axis, input) for each input that is not cut and that a rule slices."""
         found = []
 
-        def look(place, a):
+        def look(place: object, a: Any) -> None:
             axis = rule.slice_of(place, a) if isinstance(a, Node) else None
             if axis is not None and not isinstance(self.env[a], Halves):
                 found.append((axis, a))
@@ -215,38 +223,39 @@ class _Splitter:
         return found
 
     def _fault(self, node: Node, made: Halves) -> str | None:
-        """What is wrong with the halves that a rule made of a call, if they do not make up its result."""
+        """Why the halves that a rule makes of a call are not halves of its result; None if they are."""
         whole, parts = value(node), [value(part) for part in made.nodes]
         if isinstance(whole, torch.Tensor):
-            return self._misfit(whole, parts, made.axis)
-        if not isinstance(whole, (tuple, list)) or not isinstance(made.axis, tuple) or not all(calls(u, operator.getitem) for u in node.users):
-            return "its token-axis rule does not say where the tokens of each result are"
+            return self._fault_of_one(whole, parts, made.axis)
+        has_axes = isinstance(whole, (tuple, list)) and isinstance(made.axis, tuple)
+        if not has_axes or not all(calls(user, operator.getitem) for user in node.users):
+            return "its token-axis rule does not give the token axis of each result"
         if any(len(results) != len(whole) for results in (made.axis, *parts)):
-            return f"its token-axis rule gives another number of results than {len(whole)}"
+            return f"its token-axis rule gives a number of results other than {len(whole)}"
         used = {user.args[1] for user in node.users}
-        faults = (self._misfit(whole[i], [part[i] for part in parts], made.axis[i]) for i in sorted(used))
+        faults = (self._fault_of_one(whole[i], [part[i] for part in parts], made.axis[i]) for i in sorted(used))
         return next(filter(None, faults), None)
 
-    def _misfit(self, whole, parts, axis) -> str | None:
-        """The same of a single result."""
+    def _fault_of_one(self, whole: torch.Tensor, parts: list, axis: object) -> str | None:
+        """The same for a single result."""
         if not isinstance(axis, TokenAxis) or not 0 <= axis.dim < whole.dim():
-            return f"its token-axis rule answers {axis!r}, which is no axis of the result"
+            return f"its token-axis rule returns {axis!r}, which is not an axis of the result"
         unit, shape = expr_of(axis.unit), [expr(size) for size in whole.shape]
         lengths = [expr(n) * unit for n in (self.cut.length, *self.cut.halves)]
         for tensor, length in zip((whole, *parts), lengths):
             wanted = [*shape[: axis.dim], length, *shape[axis.dim + 1 :]]
             if not isinstance(tensor, torch.Tensor) or tensor.dtype != whole.dtype or tensor.dim() != len(wanted):
-                return "its token-axis rule gives halves of another kind than the result"
+                return "its token-axis rule gives halves whose dtype or number of dimensions is not that of the result"
             if not all(map(self._is, tensor.shape, wanted)):
                 return f"its token-axis rule gives a part of shape {list(tensor.shape)}, not {wanted}"
         return None
 
     def _site(self, node: Node) -> None:
-        """A fused call for each half, and its results."""
+        """Make a ``fused`` call for each half, with its results."""
         axis = TokenAxis(self.cut.dim)
         given = arguments(node)
         results = {user.args[1]: user for user in node.users}
-        made = {index: [] for index in results}
+        made: dict[int, list[Node]] = {index: [] for index in results}
         for half in (0, 1):
             rows = {name: self._half(given[name], half, axis) for name in ("x", "residual") if given[name] is not None}
             whole = {name: self._join(a) for name, a in given.items() if isinstance(a, Node) and name not in rows}
@@ -257,15 +266,19 @@ class _Splitter:
             self.env[user] = Halves(tuple(made[index]), axis)
 
     def _gather(self, node: Node, cat: Node, dim: int, between: list[Node]) -> None:
-        """Both halves of a gather along another dimension than the first, where they have their tokens."""
+        """Make a gather along dimension ``dim`` for each half. The tokens are along the first dimension."""
         x, ranks, group = node.args
         parts = [gather_along(partial(self._in_half, half), self._half(x, half, None), ranks, group, dim) for half in (0, 1)]
-        self.env |= dict.fromkeys([node, *between])  # nobody else reads these
+        self.env |= dict.fromkeys([node, *between])  # they have no other users
         self.env[cat] = Halves(tuple(parts), self.env[x].axis)
 
     def _causal_attention(self, node: Node, rule: Split) -> str | None:
+        """Make an attention whose halves are different calls. Returns why the results are wrong, or None."""
         queries, mask = self.env[node.args[0]].nodes, attention.attention_mask(node)
-        emit = lambda half: partial(self._in_half, half)
+
+        def emit(half: int) -> Emit:
+            return partial(self._in_half, half)
+
         if mask is None:
             keys, values = (self.env[a].nodes for a in node.args[1:3])
             results = attention.causal_halves(emit, node, queries, keys, values)
@@ -275,12 +288,13 @@ class _Splitter:
             rows = [self._half(mask, half, of_mask) for half in (0, 1)]
             results = attention.masked_halves(emit, node, queries, keys, values, rows)
         made = Halves(results, self.env[node.args[0]].axis)
-        self.env |= dict.fromkeys(node.users, made)  # only the result itself, by the rule
-        return self._misfit(value(node)[0], [value(result) for result in results], made.axis)
+        self.env |= dict.fromkeys(node.users, made)  # by the rule only the first result has users
+        return self._fault_of_one(value(node)[0], [value(result) for result in results], made.axis)
 
-    # --- what is written to a cache ----------------------------------------------------------------------------------
+    # --- writes to a cache -------------------------------------------------------------------------------------------
 
     def _write(self, node: Node, write: Write) -> str | None:
+        """Write each half's rows in turn. Returns why that is wrong, or None."""
         before, rows = [self._join(a) for a in write.before], self.env[write.rows].nodes
         if write.axis.dim != write.dim:
             self._write_entries(node, write, *before)
@@ -298,7 +312,7 @@ class _Splitter:
         return None
 
     def _write_entries(self, node: Node, write: Write, cache: Node) -> None:
-        """A write between sequences: the halves are slices of the cache, and the cache is not made of them."""
+        """A write between sequences. The halves are slices of the cache, so they need not be joined."""
         at, parts = [expr(n) * expr_of(write.axis.unit) for n in (0, self.cut.first, self.cut.length)], []
         for half, first, end in zip((0, 1), map(self.emit.size, at), map(self.emit.size, at[1:])):
             emit = partial(self._in_half, half)
@@ -306,8 +320,8 @@ class _Splitter:
             parts.append(emit(aten.slice.Tensor, cache, 0, first, end))
         self.env[node], self.joined[node] = Halves(tuple(parts), write.axis), cache
 
-    def _follow(self, node: Node) -> None:
-        """A call that takes all of what the halves have written: it is a view of that, or waits for both."""
+    def _read_written(self, node: Node) -> None:
+        """Note a call that reads a value to which both halves have written: a view of it, or an op that waits for both halves."""
         for a in node.all_input_nodes:
             if a not in self.written or isinstance(value(node), torch.SymInt):
                 continue
@@ -319,7 +333,7 @@ class _Splitter:
                 self.written = {n: w for n, w in self.written.items() if w.call is not write.call}
 
     def _first(self, old: Node) -> Node:
-        """What there is of a whole before the second half's rows are written to it."""
+        """A value to which both halves write, before the second half's rows are written."""
         if old not in self.firsts:
             write = self.written[old]
             if old is write.call:
@@ -328,16 +342,17 @@ class _Splitter:
             else:
                 source = old.args[0]
                 rule = split_rule(old, {source: self.written[source].axis})
+                assert isinstance(rule, Split)  # as in ``view_of``
                 self.firsts[old] = self._again(old, rule, 0, lambda _, a: self._first(a) if a is source else self._join(a))
         return self.firsts[old]
 
     def _rows(self, old: Node) -> Write | None:
-        """Keys or values of all tokens, as what has been written; None where they are something else."""
+        """Keys or values of all tokens, as a Write; None if the halves have not written them."""
         known = self.env[old]
         return Write(old, (), old, known.axis.dim, known.axis) if isinstance(known, Halves) else self.written.get(old)
 
     def _seen(self, old: Node) -> tuple[Node, Node]:
-        """The keys or the values that the halves of a causal attention see."""
+        """The keys or the values that each half of a causal attention attends to."""
         if old in self.written:
             return self._first(old), self.env[old]
         halves = self.env[old].nodes
@@ -345,14 +360,15 @@ class _Splitter:
 
     # --- halves and wholes -------------------------------------------------------------------------------------------
 
-    def _in_half(self, half: int, target, *args, **kwargs) -> Node:
+    def _in_half(self, half: int, target: Callable, *args: Any, **kwargs: Any) -> Node:
+        """Add a call that belongs to a half."""
         self.emit.half = half
         node = self.emit(target, *args, **kwargs)
         self.emit.half = None
         return node
 
     def _half(self, old: Node, half: int, axis: TokenAxis | None) -> Node:
-        """One half of a value, along ``axis`` if that is given; of a value that is not cut and without an axis, all of it."""
+        """One half of a value along ``axis``. Without an axis: the half of a value that is cut, or all of one that is not."""
         known = self.env[old]
         if isinstance(known, Halves) and (axis is None or same_axis(known.axis, axis)):
             return known.nodes[half]
@@ -367,10 +383,11 @@ class _Splitter:
         return self.cuts[known, axis][half]
 
     def _join(self, old: Node) -> Node:
+        """All of a value."""
         known = self.env[old]
         if not isinstance(known, Halves):
             return known
         if old not in self.joined:
             self.joined[old] = whole = self.emit(aten.cat.default, list(known.nodes), known.axis.dim)
-            self.cuts[whole, known.axis] = known.nodes  # cut again, it is the halves it came from
+            self.cuts[whole, known.axis] = known.nodes  # a later cut takes the halves
         return self.joined[old]

@@ -1,11 +1,12 @@
-"""What the ranks exchange in a graph: its collectives, in program order. All ranks of a group must have the same.
+"""The collectives of a rewritten graph, in program order: its *wire*. It must be the same on all ranks of a group.
 
-A graph is rewritten by each rank for itself. Ranks whose graphs differ elsewhere, as where rank 0 alone returns hidden states, could
-so come to do different things with the same all-reduce. ``merge`` says what they all can do.
+Each rank rewrites its own graph. If the graphs of two ranks differ elsewhere, as when only rank 0 returns hidden states, the ranks could
+do different things with the same all-reduce. ``merge`` returns a decision that all of them can carry out.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -17,13 +18,13 @@ from .graph_utils import arguments, calls, value
 
 @dataclass(frozen=True)
 class Decision:
-    """What is not done with the collectives of a graph, as some rank cannot. A group's collectives are numbered in program order.
+    """What is not done with the collectives of a graph, as a rank cannot do it. A group's collectives are numbered in program order.
 
-    refused:   (group, number of the collective in the graph as it was) -> why no site is made of it
-    unwoven:   numbers of the sites that run whole in a woven graph
-    unsplit:   (group, number among those of the fused graph that are no site) -> the same of a collective that is no site
-    gathered:  numbers of the sites after which all ranks get the whole residual
-    not_woven: why the graph is not woven; ''
+    refused:   (group, number of a collective in the original graph) -> why it is not a site
+    unwoven:   numbers of the sites that are not cut in a woven graph
+    unsplit:   (group, number of a collective, without counting the sites) of other collectives that are not cut
+    gathered:  numbers of the sites after which each rank has the whole residual
+    not_woven: why the graph is not woven, or ''
     """
 
     refused: Mapping[tuple[str, int], str] = field(default_factory=dict)
@@ -34,13 +35,14 @@ class Decision:
 
 
 def groups_of(graph: Graph) -> list[str]:
-    """The groups of a graph's collectives, in the order in which they come."""
+    """The groups of a graph's collectives, in the order of their first collectives."""
     return list(dict.fromkeys(collective_group(node) for node in collectives(graph)))
 
 
 def numbered(graph: Graph, without: Collection[Node] = ()) -> dict[Node, tuple[str, int]]:
-    """Each collective, with its group and its number in it. without: those that do not count"""
-    counts, numbers = {}, {}
+    """Each collective -> (its group, its number in the group). without: collectives that are not counted"""
+    counts: dict[str, int] = {}
+    numbers: dict[Node, tuple[str, int]] = {}
     for node in (node for node in collectives(graph) if node not in without):
         group = collective_group(node)
         counts[group] = counts.get(group, -1) + 1
@@ -49,24 +51,24 @@ def numbered(graph: Graph, without: Collection[Node] = ()) -> dict[Node, tuple[s
 
 
 def signature(graph: Graph, group: str) -> list:
-    """What ranks that run the same model have in common: op, dtype and row of each collective of a group. No number of tokens."""
-    said = []
+    """[op, reduce op, dtype, row length or None] of each collective of a group. The same on all ranks, for all numbers of tokens."""
+    entries = []
     for node, (of, _) in numbered(graph).items():
         if of == group:
             x = next((value(a) for a in node.all_input_nodes if isinstance(value(a), torch.Tensor)), None)
             row = x.shape[-1] if x is not None and x.dim() > 1 and isinstance(x.shape[-1], int) else None
             named = [a for a in node.args if isinstance(a, str) and a != group]  # the reduce op
-            said.append([_name(node), *named, str(x.dtype).removeprefix("torch.") if x is not None else "", row])
-    return said
+            entries.append([_name(node), *named, str(x.dtype).removeprefix("torch.") if x is not None else "", row])
+    return entries
 
 
 def wire(graph: Graph, group: str) -> list:
-    """What a rewritten graph does with the collectives of a group, as plain data: all that must be the same on all ranks.
+    """The collectives of a group in a rewritten graph, as plain data: all that must be the same on all ranks.
 
-    A site is ["site", number, in halves, form, carried], where ``carried`` says that each rank has its own rows of the residual only;
-    another collective [op, in halves].
+    A site is ["site", number, in halves, form, sharded], where ``sharded`` is whether each rank has only its own rows of the residual.
+    Another collective is [op, in halves].
     """
-    said = []
+    entries: list[list] = []
     for node in collectives(graph):
         if collective_group(node) != group:
             continue
@@ -76,26 +78,26 @@ def wire(graph: Graph, group: str) -> list:
             form = [given[name] is not None for name in ("residual", "weight", "bias", "shift")]
             form += [given[name] for name in ("eps", "scale", "offset", "center")]
             entry = ["site", given["site"], half is not None, form, given["fp32_residual"]]
-            if half == 1 and said and said[-1][:2] == entry[:2]:
-                said[-1][4] = said[-1][4] and given["fp32_residual"]
+            if half == 1 and entries and entries[-1][:2] == entry[:2]:
+                entries[-1][4] = entries[-1][4] and given["fp32_residual"]
                 continue
         else:
             entry = [_name(node), half is not None]
             if half == 1:  # a collective that is cut is two calls, one for each half
                 continue
-        said.append(entry)
-    return said
+        entries.append(entry)
+    return entries
 
 
 def plain(wire_of_group: list) -> list[bool]:
-    """Of a wire what the process group sees of it: which collectives come in halves."""
+    """Whether each collective of a wire is in halves. Over the process group nothing else differs."""
     return [entry[2] if entry[0] == "site" else entry[1] for entry in wire_of_group]
 
 
 def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | None:
-    """The decision that ranks which came to different outcomes can all carry out; None where they cannot agree.
+    """A decision that ranks with different outcomes can all carry out; None if they cannot agree.
 
-    outcomes: of each rank, as plain data: {"refused": {number of a collective: why}, "sites": {number of a site: that of its
+    outcomes: one of each rank, as plain data: {"refused": {number of a collective: why}, "sites": {number of a site: number of its
               collective}, "not_woven": why, "wire": wire}
     """
     if all(o["wire"] == outcomes[0]["wire"] and o["not_woven"] == outcomes[0]["not_woven"] for o in outcomes):
@@ -106,10 +108,10 @@ def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | No
             if any(int(number) in other["sites"].values() for other in outcomes):
                 refused.setdefault((group, int(number)), f"rank {rank}: {why}")
     if refused != decision.refused:
-        return _with(decision, refused=refused)
+        return replace(decision, refused=refused)
     if any(o["not_woven"] for o in outcomes):
         rank, why = next((rank, o["not_woven"]) for rank, o in enumerate(outcomes) if o["not_woven"])
-        return None if decision.not_woven else _with(decision, not_woven=f"rank {rank}: {why}")
+        return None if decision.not_woven else replace(decision, not_woven=f"rank {rank}: {why}")
     wires = [o["wire"] for o in outcomes]
     if len(set(map(len, wires))) > 1:
         return None
@@ -125,21 +127,23 @@ def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | No
         number = entries[0][1]
         different = next((rank for rank, e in enumerate(entries) if e[3] != entries[0][3]), None)
         if different is not None:
-            refused[group, outcomes[0]["sites"][str(number)]] = f"rank {different} has another residual or norm there than rank 0"
+            why = f"its residual or norm on rank {different} differs from that on rank 0"
+            refused[group, outcomes[0]["sites"][str(number)]] = why
         if len({e[2] for e in entries}) > 1:
             unwoven.add(number)
         if len({e[4] for e in entries}) > 1:
             gathered.add(number)
     if refused != decision.refused:
-        return _with(decision, refused=refused)
-    merged = _with(decision, unwoven=frozenset(unwoven), unsplit=frozenset(unsplit), gathered=frozenset(gathered))
+        return replace(decision, refused=refused)
+    merged = replace(decision, unwoven=frozenset(unwoven), unsplit=frozenset(unsplit), gathered=frozenset(gathered))
     return None if merged == decision else merged
 
 
-def conform(decision: Decision, new, wires: dict[str, list]) -> Decision | None:
-    """The decision by which a graph has nothing in halves that others have whole, and no whole site that they have in halves.
+def conform(decision: Decision, new: Any, wires: dict[str, list]) -> Decision | None:
+    """A decision with which a graph cuts nothing that the others do not cut, and has no uncut site that they cut; None if impossible.
 
-    new: what has come of the graph by ``decision``, a Rewritten; wires: of the others, by group
+    new:   the Rewritten of ``decision``
+    wires: group -> the wire of the other ranks
     """
     refused, unwoven, unsplit = dict(decision.refused), set(decision.unwoven), set(decision.unsplit)
     for group, theirs in wires.items():
@@ -151,16 +155,12 @@ def conform(decision: Decision, new, wires: dict[str, list]) -> Decision | None:
                 if entry[2] and not halved:
                     unwoven.add(entry[1])
                 elif halved and not entry[2]:
-                    refused[new.sites[entry[1]]] = "other ranks have it in halves"
+                    refused[new.sites[entry[1]]] = "other ranks run it in halves"
             else:
                 if entry[1] and not halved:
                     unsplit.add((group, others))
                 others += 1
-    return _with(decision, refused=refused, unwoven=frozenset(unwoven), unsplit=frozenset(unsplit))
-
-
-def _with(decision: Decision, **changes) -> Decision:
-    return Decision(**{**decision.__dict__, **changes})
+    return replace(decision, refused=refused, unwoven=frozenset(unwoven), unsplit=frozenset(unsplit))
 
 
 def _name(node: Node) -> str:

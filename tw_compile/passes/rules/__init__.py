@@ -1,1 +1,1 @@
-"""What may be cut along the token axis, and how: one rule for each op."""
+"""The token-axis rules: which ops can be cut along the token axis, and how."""

@@ -1,25 +1,26 @@
-"""Token-axis rules of scaled-dot-product attention, and how the second half of a causal one is computed.
+"""Token-axis rules of scaled-dot-product attention (SDPA), and the halves of a causal attention.
 
-Cut between sequences, each half is the same call on fewer sequences. Cut within a sequence, the first half's queries of a
-causal attention see only the first half's keys: the same call again. The second half's see all keys. With a materialised
-mask each half takes its rows of it. With ``is_causal`` the second half needs it aligned to the bottom right; where an op
-cannot say that, the result is merged exactly from two that it can: over the first half's keys, without a mask, and over its
-own, causal,
+Between sequences, each half is the same call on fewer sequences. Within a sequence, the first half of a causal attention is the same call
+on the first half's queries, keys and values. The queries of the second half attend to all keys. With a materialised mask, each half takes
+its rows of the mask. With ``is_causal``, the second half needs a causal mask that is aligned to the bottom right. If an op does not have
+that, two calls are merged exactly: a, over the first half's keys, without a mask; and b, over the second half's keys, with ``is_causal``:
 
     out = (out_a · exp(lse_a) + out_b · exp(lse_b)) / (exp(lse_a) + exp(lse_b))
 
-with lse the log of the sum of exponentials of the scores that each op returns beside its result.
+lse is the log-sum-exp of the scores, which the ops return beside the result.
 """
 
 import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ..emit import size_of
+from ..emit import Emit, size_of
 from ..graph_utils import aten, is_one, prims, value
-from .cache import first_key
+from .cache import Write, first_key
 from .mask import hides_later_keys
 from .token_axis import Split, TokenAxis, register_token_rule
 
@@ -31,12 +32,18 @@ _CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 @dataclass(frozen=True)
 class _Signature:
-    """Where an SDPA op takes what; all take query, key, value first. A name stands for a keyword, None for no such argument."""
+    """The places of arguments in calls of an SDPA op: a position, a keyword, or None if there is no such argument.
+
+    All ops take query, key and value first.
+
+    lse:          the flag for the log-sum-exp; None if the op always returns it
+    bottom_right: is_causal with fewer queries than keys is aligned to the bottom right
+    """
 
     is_causal: int
     mask: int | str | None
-    lse: int | None = None  # the flag that asks for the log-sum-exp, where it is not always returned
-    bottom_right: bool = False  # is_causal with fewer queries than keys aligns to the bottom right
+    lse: int | None = None
+    bottom_right: bool = False
 
 
 SIGNATURES = {
@@ -47,7 +54,11 @@ SIGNATURES = {
 }
 
 
-def _argument(node: Node, at, default=None):
+# The first and the second half of a value, or what each half takes.
+Pair = Sequence[Node]
+
+
+def _argument(node: Node, at: int | str | None, default: Any = None) -> Any:
     if at is None:
         return default
     if isinstance(at, str):
@@ -65,7 +76,7 @@ def attention_mask(node: Node) -> Node | None:
 
 @register_token_rule(*SIGNATURES)
 def _attention(node, axes):
-    """query, key, value: [B, heads, T, D]. Only the result itself may be used, not the log-sum-exp or the random state."""
+    """query, key, value: [B, heads, T, D]. Only the first result may have users, not the log-sum-exp or the random state."""
     query, key, val = node.args[:3]
     mask = attention_mask(node)
     if query not in axes or any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
@@ -82,50 +93,54 @@ def _attention(node, axes):
     if axis.dim != 2:
         return None
     if is_causal(node):
-        # Both halves of all three, by ``second_half`` below; a mask on top of is_causal is not an op's choice to have.
+        # ``causal_halves`` needs the halves of all three. No op allows a mask together with is_causal.
         same = len(kv) == 2 and all(axes[a] == axis for a in kv)
         return Split(outputs) if same and mask is None else None
     return Split(outputs, whole=frozenset(i for i, a in ((1, key), (2, val)) if a in axes), slices=slices)
 
 
 def _axis_of_mask(mask: Node, axis: TokenAxis) -> TokenAxis | None:
-    """Where a mask [B, heads, T, keys], or only the last of these, has the queries' tokens; None where it is broadcast."""
+    """The token axis of the queries in a mask [B, heads, T, keys], or with only the last dimensions; None if it is broadcast there."""
     dim = axis.dim - (4 - value(mask).dim())
     return TokenAxis(dim, axis.unit) if dim >= 0 and not is_one(value(mask).shape[dim]) else None
 
 
-def is_cut_causally(node: Node, axes, rows) -> bool:
-    """Whether the first half's queries do not see the second half's keys, so that the two halves are different calls.
+def is_cut_causally(node: Node, axes: Mapping[Node, TokenAxis], rows: Callable[[Node], Write | None]) -> bool:
+    """Whether the first half does not attend to the second half's keys, so that the calls of the halves differ.
 
-    rows: rows(keys or values) -> the Write that they are, or None
+    rows: keys or values -> their Write, or None
     """
     if node.target not in SIGNATURES or axes[node.args[0]].dim != 2:
         return False
     if is_causal(node):
         return True
-    mask, writes = attention_mask(node), [rows(a) for a in node.args[1:3]]
-    if mask is None or mask in axes or any(write is None or write.axis != axes[node.args[0]] for write in writes):
+    mask, (keys, values) = attention_mask(node), map(rows, node.args[1:3])
+    if mask is None or mask in axes or keys is None or values is None:
         return False
-    first = first_key(*writes)
+    if any(write.axis != axes[node.args[0]] for write in (keys, values)):
+        return False
+    first = first_key(keys, values)
     return first is not None and hides_later_keys(mask, first)
 
 
-def causal_halves(emit, node: Node, queries, keys, values) -> tuple[Node, Node]:
-    """Both halves of the result (not the op's tuple) of an attention that ``is_causal``.
+def causal_halves(emit: Callable[[int], Emit], node: Node, queries: Pair, keys: Pair, values: Pair) -> tuple[Node, Node]:
+    """Both halves of the first result of an attention with ``is_causal``.
 
-    emit: emit(half) -> a function (target, *args, **kwargs) -> Node
-    queries, keys, values: the two halves of each, [B, heads, T, D]
+    emit:                  half -> its Emit
+    queries, keys, values: both halves of each, [B, heads, T, D]
     """
     first, second = emit(0), emit(1)
     whole = _attend(first, node, queries[0], keys[0], values[0], True)
     return first(operator.getitem, whole, 0), _bottom_right(second, node, queries[1], keys, values)
 
 
-def masked_halves(emit, node: Node, queries, keys, values, mask_rows) -> tuple[Node, Node]:
-    """The same of one whose mask hides the second half's keys from the first half.
+def masked_halves(
+    emit: Callable[[int], Emit], node: Node, queries: Pair, keys: Pair, values: Pair, mask_rows: Pair
+) -> tuple[Node, Node]:
+    """Both halves of the first result of an attention whose mask hides the second half's keys from the first half.
 
-    keys, values: those that the first half sees, which are the first of all keys, and all
-    mask_rows: the rows of the mask of each half
+    keys, values: those that the first half attends to, which are the first of all, and all of them
+    mask_rows:    the rows of the mask for each half
     """
     first, second = emit(0), emit(1)
     seen = first(aten.slice.Tensor, mask_rows[0], value(mask_rows[0]).dim() - 1, 0, size_of(first, keys[0], 2))
@@ -134,11 +149,14 @@ def masked_halves(emit, node: Node, queries, keys, values, mask_rows) -> tuple[N
     return first(operator.getitem, past, 0), second(operator.getitem, rest, 0)
 
 
-def _attend(emit, node: Node, query, key, val, causal: bool, mask=None, lse: bool = False) -> Node:
+def _attend(
+    emit: Emit, node: Node, query: Node, key: Node, val: Node, causal: bool, mask: Node | None = None, lse: bool = False
+) -> Node:
     """The call of ``node`` on other tensors."""
     signature, kwargs = SIGNATURES[node.target], dict(node.kwargs)
     args = [query, key, val, *node.args[3:]]
-    changes = [(signature.is_causal, causal), (signature.mask, mask)] + ([(signature.lse, True)] if lse else [])
+    changes: list[tuple[int | str | None, Any]] = [(signature.is_causal, causal), (signature.mask, mask)]
+    changes += [(signature.lse, True)] if lse else []
     for position, new in changes:
         if isinstance(position, str):
             kwargs[position] = new
@@ -148,11 +166,11 @@ def _attend(emit, node: Node, query, key, val, causal: bool, mask=None, lse: boo
     return emit(node.target, *args, **kwargs)
 
 
-def _bottom_right(emit, node: Node, query, keys, values) -> Node:
-    """The second half's queries over the keys of both halves, causal and aligned to the bottom right."""
+def _bottom_right(emit: Emit, node: Node, query: Node, keys: Pair, values: Pair) -> Node:
+    """The second half: its queries over all keys, causal and aligned to the bottom right."""
     if SIGNATURES[node.target].bottom_right:
-        every = [emit(aten.cat.default, list(pair), 2) for pair in (keys, values)]
-        return emit(operator.getitem, _attend(emit, node, query, *every, True), 0)
+        all_keys, all_values = (emit(aten.cat.default, list(pair), 2) for pair in (keys, values))
+        return emit(operator.getitem, _attend(emit, node, query, all_keys, all_values, True), 0)
 
     past = _attend(emit, node, query, keys[0], values[0], False, lse=True)
     own = _attend(emit, node, query, keys[1], values[1], True, lse=True)
@@ -166,7 +184,7 @@ def _bottom_right(emit, node: Node, query, keys, values) -> Node:
     return emit(prims.convert_element_type.default, merged, value(out[0]).dtype)
 
 
-# Arguments that a graph may leave out, by position.
+# The defaults of the arguments that a call may leave out, by position.
 _DEFAULTS = {
     _FLASH: (None, None, None, 0.0, False),
     _EFFICIENT: (None, None, None, None, False, 0.0, False),
@@ -175,8 +193,8 @@ _DEFAULTS = {
 }
 
 
-def _as_rows(emit, lse: Node, query) -> Node:
-    """The log-sum-exp as [B, heads, T, 1]: ops return it so, or without the last dimension, or padded along T."""
+def _as_rows(emit: Emit, lse: Node, query: Node) -> Node:
+    """The log-sum-exp as [B, heads, T, 1]. Some ops return it without the last dimension, or padded along T."""
     if value(lse).dim() == 4:
         return lse
     rows = emit(aten.slice.Tensor, lse, 2, 0, size_of(emit, query, 2))

@@ -1,34 +1,38 @@
-"""Keys and values written to a cache: behind those of earlier calls by concatenation, or at given positions of a static cache.
+"""Writes of keys and values to a cache: a concatenation to those of earlier calls, or a write at given positions of a static cache.
 
-Cut within a sequence, the second half's rows are written after the first half's. What there is in between is all that the
-first half's queries need, where the mask hides the second half's rows from them.
+Within a sequence, the first half's rows are written before the second half's. The first half's queries attend to the cache between the
+two writes, if the mask hides the second half's rows from them.
 
-Cut between sequences, a static cache is written in two steps too, each at the entries of its half, of which the half is a
-slice. The last step returns the whole cache, so nothing is concatenated, and Inductor can do both steps in place.
+Between sequences, each half's entries of a static cache are written in turn, and each half is a slice of the cache. The second write
+returns the whole cache. So nothing is concatenated, and Inductor can do both writes in place.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ..emit import size_of
+from ..emit import Emit, size_of
 from ..graph_utils import aten, calls, is_tensor, is_view, prims, value
 from .mask import INDEX, first_row
 from .token_axis import Split, TokenAxis, product, split_rule
 
-# What may stand between a cache and the attention that reads it, beside views. It is done for the first half too, and takes no
-# arithmetic.
+# Ops that, like views, may be between a cache and the attention that reads it. They do no arithmetic, and also run on what the first half
+# attends to.
 _COPIES = (aten.clone.default, prims.convert_element_type.default)
 
 
 @dataclass(frozen=True)
 class Write:
-    """A call that writes ``rows``, which are cut, along dimension ``dim``: each half can write its own.
+    """A call that writes rows, which are cut, to a cache. Each half can write its own rows.
 
-    before:    what is concatenated in front of the rows, or the one cache into which they are put
-    axis:      along which the rows are cut; where the call's result has them, or a view of it that is looked at
-    positions: where the rows are put, [tokens]; None for a concatenation
+    before:    the values before the rows in a concatenation, or the cache
+    rows:      the rows that are written
+    dim:       the dimension along which they are written
+    axis:      the token axis of the rows in the result of the call, or in a view of the result
+    positions: where the rows are written, [tokens]; None for a concatenation
     """
 
     call: Node
@@ -39,8 +43,8 @@ class Write:
     positions: Node | None = None
 
 
-def write_of(node: Node, axes) -> Write | None:
-    """The write that a call is, if it is one. axes: the TokenAxis of each input that is cut."""
+def write_of(node: Node, axes: Mapping[Node, TokenAxis]) -> Write | None:
+    """The Write that a call is, or None. axes: input that is cut -> its TokenAxis"""
     if calls(node, aten.cat.default):
         *before, rows = node.args[0]
         dim = (node.args[1] if len(node.args) > 1 else 0) % value(node).dim()
@@ -57,14 +61,14 @@ def write_of(node: Node, axes) -> Write | None:
 
 
 def view_of(write: Write, node: Node) -> Write | None:
-    """The same write as a call on its result shows it, if that is another view of it."""
+    """The write, with the axis in the result of ``node``, if that is a view or copy of the write's result; otherwise None."""
     is_layout = node.op == "call_function" and (is_view(node.target) or calls(node, *_COPIES)) and isinstance(node.args[0], Node)
     rule = split_rule(node, {node.args[0]: write.axis}) if is_layout else None
     return replace(write, axis=rule.axis) if isinstance(rule, Split) and isinstance(rule.axis, TokenAxis) else None
 
 
-def first_key(keys: Write, values: Write):
-    """The row of the first token among keys and values, as a formula; the other tokens follow. None where it is not known."""
+def first_key(keys: Write, values: Write) -> Any:
+    """The index of the first token's row in keys and values, as a sympy formula; None if unknown. The other tokens follow it."""
     if keys.axis != values.axis:
         return None
     if keys.positions is None and values.positions is None:
@@ -73,17 +77,18 @@ def first_key(keys: Write, values: Write):
     return rows[0] if rows[0] == rows[1] else None
 
 
-def put_entries(emit, cache: Node, positions: Node, rows: Node, dim: int, first) -> Node:
-    """``cache`` with ``rows`` [count, …, tokens, …] put at ``positions`` of the entries first, first + 1, … of dimension 0.
+def put_entries(emit: Emit, cache: Node, positions: Node, rows: Node, dim: int, first: int | Node) -> Node:
+    """A cache with rows written to its entries first, first + 1, … of dimension 0.
 
-    emit: a function (target, *args, **kwargs) -> Node
-    dim:  of the tokens
+    positions: where each entry has the rows along ``dim``, [tokens]
+    rows:      [entries, …, tokens, …]
+    dim:       the dimension of the tokens
     """
     indices = [_iota(emit, rows, 0, dim, first), *(_iota(emit, cache, d, dim) for d in range(1, dim))]
     return emit(aten.index_put.default, cache, [*indices, positions], rows)
 
 
-def _iota(emit, like: Node, d: int, dim: int, start=0) -> Node:
-    """start, start + 1, … for each entry of dimension ``d``, to be broadcast with an index of dimension ``dim``."""
-    how = dict(start=start, step=1, dtype=torch.int64, device=value(like).device, requires_grad=False)
+def _iota(emit: Emit, like: Node, d: int, dim: int, start: int | Node = 0) -> Node:
+    """start, start + 1, … for each entry of dimension ``d``, in a shape that broadcasts with the index of dimension ``dim``."""
+    how: dict[str, Any] = dict(start=start, step=1, dtype=torch.int64, device=value(like).device, requires_grad=False)
     return emit(aten.reshape.default, emit(prims.iota.default, size_of(emit, like, d), **how), [-1] + [1] * (dim - d))

@@ -1,17 +1,18 @@
-"""All-gathers along another dimension than the first: what comes from each rank is put side by side by a split and a cat."""
+"""All-gathers along a dimension other than the first: an all-gather, then a split and a cat."""
 
 import operator
 
+import torch
 from torch.fx import Node
 
-from ..emit import size_of
+from ..emit import Emit, size_of
 from ..graph_utils import WAIT, aten, c10d, calls, same_size, value
 
 GATHER = c10d.all_gather_into_tensor.default
 
 
-def gather_along(emit, x: Node, ranks: int, group: str, dim: int) -> Node:
-    """The ranks' ``x`` one after the other along ``dim``. emit: a function (target, *args) -> Node"""
+def gather_along(emit: Emit, x: Node, ranks: int, group: str, dim: int) -> Node:
+    """The ranks' ``x`` one after the other along ``dim``."""
     whole = emit(WAIT, emit(GATHER, x, ranks, group))
     if dim == 0:
         return whole
@@ -20,7 +21,7 @@ def gather_along(emit, x: Node, ranks: int, group: str, dim: int) -> Node:
 
 
 def side_by_side(call: Node) -> tuple[Node, int, list[Node]] | None:
-    """(the cat, its dimension, the calls in between) of a GATHER that is used as in ``gather_along``, and in no other way."""
+    """(the cat, its dimension, the calls between) of a GATHER whose only use is that of ``gather_along``, with dim > 0."""
     x, ranks, _ = call.args
     wait = _only_user(call)
     split = _only_user(wait) if calls(wait, WAIT) else None
@@ -35,7 +36,7 @@ def side_by_side(call: Node) -> tuple[Node, int, list[Node]] | None:
     return (cat, dim, [wait, split, *parts]) if dim else None
 
 
-def _same(argument, size) -> bool:
+def _same(argument: int | Node, size: int | torch.SymInt) -> bool:
     return same_size(value(argument) if isinstance(argument, Node) else argument, size)
 
 

@@ -1,11 +1,13 @@
-"""Which entries of an attention mask are known to be False, from the graph that computes it.
+"""Which entries of an attention mask are known to be False, by the graph that computes it.
 
-Models are often traced with a materialised mask that contains the causal one, ``key position <= query position``. Where that
-can be shown, the first half's queries do not need the second half's keys. An integer tensor is followed as a formula of its
-own index: ``arange(n)`` is i₀, a slice from s is i₀ + s, and so on.
+Many models are traced with a materialised mask that contains the causal mask, ``key position <= query position``. If that can be proved,
+the first half's queries do not need the second half's keys. Integer tensors are expressed as sympy formulas of their own index:
+``arange(n)`` is i₀, a slice from s on is i₀ + s, and so on.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import sympy
 import torch
@@ -16,7 +18,7 @@ from .token_axis import expr
 
 _INDEX = sympy.symbols("i0:8", integer=True, nonnegative=True)
 
-INDEX = (torch.int32, torch.int64)  # dtypes that hold any index
+INDEX = (torch.int32, torch.int64)  # dtypes that are wide enough for an index
 _AND = (aten.bitwise_and.Tensor, aten.logical_and.default)
 _SHAPED = (aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor, aten.clone.default, aten.alias.default)
 _COMPARISONS = {
@@ -27,10 +29,11 @@ _COMPARISONS = {
 }
 
 
-def hides_later_keys(mask: Node, offset=0) -> bool:
-    """Whether a mask [..., queries, keys], True or 0 where attention is allowed, hides every key from all earlier queries.
+def hides_later_keys(mask: Node, offset: Any = 0) -> bool:
+    """Whether a mask hides each key j > i + offset from query i.
 
-    Earlier by index: a key j > i + offset is hidden from query i. offset: a formula of sizes, see ``first_row``
+    mask:   [..., queries, keys], True or 0 where attention is allowed
+    offset: int or a sympy formula of sizes, see ``first_row``
     """
     later = offset + sympy.Symbol("d", integer=True, positive=True)
     while calls(mask, *_SHAPED) and _keeps_queries_and_keys(mask):
@@ -40,13 +43,13 @@ def hides_later_keys(mask: Node, offset=0) -> bool:
     allowed, shown, hidden = mask.args[0], *map(_constant, mask.args[1:])
     if shown != 0 or hidden is None or not hides_later_keys(allowed, offset):
         return False
-    # A query from which all keys are hidden by a finite number attends to all of them alike, later ones too.
+    # If a finite number hides all keys from a query, the query attends to all of them equally, also to later ones.
     shows_own = all(_slack(part, offset).is_nonnegative for part in _conjunction(allowed))
     return hidden == -math.inf or (hidden <= torch.finfo(value(mask).dtype).min and shows_own)
 
 
 def _conjunction(mask: Node) -> list[Node]:
-    """The masks of which all must allow an entry."""
+    """The masks of which ``mask`` is the conjunction."""
     if calls(mask, *_SHAPED) and _keeps_queries_and_keys(mask):
         return _conjunction(mask.args[0])
     if calls(mask, *_AND):
@@ -55,20 +58,20 @@ def _conjunction(mask: Node) -> list[Node]:
 
 
 def _keeps_queries_and_keys(call: Node) -> bool:
-    """Whether a call changes leading dimensions only: what holds for the last two holds on."""
+    """Whether a call keeps the last two dimensions, with the indices of queries and keys."""
     before, after = value(call.args[0]).shape, value(call).shape
     if len(before) < 2:
         return False
     if calls(call, aten.unsqueeze.default):
         return call.args[1] % len(after) < len(after) - 2
     if calls(call, aten.slice.Tensor):
-        # Of the last two, those at the end may be left out: queries and keys keep their numbers.
+        # A slice of the last two that begins at 0 keeps the indices.
         return call.args[1] % len(before) < len(before) - 2 or (call.args[2] == 0 and len(call.args) < 5)
     return all(not is_one(b) or is_one(a) for b, a in zip(before[-2:], after[-2:]))
 
 
-def _slack(mask: Node, key):
-    """Of a comparison [..., queries, keys]: a formula of the query, >= 0 where it allows query + ``key``. NaN where not known."""
+def _slack(mask: Node, key: Any) -> Any:
+    """For a comparison [..., queries, keys]: a formula that is >= 0 where query i may attend to key i + ``key``. NaN if unknown."""
     rank = value(mask).dim()
     a, b = (_formula(operand, rank) for operand in mask.args) if mask.target in _COMPARISONS and rank >= 2 else (None, None)
     if a is None or b is None:
@@ -76,19 +79,19 @@ def _slack(mask: Node, key):
     return sympy.expand(_COMPARISONS[mask.target](a, b).subs(_INDEX[rank - 1], _INDEX[rank - 2] + key))
 
 
-def first_row(positions: Node):
-    """The formula of the first of ``positions`` [tokens], if each of the others is one more than that before it."""
+def first_row(positions: Node) -> Any:
+    """The formula of the first of ``positions`` [tokens], if they are consecutive; otherwise None."""
     formula = _own_formula(positions)
     first = None if formula is None else sympy.expand(formula - _INDEX[0])
     return None if first is None or first.has(_INDEX[0]) else first
 
 
-def _constant(node: Node):
+def _constant(node: Node) -> Any:
     return node.args[1] if calls(node, aten.full.default) else None
 
 
-def _formula(node, rank: int):
-    """An integer tensor, broadcast to ``rank`` dimensions, as a formula of the index; None where it is none."""
+def _formula(node: Any, rank: int) -> Any:
+    """The formula of an integer tensor in its index, broadcast to ``rank`` dimensions; None if unknown."""
     own = _own_formula(node)
     if own is None or not is_tensor(node):
         return own
@@ -96,7 +99,8 @@ def _formula(node, rank: int):
     return own.subs({_INDEX[d]: _INDEX[d + shift] for d in range(value(node).dim())}, simultaneous=True)
 
 
-def _own_formula(node):
+def _own_formula(node: Any) -> Any:
+    """The formula of an integer tensor in its own index, or of an int or a size; None if unknown."""
     if isinstance(node, int):
         return sympy.Integer(node)
     if not is_tensor(node):
@@ -129,12 +133,12 @@ def _own_formula(node):
     if calls(node, aten.index.Tensor):
         return _indexed(node)
     if value(node).dim() == 0 and value(node).dtype in INDEX:
-        return sympy.Symbol(f"%{node.name}", integer=True)  # the same number wherever it is used
+        return sympy.Symbol(f"%{node.name}", integer=True)  # an unknown number, the same wherever it is used
     return None
 
 
-def _moved(source: Node, index):
-    """The formula of ``source`` with its index in dimension d replaced; along a dimension of size one it does not vary."""
+def _moved(source: Node, index: Callable[[int], Any]) -> Any:
+    """The formula of ``source``, with index(d) in place of its index of dimension d. In a dimension of size one that index is 0."""
     formula = _own_formula(source)
     if formula is None:
         return None
@@ -143,7 +147,7 @@ def _moved(source: Node, index):
     return sympy.sympify(formula).subs(new, simultaneous=True)
 
 
-def _reshaped(node: Node):
+def _reshaped(node: Node) -> Any:
     """A reshape that only adds or removes dimensions of size one."""
     before, after = value(node.args[0]).shape, value(node).shape
     old = [d for d, size in enumerate(before) if not is_one(size)]
@@ -154,8 +158,8 @@ def _reshaped(node: Node):
     return _moved(node.args[0], lambda d: _INDEX[place[d]])
 
 
-def _indexed(node: Node):
-    """``source[index, …]`` with an index tensor for each dimension."""
+def _indexed(node: Node) -> Any:
+    """The formula of ``source[index, …]``, with an index tensor for each dimension."""
     source, indices = node.args
     if len(indices) != value(source).dim() or any(index is None for index in indices):
         return None

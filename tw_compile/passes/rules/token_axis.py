@@ -1,14 +1,15 @@
-"""Which axis of a value is tokens, and what an op does to it: one rule per op family. Pure: makes no nodes.
+"""The token axis of a value, and token-axis rules: one for each family of ops. Rules make no nodes.
 
-A rule answers, for a call whose marked inputs are cut along their token axes: may the call be made once for each half,
-and where are the tokens of its result? It says None where a half of the result needs more than that half of the inputs.
-The call is then made on the whole, and the report names it.
+A rule gets a call and the token axes of its inputs that are cut. It returns how to make the call once for each half, and the token axis
+of the result. It returns None if half of the result needs more than half of the inputs: the call is then made on all tokens, and the
+report lists it.
 
-An answer is not taken on trust: ``split`` compares the sizes of what the halves give with those of the whole.
+``split`` checks each answer: it compares the shapes and dtypes of the halves with those of the whole.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import sympy
 import torch
@@ -21,40 +22,49 @@ c10d = torch.ops._c10d_functional
 
 @dataclass(frozen=True)
 class TokenAxis:
-    """The tokens of a value lie along dimension ``dim``, ``unit`` entries for each step of the axis that is cut.
+    """Where the tokens of a value are.
 
-    A batch of B sequences of T tokens, cut between sequences: [B, T, H] has TokenAxis(0, 1), and [B·T, H] TokenAxis(0, T).
+    dim:  the dimension of the tokens, from 0 on
+    unit: entries of this dimension for each entry of the axis that is cut: an int, a SymInt or a sympy expression
+
+    For example, if a batch of B sequences of T tokens is cut between sequences, [B, T, H] has TokenAxis(0, 1), and [B·T, H] has
+    TokenAxis(0, T).
     """
 
     dim: int
-    unit: object = 1
+    unit: Any = 1
 
 
 @dataclass(frozen=True)
 class Split:
     """How a call is made once for each half.
 
-    axis:    of the result, or a tuple with one for each of several results
-    whole:   cut inputs that both halves need whole, as attention's keys and values
-    slices:  inputs that are not cut and have a token axis too: each half takes its part
-    args:    the arguments, where they are not the same as before (a reshape's sizes)
-    target:  the op to call, where it is not the same as before
+    axis:   the TokenAxis of the result; for several results a tuple, with one for each
+    whole:  the inputs that are cut, and that both halves need whole, such as keys and values of an attention
+    slices: input -> its TokenAxis, for inputs that are not cut: each half takes its slice
+    args:   the positional arguments, if they differ from those of the call, as the sizes of a reshape; None if they do not
+    target: the op to call, if it is another one; None if it is not
 
-    ``whole`` and ``slices`` name an input by its place in the call: its position; (position, index) in a list; a keyword, or
-    (keyword, index). A node names all places in which it is given. Use that only where they mean the same: one tensor may
-    well be given as query and key.
+    ``whole`` and ``slices`` name an input by its place in the call: a position; (position, index) in a list; a keyword; or
+    (keyword, index). A node names all places that it has. Use a node only if all of these places have the same meaning: one tensor may
+    be both query and key.
+
+    The halves together must have the shape and the dtype of the result. Otherwise the call is made on all tokens, and the report gives
+    the reason.
     """
 
-    axis: TokenAxis | tuple
-    whole: frozenset = frozenset()
-    slices: Mapping[object, TokenAxis] = field(default_factory=dict)
+    axis: TokenAxis | tuple[TokenAxis, ...]
+    whole: frozenset[Any] = frozenset()
+    slices: Mapping[Any, TokenAxis] = field(default_factory=dict)
     args: tuple | None = None
-    target: object = None
+    target: Callable | None = None
 
-    def takes_whole(self, place, node: Node) -> bool:
+    def takes_whole(self, place: object, node: Node) -> bool:
+        """Whether both halves need the input ``node`` at this place whole."""
         return place in self.whole or node in self.whole
 
-    def slice_of(self, place, node: Node) -> TokenAxis | None:
+    def slice_of(self, place: object, node: Node) -> TokenAxis | None:
+        """The axis along which each half takes a slice of the input ``node`` at this place; None if it takes no slice."""
         return self.slices.get(place, self.slices.get(node))
 
 
@@ -62,12 +72,17 @@ Rule = Callable[[Node, Mapping[Node, TokenAxis]], Split | None]
 _RULES: dict[object, Rule] = {}
 
 
-def register_token_rule(*targets) -> Callable[[Rule], Rule]:
-    """Register the rule of an op, as a decorator: ``rule(node, axes) -> Split | None``.
+def register_token_rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register the token-axis rule of ops. A decorator of a function ``rule(node, axes) -> Split | None``.
 
-    node: the call; ``node.meta["val"]`` and those of its inputs hold the shapes of the whole, unsplit values
-    axes: the TokenAxis of each input that is cut
-    A rule given here replaces the one that was there. One that raises, or whose answer does not hold, is as one that says None.
+    targets: the ops, as OpOverloads
+    node:    the call, an fx node. ``node.meta["val"]`` is the fake tensor of the result for all tokens, with its shape and dtype. Inputs
+             have one too
+    axes:    input that is cut -> its TokenAxis
+
+    The rule returns None if half of the result needs more than half of the inputs. It replaces an earlier rule of the op. A call runs on
+    all tokens, and the report gives the reason, if the rule returns None, raises an exception, or returns a ``Split`` whose halves do not
+    have the shapes and dtypes of the result. All ranks must register the same rules: otherwise ``TokenWeaveError`` is raised on all ranks.
     """
 
     def register(rule: Rule) -> Rule:
@@ -78,41 +93,41 @@ def register_token_rule(*targets) -> Callable[[Rule], Rule]:
 
 
 def registered_rules() -> list[str]:
-    """The ops whose rule was registered from outside of this package."""
+    """The names of the ops whose rule is not from this package."""
     return [str(op) for op, rule in _RULES.items() if not (getattr(rule, "__module__", "") or "").startswith(__package__)]
 
 
 def split_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
-    """How ``node`` is split, or why it cannot be. axes: the TokenAxis of each of its inputs that is cut."""
+    """How a call is made for each half, or why it cannot be. axes: input that is cut -> its TokenAxis"""
     rule = _RULES.get(node.target) or (_pointwise if _is_pointwise(node.target) else None)
     if rule is None:
         return "no token-axis rule for this op"
     try:
         answer = rule(node, axes)
-    except Exception as error:  # anybody's rule: a graph must not break for it
+    except Exception as error:  # a user's rule must not break the compilation
         return f"its token-axis rule raises {type(error).__name__}: {error}"
     if answer is None or isinstance(answer, Split):
         return answer or "its token-axis rule does not cover this use"
-    return f"its token-axis rule answers {answer!r}, which is no Split"
+    return f"its token-axis rule returns {answer!r}, which is not a Split"
 
 
-def _is_pointwise(op) -> bool:
-    """By its tags, if it does nothing else: neither writes to its inputs nor draws random numbers, which two calls draw anew."""
+def _is_pointwise(op: Any) -> bool:
+    """Whether an op is pointwise, writes to no input, and draws no random numbers, which would differ in two calls."""
     tags = getattr(op, "tags", ())
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags and not op._schema.is_mutable
 
 
 def places(node: Node) -> Iterator[tuple[object, Node]]:
-    """The inputs of a call, each with its place, as ``Split`` has it."""
-    found = []
+    """(place as in ``Split``, node) for each input of a call."""
+    found: list[tuple[object, Any]] = []
     map_places(lambda place, a: found.append((place, a)), node.args, node.kwargs)
     return ((place, a) for place, a in found if isinstance(a, Node))
 
 
-def map_places(change, args, kwargs) -> tuple[tuple, dict]:
-    """The arguments of a call, with change(place, argument) for each that is no list."""
+def map_places(change: Callable[[Any, Any], Any], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Replace each argument of a call that is not a list or tuple, also inside of these, by change(place, argument)."""
 
-    def walk(place, a):
+    def walk(place: Any, a: Any) -> Any:
         if not isinstance(a, (list, tuple)):
             return change(place, a)
         at = place if isinstance(place, tuple) else (place,)
@@ -125,27 +140,27 @@ def map_places(change, args, kwargs) -> tuple[tuple, dict]:
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def expr(size):
-    """A size as a sympy expression; equal expressions are equal sizes."""
+def expr(size: int | torch.SymInt) -> sympy.Expr:
+    """A size as a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-def equal(a, b) -> bool:
-    """Whether two sympy expressions are known to be the same number, whatever their symbols are."""
+def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two sympy expressions are equal for all values of their symbols. Tries values if sympy cannot simplify the difference."""
     difference = sympy.expand(a - b)
     if difference == 0:
         return True
     symbols = sorted(difference.free_symbols, key=str)
     if not symbols:
         return False
-    # What sympy does not simplify, as of quotients that are rounded, is tried out.
+    # Sympy does not simplify rounded quotients, for example.
     return all(difference.subs({s: start + step * i for i, s in enumerate(symbols)}) == 0 for start, step in _TRIALS)
 
 
 _TRIALS = ((2, 1), (7, 4), (64, 31), (331, 18), (1024, 105))
 
 
-def product(sizes):
+def product(sizes: Iterable[int | torch.SymInt]) -> sympy.Expr:
     return sympy.prod([expr(s) for s in sizes])
 
 
@@ -153,7 +168,7 @@ def same_axis(a: TokenAxis, b: TokenAxis) -> bool:
     return a.dim == b.dim and equal(expr_of(a.unit), expr_of(b.unit))
 
 
-def expr_of(unit):
+def expr_of(unit: int | torch.SymInt | sympy.Expr) -> sympy.Expr:
     return unit if isinstance(unit, sympy.Basic) else expr(unit)
 
 
@@ -169,7 +184,7 @@ def _dim(node: Node, position: int, default: int, rank: int) -> int:
     c10d.all_reduce.default, c10d.wait_tensor.default,
 )  # fmt: skip
 def _pointwise(node, axes):
-    """Every input broadcast against the result from the right. An all-reduce of each half is that of the whole."""
+    """All inputs are broadcast to the result. The all-reduces of both halves give that of the whole."""
     results = value(node)
     rank = (results if isinstance(results, torch.Tensor) else results[0]).dim()
     found = [TokenAxis(rank - value(a).dim() + axis.dim, axis.unit) for a, axis in axes.items()]
@@ -207,10 +222,10 @@ def _addmm(node, axes):
 
 @register_token_rule(aten.bmm.default)
 def _bmm(node, axes):
-    """Tokens in the batch, in the rows of a, or in the columns of b.
+    """The tokens are the batch, the rows of a, or the columns of b.
 
-    With tokens in the rows of a and anywhere in b these are attention's scores or its weighted sum: every query row
-    needs all keys, so b is taken whole.
+    If both a and b are cut, and the tokens are the rows of a, this is the scores or the weighted sum of an attention. Each query needs
+    all keys, so b is taken whole.
     """
     a, b = node.args[:2]
     if a in axes and b in axes:
@@ -226,7 +241,7 @@ def _bmm(node, axes):
 
 @register_token_rule(*RESHAPES)
 def _reshape(node, axes):
-    """The token dimension of the result is the one with the same number of entries before it, if its steps stay whole."""
+    """The token dimension of the result has as many entries before it as that of the input. A step must stay a number of its entries."""
     source, sizes = node.args[0], list(node.args[1])
     axis, before, after = axes[source], value(source).shape, value(node).shape
     outer = product(before[: axis.dim])
@@ -237,7 +252,7 @@ def _reshape(node, axes):
         unit = sympy.simplify(inner / product(after[dim + 1 :]))
         if unit.is_integer is False or unit.as_numer_denom()[1] != 1:
             return None
-        # The halves have their own length there; everything else keeps its size.
+        # Each half has its own length there. All other sizes stay.
         sizes = [after[i] if isinstance(s, int) and s == -1 else s for i, s in enumerate(sizes)]
         sizes[dim] = -1
         return Split(TokenAxis(dim, unit), args=(source, sizes))
@@ -268,7 +283,7 @@ def _unsqueeze(node, axes):
 
 @register_token_rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 def _squeeze(node, axes):
-    """The dimensions that the whole loses, by name: a half may have a single token, which must not go, too."""
+    """The squeezed dimensions are named: a half may have a single token, and its token dimension must stay."""
     source, *dims = node.args
     axis, shape = axes[source], value(source).shape
     dims = range(len(shape)) if not dims else [dims[0]] if isinstance(dims[0], int) else dims[0]
@@ -293,7 +308,7 @@ def _expand(node, axes):
 @register_token_rule(aten.slice.Tensor, aten._softmax.default, aten.cumsum.default, aten.flip.default, aten.topk.default,
                      aten.sort.default, aten.split.Tensor, aten.split_with_sizes.default, aten.glu.default)  # fmt: skip
 def _along_another_dim(node, axes):
-    """Ops that work along a dimension, which must not be the token one; each result keeps the axis."""
+    """Ops along a dimension that is not the token dimension. All results keep the axis."""
     source, rank = node.args[0], value(node.args[0]).dim()
     position, default = {
         aten.slice.Tensor: (1, 0), aten.split.Tensor: (2, 0), aten.split_with_sizes.default: (2, 0),
@@ -368,6 +383,6 @@ def _pad(node, axes):
 
 @register_token_rule(c10d.all_gather_into_tensor.default)
 def _all_gather(node, axes):
-    """Gathers along dimension 0, so the tokens must lie elsewhere."""
+    """It gathers along dimension 0, so tokens must be along another one."""
     axis = axes[node.args[0]]
     return Split(axis) if axis.dim != 0 else None
