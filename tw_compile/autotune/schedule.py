@@ -1,10 +1,10 @@
 """Measures whether weaving a graph is faster on this machine, and how to weave it. It takes seconds, before the first compilation.
 
-The result depends on how much slower GEMMs are when they are cut into two, and when they lose SMs and bandwidth. It changes with each
-wave, and no formula was found that predicts it within the few per cent that matter. So the GEMMs, the attention and the sites of two
-layers run as the compiled graph will run them: fused, and woven with several numbers of CTAs and split ratios, at several numbers of
-tokens. The GPU time of other kernels is the same in both forms and is left out. Without CUDA graphs the host's time counts as well, as a
-woven graph launches twice as many kernels: then the host gets no head start, and small kernels stand in for the other kernels.
+The result depends on how much slower GEMMs are when they are cut in two, and when they lose SMs and bandwidth. It changes with each
+wave, and no known formula predicts it within the few per cent that matter. So the GEMMs, the attention and the sites of two layers run
+as the compiled graph will run them: fused, and woven with several numbers of CTAs and split ratios, at several numbers of tokens. The GPU
+time of other kernels is the same in both forms and is left out. Without CUDA graphs the host's time counts as well, as a woven graph
+launches twice as many kernels: then the host gets no head start, and small kernels represent the other kernels.
 
 The result is a ``Plan``, the same on all ranks, from the times of the slowest rank. The plan is cached on disk.
 """
@@ -33,8 +33,8 @@ from .plan import SPLIT_RATIOS, Plan, by_rule, by_times, first_half, rule_of_cut
 
 log = logging.getLogger("tw_compile")
 
-# Numbers of tokens at which a graph with a dynamic number is tuned, and the most elements of a reduced value. Larger sizes are taken to
-# behave like the largest one that is measured.
+# Numbers of tokens at which a graph with a dynamic number is tuned, and the most elements of a reduced value in a measurement. Larger
+# sizes are taken to behave like the largest one that is measured.
 SIZES = 256, 512, 1024, 2048, 4096, 8192
 MAX_ELEMENTS = 1 << 26
 
@@ -51,7 +51,7 @@ class Section:
 
     hidden, dtype: hidden size and dtype of the reduced values
     sizes:         the numbers of tokens to measure
-    sequences:     the number of sequences of which the tokens are; with several, the cut is between sequences
+    sequences:     the number of sequences that the tokens belong to; with several, the cut is between sequences
     ctas:          the number of CTAs that the user asked for; 0 for any
     phases:        the ops before each site but the first: ("mm", rows, columns) with the shape of a GEMM's weight, where the last GEMM of
                    a phase has ``hidden`` columns; ("attention", heads, heads of keys and values, channels of a head); ("others", number
@@ -124,6 +124,7 @@ def _key(section: Section, group: str, device: torch.device, requested: str) -> 
 
 
 def _tune_schedule(section: Section, group: str, device: torch.device, requested: str) -> Plan:
+    """Measure a plan; a rule makes it if a rank has too little memory. A collective."""
     begin = time.perf_counter()
     logs.say_that_it_tunes()
     transport = choose.another(requested, group, device)
@@ -151,7 +152,7 @@ def _tune_schedule(section: Section, group: str, device: torch.device, requested
 
 
 class Stage:
-    """Runs a section."""
+    """Runs a section over a transport, and measures its time."""
 
     def __init__(self, section: Section, transport: Any, device: torch.device) -> None:
         self.section, self.transport, self.device, self.dtype = section, transport, device, getattr(torch, section.dtype)
@@ -299,13 +300,14 @@ class Stage:
             keys = heads_of(kv_heads, before)
             F.scaled_dot_product_attention(query, keys, keys, **gqa)
 
-    def _fused(self, x, residual, slot, number):
+    def _fused(self, x: Tensor, residual: Tensor | None, slot: int, number: int) -> tuple[Tensor, Tensor]:
         return self.transport.fused(self._site(x, residual, 0, slot, number), True)
 
-    def _site(self, x, residual, ctas, slot, number):
+    def _site(self, x: Tensor, residual: Tensor | None, ctas: int, slot: int, number: int) -> Site:
         return Site(x, residual, self.weight, ctas=ctas, slot=slot, number=number, fp32_residual=True, sharded_residual=True)
 
     def _input(self, norm: Tensor, channels: int) -> Tensor:
+        """An input with this number of channels for as many tokens as ``norm`` has; ``norm`` itself if it fits."""
         return norm if channels == self.section.hidden else self.value(norm.shape[0], channels)
 
     def value(self, tokens: int, channels: int) -> Tensor:

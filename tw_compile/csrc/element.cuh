@@ -1,4 +1,4 @@
-// The element types: how 16 bytes of them become floats and back. Arithmetic is in float32 throughout.
+// The element types, and the conversions between 16 bytes of elements and floats. All arithmetic is in float32.
 #pragma once
 #include "ptx.cuh"
 

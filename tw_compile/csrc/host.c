@@ -1,6 +1,6 @@
-// The driver calls of a site, so that Python makes one call for them and not four. Compiled when first needed
-// (transports/symmetric/host.py), like the kernels. All arguments are integers: handles and addresses as the driver has them. A call that
-// fails raises RuntimeError with the driver's name for the error.
+// The driver calls of a site, so that Python makes one call instead of four. Compiled at run time (transports/symmetric/host.py), like
+// the kernels. All arguments are integers: handles and addresses of the driver. A call that fails raises RuntimeError with the driver's
+// name of the error.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
@@ -8,7 +8,7 @@
 
 typedef void *Handle;
 
-// The driver's functions, found by name in its library: nothing here needs CUDA to be compiled or imported.
+// The functions of the driver, which are looked up by name in its library. So neither compiling nor importing this file needs CUDA.
 typedef struct {
   int (*event_create)(Handle *event, unsigned flags);
   int (*event_record)(Handle event, Handle stream);
@@ -51,7 +51,7 @@ static PyObject *load(PyObject *module, PyObject *path) {
   Py_RETURN_NONE;
 }
 
-// Reads `expected` integers; false, with an error set, if the arguments are not that.
+// Reads `expected` integers into `out`. Returns 0, with a Python error set, if the arguments are something else.
 static int numbers(PyObject *const *given, Py_ssize_t count, Py_ssize_t expected, uintptr_t *out) {
   if (count != expected) {
     PyErr_Format(PyExc_TypeError, "%zd arguments, where %zd are needed", count, expected);
@@ -72,7 +72,7 @@ static PyObject *answer(const Driver *driver, int status) {
               : PyErr_Format(PyExc_RuntimeError, "CUDA call failed: %d", status);
 }
 
-// The context of a GPU that torch uses, whichever is current in the calling thread.
+// The primary context of a GPU, which torch uses. It need not be current in the calling thread.
 static PyObject *context(PyObject *module, PyObject *ordinal) {
   const Driver *driver = PyModule_GetState(module);
   Handle found = NULL;
@@ -84,8 +84,8 @@ static PyObject *context(PyObject *module, PyObject *ordinal) {
   return status ? answer(driver, status) : PyLong_FromVoidPtr(found);
 }
 
-// What takes a context makes it current for so long: a thread that has done nothing with CUDA has none, or that of another GPU,
-// and the default stream is each context's own.
+// Functions that take a context make it current during the call. The calling thread may have no context or that of another GPU, and
+// each context has its own default stream.
 
 static PyObject *event(PyObject *module, PyObject *const *given, Py_ssize_t count) {
   const Driver *driver = PyModule_GetState(module);
@@ -99,7 +99,7 @@ static PyObject *event(PyObject *module, PyObject *const *given, Py_ssize_t coun
   return status ? answer(driver, status) : PyLong_FromVoidPtr(made);
 }
 
-// n: what launch() and start() have in front: function, threads in x and in y, shared_bytes, ctas, arguments
+// n: the first arguments of launch() and start(): function, threads in x, threads in y, shared_bytes, ctas, arguments
 static int launch_on(const Driver *driver, Handle stream, const uintptr_t *n) {
   return driver->launch_kernel((Handle)n[0], n[4], 1, 1, n[1], n[2], 1, n[3], stream, (void **)n[5], NULL);
 }

@@ -1,16 +1,16 @@
-// One group's work on one row: sum over the ranks, bias, scale, residual, norm. Shared by all kernels, with one layout of a
-// row over threads for a given hidden size, so that the bits of a row depend on nothing but its data: not on the kernel,
-// the rank, the batch or the number of CTAs and groups.
+// The work of a group on a row: sum over the ranks, bias, scale, residual, norm. All kernels use this code, with the same layout of a
+// row for a given hidden size. So the bits of a row depend only on its data: not on the kernel, the rank, the batch, or the number of
+// CTAs and groups.
 //
-// Products and sums are spelled as intrinsics where a compiler could otherwise contract them differently here and there.
+// Products and sums are intrinsics, so that the compiler cannot contract them in one place and not in another.
 #pragma once
 #include "group.cuh"
 #include "vector.cuh"
 
 namespace tw {
 
-// The thread's part of the row in float32, between the sum and the norm: in registers if the row is one chunk, otherwise in
-// shared memory, where each thread reads only what it wrote.
+// The thread's part of the row in float32, between the sum and the norm: in registers if the row is one chunk, otherwise in shared
+// memory, where each thread reads only its own values.
 template <class Layout, bool kInRegisters = Layout::kChunks == 1>
 struct Kept;
 
@@ -55,7 +55,7 @@ struct Kept<Layout, false> {
   }
 };
 
-// The norms: row / sqrt(mean(row²) + eps), where the row of a LayerNorm is r - mean(r), and that of an RMSNorm is r.
+// The norms: row / sqrt(mean(row²) + eps). row is r - mean(r) for a LayerNorm, and r for an RMSNorm.
 struct RmsNorm {
   static constexpr bool kCenters = false;
 };
@@ -63,19 +63,19 @@ struct LayerNorm {
   static constexpr bool kCenters = true;
 };
 
-// Rows, one after the other: for each, add() its chunks in order, then normalise().
+// The rows of a group, one after the other. For each row call add() for its chunks in order, then normalise().
 template <class Norm, class Layout, class Transport, class Group, int kWorld>
 class Rows {
  public:
   using Element = typename Layout::Element;
 
-  // Whether there are registers for the weight from row to row, beside a row's floats and what comes of the next row; and
-  // whether there are for the latter.
+  // kKeepsWeight: whether there are enough registers to keep the weight from row to row, beside the floats of a row and the data of
+  // the next row that is loaded ahead. kLoadsAhead: whether there are enough to load the next row ahead.
   static constexpr int kFloats = Layout::kUnroll * Layout::kVector, kOtherRegisters = 40;
   static constexpr int kFree = Group::kRegisters - kOtherRegisters - kFloats - Local<Layout, Transport>::kRegisters;
   static constexpr bool kKeepsWeight = Layout::kChunks == 1 && kFree >= kFloats, kLoadsAhead = kFree >= 0;
 
-  // shared: memory of the group
+  // shared: the group's shared memory
   __device__ __forceinline__ explicit Rows(const Site<kWorld>& site, const Transport& transport, char* shared)
       : site_(site),
         transport_(transport),
@@ -83,7 +83,7 @@ class Rows {
         kept_(shared + kScratchBytes),
         places_(ptx::shared_address(shared) + kScratchBytes + Kept<Layout>::kBytes + threadIdx.x * 16) {}
 
-  // Of this thread for chunk i, in shared memory behind what the rows need themselves.
+  // The places of this thread for chunk i, in shared memory behind the scratch and the kept rows.
   __device__ __forceinline__ SharedPlaces<Layout::kThreads> places(int i) const {
     return {places_ + i * kPlacesOfChunk<Layout, Transport> * Layout::kThreads * 16};
   }
@@ -91,7 +91,7 @@ class Rows {
     return kScratchBytes + Kept<Layout>::kBytes + chunks * kPlacesOfChunk<Layout, Transport> * Layout::kThreads * 16;
   }
 
-  // r = scale * (sum + bias) + residual of one chunk.
+  // Computes r = scale * (sum + bias) + residual for one chunk.
   template <class In>
   __device__ __forceinline__ void add(const In& in, const Local<Layout, Transport>& local, int chunk) {
     if (chunk == 0) sum_ = 0.0f;
@@ -121,7 +121,7 @@ class Rows {
     }
   }
 
-  // store(byte offset in the row, floats of a vector) takes the r of one chunk.
+  // Calls store(byte offset in the row, floats of a vector) for the r of one chunk.
   template <class Store>
   __device__ __forceinline__ void each(int chunk, Store store) {
 #pragma unroll
@@ -133,8 +133,8 @@ class Rows {
     }
   }
 
-  // With kKeepsWeight weight + offset stays in registers. Once, before the first row, in two steps: the first does not wait
-  // for the weight, since other ranks wait for this CTA then; it does not need the barrier either.
+  // With kKeepsWeight, weight + offset stays in registers. It is loaded once, before the first row, in two steps. fetch_weight() runs
+  // before the barrier, at which other ranks wait for this CTA, and so does not wait for the load. keep_weight() runs after it.
   __device__ __forceinline__ void fetch_weight() {
     if constexpr (kKeepsWeight) {
       if (site_.weight == nullptr) return;
@@ -152,7 +152,7 @@ class Rows {
     }
   }
 
-  // The shift, for which no registers are left, at least comes near.
+  // There are no registers for the shift, so that it is only prefetched.
   __device__ __forceinline__ void prefetch_shift() {
     if (site_.shift == nullptr) return;
 #pragma unroll
@@ -162,7 +162,7 @@ class Rows {
     }
   }
 
-  // store(byte offset in the row, vector) takes norm = row / sqrt(mean(row²) + eps) * (weight + offset) + shift.
+  // Calls store(byte offset in the row, vector) for norm = row / sqrt(mean(row²) + eps) * (weight + offset) + shift.
   template <class Store>
   __device__ __forceinline__ void normalise(Store store) {
     if constexpr (Norm::kCenters) sum_ = center(row_mean(sum_));
@@ -191,8 +191,8 @@ class Rows {
   }
 
  private:
-  // Takes the mean off the kept row. Returns the sum of the thread's squares: taken from what is left of the row, it loses
-  // nothing where the mean is large.
+  // Subtracts the mean from the kept row. Returns the sum of the thread's squares, which is computed after the subtraction, and so is
+  // accurate for a large mean.
   __device__ __forceinline__ float center(float mean) {
     float squares = 0.0f;
 #pragma unroll 1
@@ -231,8 +231,8 @@ class Rows {
 
   __device__ __forceinline__ float row_mean(float value) { return __fmul_rn(row_sum(value), 1.0f / Layout::kHidden); }
 
-  // The sum of one value of every thread, in an order that is always the same. One barrier: a warp that runs ahead
-  // writes its next value into the other half, and cannot come round to this one before all have read it.
+  // The sum of one value of each thread, always in the same order. One barrier is enough: the next call writes the other half of
+  // of_warps_, and no warp can reach the call after it, which writes this half, before all warps have read this half.
   __device__ __forceinline__ float row_sum(float value) {
 #pragma unroll
     for (int lane = 16; lane > 0; lane /= 2) value = __fadd_rn(value, __shfl_xor_sync(0xffffffffu, value, lane));
@@ -256,12 +256,12 @@ class Rows {
 
   const Site<kWorld>& site_;
   const Transport& transport_;
-  float* const of_warps_;  // two sums of each
+  float* const of_warps_;  // two sums of each warp
   Kept<Layout> kept_;
-  const u32 places_;  // address in shared memory
+  const u32 places_;  // address in shared memory of the thread's first place
   Vector<Layout> raw_weight_[Layout::kUnroll];
   float weight_[Layout::kUnroll][Layout::kVector];
-  float sum_ = 0.0f;  // of the thread's squares; for a LayerNorm, of its elements first
+  float sum_ = 0.0f;  // sum of the thread's squares; for a LayerNorm first the sum of its elements
   u32 half_ = 0;
 };
 

@@ -1,14 +1,14 @@
-// One-shot: every rank finishes all rows for itself. For few tokens: one barrier, and no second trip over the wire.
+// one_shot: each rank finishes all rows for itself. For few tokens: it has one barrier per row, and data crosses the links once.
 //
 //   for each row of the CTA:
 //   1. copy the row of this rank's partial sums to the staging place of this CTA
-//   2. barrier: all ranks have
-//   3. fetch the row from all ranks, add the residual, norm, and store both here
+//   2. barrier: all ranks have copied the row
+//   3. fetch the row from all ranks, add the residual, norm, and store both on this rank
 //
-// Nothing waits for the peers to have finished reading. Instead a CTA has two staging places and changes over at every
-// barrier: it writes one in round e that was last read in some round before e - 1, and it has seen all peers arrive at
-// round e - 1, which they do after their reads of all rounds before. `x` and the outputs are private to the rank. The
-// outputs may lie where x does, since the thread that writes a vector has copied it before.
+// A CTA does not wait until the peers have finished reading. Instead it has two staging places, which it uses in turns. The place
+// that it writes in round e was last read before round e - 1. The CTA has seen all peers arrive at the barrier of round e - 1, and
+// they arrive there after their reads of all earlier rounds. `x` and the outputs are private to the rank. The outputs may have the
+// memory of x, since the thread that writes a vector has copied it before.
 #pragma once
 #include "norm.cuh"
 #include "sync.cuh"
@@ -30,7 +30,7 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
     const u64 staging_at = site.staging_at + (blockIdx.x * 2 + barrier.epoch() % 2) * Layout::kRowBytes;
     const u64 float_at = row * Layout::kFloatRowBytes;
     const char* residual = site.residual + (site.takes_carried ? float_at : at);
-    constexpr bool kInRegisters = Transport::kPlaces <= 4;  // those of more ranks do not fit
+    constexpr bool kInRegisters = Transport::kPlaces <= 4;  // the registers have no room for more
     uint4 places[kInRegisters ? kPlacesOfChunk<Layout, Transport> + 1 : 1];  // no array can be empty
     typename Transport::Pending pending[Layout::kUnroll];
     const auto chunk = [&] {
@@ -42,7 +42,7 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
     }();
 
     Local<Layout, Transport> local;
-    if (site.residual != nullptr) local.load_residual(residual, site.takes_carried, 0);  // arrives during the barrier
+    if (site.residual != nullptr) local.load_residual(residual, site.takes_carried, 0);  // overlaps with the barrier
     for (int c = 0; c < Layout::kChunks; ++c) {
 #pragma unroll
       for (int u = 0; u < Layout::kUnroll; ++u) {

@@ -1,5 +1,5 @@
-// Every instruction that C++ has no name for, one function each. Nothing else in csrc/ contains PTX, so that this is the
-// only header that a host build (tests/test_kernel_build.py) has to replace.
+// One function for each instruction that C++ cannot express. No other file in csrc/ contains PTX, so that a build for the host
+// (tests/test_kernel_build.py) replaces only this header.
 #pragma once
 
 using u32 = unsigned int;
@@ -7,9 +7,8 @@ using u64 = unsigned long long;
 
 namespace ptx {
 
-// ---- 16-byte accesses. "sys": relaxed at system scope, past L1, coherent with the other GPUs.
-// The loads and stores of data are volatile, hence stay in program order with each other: what is in flight when is
-// decided in the source, not by the compiler.
+// ---- 16-byte accesses. "sys": relaxed at system scope, which bypasses L1 and is coherent with the other GPUs.
+// Loads and stores of data are volatile, so that the compiler keeps their order: the source determines what is in flight.
 
 __device__ __forceinline__ uint4 load_sys(const void* p) {
   uint4 v;
@@ -35,7 +34,7 @@ __device__ __forceinline__ void store(void* p, uint4 v) {
                :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// Data that nobody writes while the kernel runs: through L1.
+// For data that is not written while the kernel runs. Goes through L1.
 __device__ __forceinline__ uint4 load_constant(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -43,8 +42,8 @@ __device__ __forceinline__ uint4 load_constant(const void* p) {
   return v;
 }
 
-// ---- Copies of 16 bytes into shared memory that run while the thread goes on, past L1. They take no registers. A thread
-// reads what it copied itself, after copies_arrived; others would need a barrier too.
+// ---- Asynchronous copies of 16 bytes into shared memory. They bypass L1 and need no registers. A thread reads its own copies after
+// copies_arrived(); to read those of other threads it would also need a barrier.
 
 __device__ __forceinline__ void copy_async(u32 shared, const void* p) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared), "l"(p) : "memory");
@@ -56,22 +55,22 @@ __device__ __forceinline__ uint4 load_shared(u32 shared) {
   return v;
 }
 
-// The address that the two above take.
+// The shared-memory address of p, as copy_async and load_shared take it.
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-// Ends a group of copies; empty ones count too.
+// Ends a group of copies. A group may be empty.
 __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for all groups but the last kStillOut.
+// Waits for all groups except the last kStillOut.
 template <int kStillOut>
 __device__ __forceinline__ void copies_arrived() {
   asm volatile("cp.async.wait_group %0;" :: "n"(kStillOut) : "memory");
 }
 
-// Asks for a line of it, which comes to L2. Takes no register.
+// Prefetches a line into L2. Needs no registers.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 
-// ---- Multicast: the address stands for the same place in every rank's memory. The switch adds in float32.
+// ---- Multicast: an address refers to the same place in the memory of each rank. The switch adds in float32.
 
 __device__ __forceinline__ uint4 multimem_load_add_bf16(const void* p) {
   uint4 v;
@@ -100,7 +99,7 @@ __device__ __forceinline__ void multimem_store(void* p, uint4 v) {
                   "f"(__uint_as_float(v.w)) : "memory");
 }
 
-// Orders accesses to one location through two addresses of it (its own and the multicast one).
+// Orders accesses to one location through two addresses: its own and the multicast address.
 __device__ __forceinline__ void fence_alias() { asm volatile("fence.proxy.alias;" ::: "memory"); }
 
 // ---- Flags
@@ -125,24 +124,24 @@ __device__ __forceinline__ void store_word(u32* p, u32 v) {
   asm volatile("st.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
 }
 
-// Nanoseconds; the clock is the same for all SMs of a GPU.
+// In nanoseconds. All SMs of a GPU have the same clock.
 __device__ __forceinline__ u64 global_timer() {
   u64 t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
   return t;
 }
 
-// ---- Barriers of a part of the CTA: kThreads threads, whole warps, that name the same one of 16.
+// ---- A barrier for a part of a CTA: kThreads threads, in whole warps, that pass the same number from 0 to 15.
 
 template <int kThreads>
 __device__ __forceinline__ void sync_some(u32 barrier) {
   asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(kThreads) : "memory");
 }
 
-// A value that is the same in the whole warp, told to the compiler, which then spends one register on it for all threads.
+// Makes a value that is the same in the whole warp known as such to the compiler, which then keeps it in one uniform register.
 __device__ __forceinline__ u32 uniform(u32 value) { return __shfl_sync(0xffffffffu, value, 0); }
 
-// ---- Conversions: two 16-bit floats in a word, the first in the low half; to nearest even
+// ---- Conversions of two 16-bit floats in a word, with the first one in the low half. Rounding is to nearest even.
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   u32 v;
@@ -174,7 +173,7 @@ __device__ __forceinline__ float rsqrt(float x) {
   return y;
 }
 
-// The CTA's dynamic shared memory.
+// The dynamic shared memory of the CTA.
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ float4 memory[];
   return reinterpret_cast<char*>(memory);

@@ -1,4 +1,4 @@
-// The one argument of every kernel. The host packs it (transports/symmetric/arguments.py): keep the two in step.
+// The argument of all kernels. The host packs it in transports/symmetric/arguments.py, which must have the same layout.
 #pragma once
 #include "ptx.cuh"
 
@@ -6,36 +6,36 @@ namespace tw {
 
 template <int kWorld>
 struct Site {
-  // Of this rank's workspace. Entry i of an array belongs to rank (rank + i) % kWorld: every rank begins with itself and
-  // goes round from there, so that at any moment the ranks address different peers, by indices known when compiling.
+  // The same for all calls in a workspace. Entry i of an array belongs to rank (rank + i) % kWorld. So each rank begins with itself,
+  // the ranks address different peers at the same time, and the indices are compile-time constants.
   char* workspace[kWorld];  // [activations | carried residual | whole residual | staging], at the same offsets on every rank
   u32* pad[kWorld];         // signal pads
-  char* multicast;          // the workspaces of all ranks at one address; null without multicast
-  u32* epochs;              // one word a CTA, private to this rank: how many barriers the CTA has passed
+  char* multicast;          // multicast address of the workspaces of all ranks; null without multicast
+  u32* epochs;              // one word for each CTA, private to this rank: the number of barriers that the CTA has passed
   u32* error;               // in pinned host memory: see sync.cuh
   u64 timeout_ns;           // a barrier that waits longer gives up
   u64 whole_residual_at;    // byte offsets in the workspace
   u64 staging_at;
   u32 rank;
 
-  // Of this call.
-  u32 rows;              // tokens, on all ranks together
-  const char* x;         // one_shot: [rows, H] this rank's partial sums. two_shot finds them in the workspace
-  const char* residual;  // [rows, H] or null; two_shot reads this rank's own rows only. Or a carried one: see below
+  // Different in each call.
+  u32 rows;              // the number of tokens, the same on all ranks
+  const char* x;         // one_shot: [rows, H], the partial sums of this rank. two_shot reads them in the workspace
+  const char* residual;  // [rows, H], or a carried residual (see below), or null. two_shot reads only this rank's own rows
   const char* bias;      // [H] or null
-  const char* weight;    // [H] or null: ones
-  char* norm_out;        // one_shot: [rows, H]. two_shot leaves the norm in the workspace, in place of the partial sums
-  char* residual_out;    // one_shot: [rows, H]. two_shot: where to carry it, or with whole_residual left alone
-  u32 site;              // number of the call in the model: the same on all ranks, and named in error messages
-  u32 weight_is_float;   // the weight is float32, and the element is not
-  // A carried residual goes from site to site in float32; two_shot carries this rank's own rows only, from the first on.
-  u32 takes_carried;
-  u32 whole_residual;  // do not carry the new residual, but round it; two_shot gives it to the workspaces of all ranks
+  const char* weight;    // [H], or null for ones
+  char* norm_out;        // one_shot: [rows, H]. two_shot writes the norm to the workspace, over the partial sums
+  char* residual_out;    // one_shot: [rows, H]. two_shot: the carried residual; not used with whole_residual
+  u32 site;              // the number of the site in the model, the same on all ranks, for error messages
+  u32 weight_is_float;   // whether the weight is float32 and the elements are not
+  // A carried residual goes from site to site in float32. With two_shot it has only this rank's own rows, at the front.
+  u32 takes_carried;   // whether residual is a carried one
+  u32 whole_residual;  // the new residual is rounded and not carried. two_shot writes it to the workspaces of all ranks
   float eps, scale, offset;
 
-  // Of a LayerNorm.
+  // For a LayerNorm.
   u32 shift_is_float;
-  const char* shift;  // [H] or null: zeros
+  const char* shift;  // [H], or null for zeros
 };
 
 }  // namespace tw

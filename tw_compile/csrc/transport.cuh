@@ -1,18 +1,18 @@
-// How a vector is fetched from all ranks and delivered to all ranks. The two transports differ in nothing else: every other
-// line of a kernel over Multimem also runs over Peer.
+// The transports: how a vector is loaded from all ranks and stored to all ranks. All other code is the same for both transports.
 //
-//   load_reduce   the 16 bytes at an offset of every rank's workspace, in three steps: it begins to fetch them, as one sum
-//                 (Pending) or into kPlaces places of this thread; load_own adds what is on this GPU, if that was not part of
-//                 it; and total, when they have arrived, gives the sum over the ranks in float32
-//   store         a vector to this offset of every rank's workspace
+//   load_reduce   begins to load the 16 bytes at an offset in each rank's workspace, as one sum (Pending), or into kPlaces places of
+//                 this thread
+//   load_own      loads the 16 bytes on this GPU, unless load_reduce includes them
+//   total         returns the sum over the ranks in float32, after both have arrived
+//   store         stores a vector at an offset in each rank's workspace
 #pragma once
 #include "element.cuh"
 #include "site.cuh"
 
 namespace tw {
 
-// Where copies of 16 bytes land for one thread. In shared memory, kThreads places apart, until copies_arrived: for copies that
-// are long on their way.
+// The places of a thread, each of which receives a copy of 16 bytes. In shared memory they are kThreads * 16 bytes apart, and valid after
+// copies_arrived. This is for copies that take long.
 template <int kThreads>
 struct SharedPlaces {
   u32 first;  // address in shared memory
@@ -22,21 +22,21 @@ struct SharedPlaces {
   __device__ __forceinline__ uint4 get() const { return ptx::load_shared(first); }
 };
 
-// In registers, which is faster where few are needed.
+// Places in registers, which are faster if there are few.
 struct RegisterPlaces {
-  uint4* first;  // of a local array, indexed by constants only
+  uint4* first;  // element of a local array, with constant indices only
 
   __device__ __forceinline__ RegisterPlaces from(int place) const { return {first + place}; }
   __device__ __forceinline__ void copy_here(const void* p) const { *first = ptx::load_sys(p); }
   __device__ __forceinline__ uint4 get() const { return *first; }
 };
 
-// Through a pointer to each rank's memory. The parts are added in rank order.
+// Loads and stores through a pointer to each rank's memory. The parts are added in rank order.
 template <class Element_, int kWorld, int kRank>
 struct Peer {
   using Element = Element_;
   static constexpr int kPlaces = kWorld - 1;
-  static constexpr bool kAliases = false;  // reads the workspace through another address than the one it was written at
+  static constexpr bool kAliases = false;  // whether the workspace is read at another address than it was written at
 
   const Site<kWorld>& site;
 
@@ -54,7 +54,7 @@ struct Peer {
   __device__ __forceinline__ void total(const Pending&, Own own, Places places, float (&sum)[Element::kVector]) const {
 #pragma unroll
     for (int rank = 0; rank < kWorld; ++rank) {
-      const int turned = (rank - kRank + kWorld) % kWorld;  // as in Site::workspace
+      const int turned = (rank - kRank + kWorld) % kWorld;  // index as in Site::workspace
       float part[Element::kVector];
       Element::unpack(turned == 0 ? own : places.from(turned - 1).get(), part);
 #pragma unroll
@@ -67,7 +67,7 @@ struct Peer {
   }
 };
 
-// Through the switch, which adds in float32 and rounds the sum to the element type; the order of its additions is its own.
+// Loads and stores through the switch. It adds in float32, in an order of its own, and rounds the sum to the element type.
 template <class Element_, int kWorld, int kRank>
 struct Multimem {
   using Element = Element_;

@@ -4,11 +4,11 @@ static_assert(sizeof(tw::Site<TW_WORLD>) == TW_SITE_BYTES, "the host packs the a
 
 using Group = tw::Group<TW_THREADS, TW_GROUPS>;
 
-// Clusters of two are placed on neighbouring SMs, and leave such pairs to the GEMMs beside them, whose CTAs come in clusters too.
+// A cluster of two is on neighbouring SMs, so that the other pairs of SMs are free for the clusters of GEMMs beside this kernel.
 #if TW_CLUSTER > 1
 #define TW_CLUSTERS __cluster_dims__(TW_CLUSTER)
 #else
-#define TW_CLUSTERS  // a GPU before compute capability 9.0 has none
+#define TW_CLUSTERS  // GPUs before compute capability 9.0 have no clusters
 #endif
 
 extern "C" __global__ void TW_CLUSTERS __launch_bounds__(Group::kThreads * Group::kGroups, 1)

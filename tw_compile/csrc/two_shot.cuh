@@ -1,19 +1,19 @@
-// Two-shot: every rank finishes a part of the rows and gives them to all. For many tokens: each row crosses the wire once
-// in each direction.
+// two_shot: each rank finishes its own part of the rows for all ranks. For many tokens: each row crosses the links once in each
+// direction.
 //
 //   1. entry barrier: the partial sums of all ranks are written
 //   2. for each own row: fetch it from all ranks, add the residual, norm, store the norm to all ranks, in place
-//   3. exit barrier: the rows of all ranks have arrived, and nobody reads ours any more
+//   3. exit barrier: the rows of all ranks have arrived, and no rank reads this rank's partial sums any more
 //
-// In place is safe because only its owner reads a row, and of that only the thread which later overwrites it, after the
-// data has come.
+// The kernel may work in place: only the owner of a row reads it, and each vector is read only by the thread that overwrites it later,
+// after the data has arrived.
 #pragma once
 #include "norm.cuh"
 #include "sync.cuh"
 
 namespace tw {
 
-// Walks over the chunks of a group's rows.
+// A position in the chunks of a group's rows.
 template <class Layout, class Group>
 struct Cursor {
   u32 row;
@@ -30,8 +30,8 @@ struct Cursor {
   }
 };
 
-// kDepth: chunks that a thread has in flight. A chunk's places are filled anew as soon as it is summed, so that the wire stays
-// busy through the norm and the stores.
+// kDepth: chunks that a thread has in flight. The next chunk is fetched into the places of a chunk as soon as that is summed, so that the
+// links stay busy during the norm and the stores.
 template <template <class, int, int> class TransportOf, class Norm, class Layout, class Group, int kWorld, int kRank,
           int kDepth>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   const u32 begin = site.rank * per_rank;
   const u32 end = min(begin + per_rank, site.rows);
 
-  // The first groups of all CTAs have the first rows, so that few rows are spread over all SMs.
+  // The first groups of all CTAs have the first rows, so that few rows are distributed over all SMs.
   using Walk = Cursor<Layout, Group>;
   Walk next{begin + Group::index() * gridDim.x + blockIdx.x}, now = next;
 
@@ -77,7 +77,7 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   if (AllRows::kLoadsAhead) fetch_local();
   rows.keep_weight();
   while (now.row < end) {
-#pragma unroll(Transport::kPlaces == 0 ? kDepth : 1)  // registers cannot be indexed
+#pragma unroll(Transport::kPlaces == 0 ? kDepth : 1)  // without places the data is in registers, which cannot be indexed
     for (int i = 0; i < kDepth; ++i) {
       if (now.row >= end) break;
       if (!AllRows::kLoadsAhead) fetch_local();

@@ -1,11 +1,11 @@
-// How a row is spread over the threads of a group, in vectors and chunks, and what a thread has of them: of the other ranks on their
-// way, of this GPU in registers.
+// How a row is divided into vectors and chunks among the threads of a group; and a thread's data: what it loads from other ranks, and
+// what it loads from this GPU into registers.
 #pragma once
 #include "transport.cuh"
 
 namespace tw {
 
-// A row is kChunks chunks; in a chunk each thread has kUnroll vectors, neighbouring threads having neighbouring vectors.
+// A row has kChunks chunks. In a chunk each thread has kUnroll vectors, and neighbouring threads have neighbouring vectors.
 template <class Element_, int kHidden_, int kThreads_, int kUnroll_, int kChunks_>
 struct Layout {
   using Element = Element_;
@@ -25,19 +25,20 @@ struct Layout {
     return (chunk * kUnroll + u) * kThreads + static_cast<int>(threadIdx.x);
   }
   static __device__ __forceinline__ bool holds(int vector) { return kExact || vector < kVectors; }
-  // Of the vector, in bytes. Written so that the compiler sees one address of a thread in it, and constants.
+  // The offset of the vector in the row, in bytes, as a sum of a value of the thread and a constant, so that the compiler keeps one
+  // address per thread.
   static __device__ __forceinline__ u64 offset(int chunk, int u) {
     return threadIdx.x * 16u + static_cast<u64>((chunk * kUnroll + u) * kThreads * 16);
   }
 };
 
-// A vector in private memory: of Element, or of float32, which beside 16-bit elements is twice as long.
+// A vector in private memory, of Element or of float32. With 16-bit elements a float32 vector has twice the bytes.
 template <class Layout>
 struct Vector {
   static constexpr int kWords = Layout::kVector / 4;  // 16-byte words of a float32 vector
   uint4 raw[kWords];
 
-  // v: number of the vector in the row. fetch(address): ptx::load, or ptx::load_constant
+  // v: the index of the vector in the row. fetch(address): ptx::load or ptx::load_constant
   template <class Fetch>
   __device__ __forceinline__ void load(const char* row, bool is_float, int v, Fetch fetch) {
     if (kWords == 1 || !is_float) {
@@ -50,7 +51,7 @@ struct Vector {
   static __device__ __forceinline__ void prefetch(const char* row, bool is_float, int v) {
     ptx::prefetch(row + v * (is_float ? 4ull * Layout::kVector : 16ull));
   }
-  // with(i, element i); in float32 one word at a time, to be easy on registers.
+  // Calls with(i, element i) for each element. A float32 vector is unpacked one word at a time, which needs fewer registers.
   template <class With>
   __device__ __forceinline__ void each(bool is_float, With with) const {
     if (kWords == 1 || !is_float) {
@@ -70,12 +71,12 @@ struct Vector {
   }
 };
 
-// A carried residual has the front halves of all vectors of a row first, in float32, then the others, so that neighbouring
-// threads access neighbouring words. This is the way from one to the other.
+// A row of a carried residual has the front halves of all vectors first, in float32, then the back halves, so that neighbouring threads
+// access neighbouring words. This is the distance in bytes between the two halves of a vector.
 template <class Layout>
 constexpr u64 kToBackHalf = Layout::kVectors * 16ull;
 
-// What a thread has on its way of a chunk from the other ranks, in kPlaces places of its own.
+// A thread's part of a chunk from the other ranks, in places of its own.
 template <class Layout, class Transport, class Places>
 class Chunk {
  public:
@@ -83,7 +84,7 @@ class Chunk {
 
   __device__ __forceinline__ Chunk(Places places, Pending& pending) : places_(places), pending_(pending) {}
 
-  // row_at: offset in the workspace of the row of partial sums
+  // row_at: the offset of the row of partial sums in the workspace
   __device__ __forceinline__ void load(const Transport& transport, u64 row_at, int chunk) const {
 #pragma unroll
     for (int u = 0; u < Layout::kUnroll; ++u) {
@@ -104,7 +105,7 @@ class Chunk {
 template <class Layout, class Transport>
 constexpr int kPlacesOfChunk = Layout::kUnroll * Transport::kPlaces;
 
-// What it has of a chunk from the memory of this GPU, which is near: in registers.
+// A thread's part of a chunk from the memory of this GPU, in registers.
 template <class Layout, class Transport>
 struct Local {
   static constexpr int kRegisters = Layout::kUnroll * (4 + 4 * Vector<Layout>::kWords);
