@@ -99,8 +99,8 @@ def _package() -> Iterator[Finding]:
     if "tokenweave" in torch.compiler.list_backends(exclude_tags=()):
         yield Finding("tw_compile", text)
     else:
-        unknown = f'{text}; torch.compile does not know the backend "tokenweave"'
-        yield Finding("tw_compile", unknown, MISSING, "pip install . in a checkout of tw_compile")
+        text += '; torch.compile does not know the backend "tokenweave"'
+        yield Finding("tw_compile", text, MISSING, "pip install . in a checkout of tw_compile")
 
 
 def _pytorch() -> Iterator[Finding]:
