@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import itertools
 import shutil
 import subprocess
 import threading
@@ -317,7 +316,8 @@ def test_a_call_on_another_stream_waits_for_the_one_before(symmetric_sites, driv
 
 
 @pytest.mark.parametrize("do", [
-    lambda sites, x: sites.linear(x, torch.zeros(H, H), None, SLOT), lambda sites, x: sites.fused(Site(x, None, *site(), 4, SLOT, 0, True, True), True),
+    lambda sites, x: sites.linear(x, torch.zeros(H, H), None, SLOT),
+    lambda sites, x: sites.fused(Site(x, None, *site(), 4, SLOT, 0, True, True), True),
     lambda sites, x: sites.start(Site(x, None, *site(), 4, SLOT, 0, True, True)), lambda sites, x: sites.wait(1, True),
 ], ids=("linear", "fused", "start", "wait"))  # fmt: skip
 def test_every_op_waits_for_the_one_before(symmetric_sites, driver, do):
@@ -420,11 +420,11 @@ def test_an_exception_between_start_and_wait_leaves_nothing_behind(symmetric_sit
 
 def test_two_groups_woven_in_one_graph(symmetric_sites, world, blas):
     other, x = Symmetric(world.group_name, torch.device("cuda", 0), multicast=False), torch.zeros(64, H)
-    for first, last in itertools.product((symmetric_sites, other), repeat=2):
+    for first, second in ((symmetric_sites, other), (other, symmetric_sites)) * 2:
         for sites, ctas in ((symmetric_sites, 4), (other, 8)):
             sites.start(Site(x, None, *site(), ctas, SLOT, 0, False, False))
             assert blas == {"backend": "cublaslt", "carveout": 4}
-        for sites in (first, other if first is symmetric_sites else symmetric_sites):
+        for sites in (first, second):
             assert blas["carveout"] == 4
             sites.wait(SLOT, True)
         assert blas["carveout"] is None

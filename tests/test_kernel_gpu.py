@@ -138,14 +138,14 @@ class Ranks:
         """x: [W, T, H]; numerics: what ``site`` takes. Returns [(norm, residual)] of all ranks."""
         shift, *rest = site(**numerics)
         self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1])
-        return self.each(
-            lambda s, rank: s.fused(Site(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual), in_workspace)
-        )
+        given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual
+        return self.each(lambda s, rank: s.fused(Site(x[rank], *given), in_workspace))
 
     def overlapped(self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=0, **numerics):
         shift, *rest = site(**numerics)
         self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1])
-        self.each(lambda s, rank: s.start(Site(x[rank], residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual)))
+        given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual
+        self.each(lambda s, rank: s.start(Site(x[rank], *given)))
         return self.each(lambda s, rank: s.wait(slot, in_workspace))
 
 

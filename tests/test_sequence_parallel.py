@@ -146,7 +146,9 @@ def count(graph, op):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("shape, dim", [((8,), 0), ((1, 8), 1), ((3, 8), 1), ((8, 3), 0)], ids=str)
 def test_sites_in_every_layout(shape, dim, dynamic):
-    block = lambda *inputs: two_sites(*inputs, norm=hf_norm, dim=dim)
+    def block(*inputs):
+        return two_sites(*inputs, norm=hf_norm, dim=dim)
+
     found, refusals, new = sites_in(block, *inputs(*shape, dtype=torch.bfloat16), dynamic=dynamic)
     assert (found, refusals, count(new, GATHER)) == (2, [], 0)
 
@@ -258,7 +260,9 @@ def test_refused_a_reshape_that_mixes_the_rows_of_ranks():
 
 
 def test_refused_first_of_one_norm():
-    block = lambda x, y, w: gather(hf_norm(scatter(x) + scatter(y), w))
+    def block(x, y, weight):
+        return gather(hf_norm(scatter(x) + scatter(y), weight))
+
     found, refusals, _ = sites_in(block, values(8, H), values(8, H), values(H))
     assert (found, refusals) == (1, ["its residual add or norm waits for reduce_scatter_tensor_1, a later collective"])
 
@@ -337,7 +341,10 @@ def compare(mode, norm, dynamic):
         torch.manual_seed(9)
         weight, up = values(H), values(H, H)
         torch.manual_seed(dist.get_rank())
-        block = lambda *inputs: many_uses(*inputs, norm=NORMS[norm], dim=dim)
+
+        def block(*inputs):
+            return many_uses(*inputs, norm=NORMS[norm], dim=dim)
+
         with torch.no_grad(), without_codegen():
             compiled = torch.compile(block, backend=backend.tokenweave, dynamic=dynamic, options={"tokenweave.mode": mode})
             given = values(*batch, 4 * world, H), values(*batch, 4, H), weight, up
