@@ -52,7 +52,7 @@ def section_of(config, ranks, sizes):
     qkv = ("mm", hidden, q), ("mm", hidden, kv), ("mm", hidden, kv)
     attention = *qkv, ("attention", heads, kv_heads, config.head_dim), ("mm", q, hidden)
     mlp = ("mm", hidden, inner), ("mm", hidden, inner), ("mm", inner, hidden)
-    return Section(hidden, "bfloat16", tuple(sizes), 1, 0, (attention, mlp) * 2)
+    return Section(hidden, "bfloat16", tuple(sizes), 1, 0, (attention, mlp) * 2, cuda_graphs=True)
 
 
 class Ways(Stage):
@@ -60,6 +60,12 @@ class Ways(Stage):
 
     def __init__(self, section, device):
         super().__init__(section, choose.choose("auto", dist.group.WORLD.group_name, device)[0], device)
+
+    def compute(self, phase, norm, slot, sequence, before):
+        """Run a phase on the tokens of ``norm``, which follow ``before`` tokens of the sequence. Returns the output of its last GEMM."""
+        self.work(phase[:-1], norm, sequence, before)
+        rows, columns = phase[-1][1:]
+        return self.transport.linear(self._input(norm, rows), self.weights[rows, columns], None, slot)
 
     def without_sites(self, tokens):
         norm = self.value(tokens, self.section.hidden)
