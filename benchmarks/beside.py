@@ -1,16 +1,16 @@
-"""What the communication kernels cost others: a GEMM beside them, which loses the SMs that they take, and the host.
+"""The cost of communication kernels for a GEMM that runs beside them, which loses the SMs that they take, and for the host.
 
     torchrun --nproc-per-node 8 benchmarks/beside.py
 
-The GEMM is the first of the MLP of a Llama 70B over so many ranks. It runs alone, and while kernels follow each other on a side
-stream; ``carveout`` is with cuBLASLt's SM carveout set to that number. Writes benchmarks/results/beside-tp*.json: one row for each number
-of CTAs, with
+The GEMM is the first one of a Llama 70B's MLP with this number of ranks. It runs alone, and beside kernels on a side stream, without and
+with cuBLASLt's SM carveout of as many SMs as a kernel has CTAs. Writes benchmarks/results/beside-tp*.json: one row for each number of CTAs,
+with
 
-    tokens, ranks, ctas, gemm_us (alone), beside_us, carveout_us, slowdown (beside_us over gemm_us, less 1), carveout_slowdown,
+    tokens, ranks, ctas, gemm_us (alone), beside_us, carveout_us, slowdown (beside_us / gemm_us - 1), carveout_slowdown,
     share (of the SMs that the CTAs take), comm_us (a kernel alone), comm_beside_us
 
-and the host's microseconds for a start and a wait, by the functions that a compiled graph calls, in ``host_us``; ``driver_us``
-of them are the CUDA driver's.
+``host_us`` has the host's microseconds for a start and a wait, called as a compiled graph calls them. ``driver_us`` is the part of the
+CUDA driver.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def measure(peer, device, tokens, ctas):
     weight = torch.randn(HIDDEN, 2 * INTERMEDIATE // world, device=device, dtype=torch.bfloat16)
     out = torch.mm(x, weight)
     partials = peer.linear(x[:, :64], torch.randn(64, HIDDEN, device=device, dtype=torch.bfloat16), None, SLOT)
-    side = torch.cuda.Stream(device, priority=-1)  # as Symmetric's own
+    side = torch.cuda.Stream(device, priority=-1)  # like the stream of Symmetric
 
     def gemms(calls):
         for _ in range(calls):
@@ -69,7 +69,7 @@ def measure(peer, device, tokens, ctas):
             peer.fused(Site(partials, ctas=ctas, slot=SLOT, fp32_residual=True, sharded_residual=True), True)
 
     def times(gemm_calls, kernel_calls):
-        """Microseconds of a GEMM and of a kernel, while the others run."""
+        """(microseconds of a GEMM, microseconds of a kernel) while both run."""
         gemm, kernel = timing.times_beside(lambda: gemms(gemm_calls), lambda: kernels(kernel_calls), side, device, SAMPLES)
         return gemm / max(gemm_calls, 1), kernel / max(kernel_calls, 1)
 
@@ -90,7 +90,7 @@ def measure(peer, device, tokens, ctas):
 
 
 def times_of_host(peer, device, group):
-    """Microseconds for the host to start a site and wait for it, and for the driver's part; one token, so that the GPU keeps up."""
+    """(the host's microseconds for a start and a wait, the driver's part), with one token, so that the GPU keeps up with the host."""
     x = torch.zeros(1, HIDDEN, device=device, dtype=torch.bfloat16)
     weight = torch.ones(HIDDEN, device=device, dtype=torch.bfloat16)
 
@@ -98,7 +98,7 @@ def times_of_host(peer, device, group):
         token = direct.start(x, None, weight, None, None, 1e-5, 1.0, 0.0, False, 0, SLOT, 0, True, True, group, "peer")
         direct.wait(token, x, None, weight, None, None, None, SLOT, True, True, True, group, "peer")
 
-    peer.start(Site(x, weight=weight, slot=1 - SLOT, fp32_residual=True, sharded_residual=True))  # as the other half has it
+    peer.start(Site(x, weight=weight, slot=1 - SLOT, fp32_residual=True, sharded_residual=True))  # as for the other half
     pair()
     kernel, ctas = peer._call(SLOT, x.dtype, x.shape).launcher(False, 0, 0)
     given = peer._call(SLOT, x.dtype, x.shape).arguments.address

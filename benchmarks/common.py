@@ -1,14 +1,14 @@
-"""What the benchmarks of whole models share: the sides, what is measured of each, and the result files.
+"""The common part of the benchmarks of whole models: the sides, their measurements, and the result files.
 
-The rows of a result file, one for each size and side, have
+A result file has one row for each size and side, with
 
-    model, layers, tp, batch, tokens   the size; tokens are those of each sequence
-    side, mode                         mode: what is in force for a tokenweave side, by its report
-    speedup, vs_nocomm                 time of the sides inductor and no-comm over this one's
-    ms                                 of a forward pass: the median over samples of the slowest rank
+    model, layers, tp, batch, tokens   the size. tokens: tokens of each sequence
+    side, mode                         mode: the mode in force for a tokenweave side, from its report
+    speedup, vs_nocomm                 time of the side inductor, and of no-comm, divided by the time of this side
+    ms                                 time of a forward pass: the median over samples of the slowest rank
     cuda_graphs
-    peak_gb                            what the allocator holds at the most during a pass, beyond what it held before
-    workspace_gb                       symmetric memory that a pass uses, which stays allocated
+    peak_gb                            the most memory that the allocator holds during a pass, less what it held before
+    workspace_gb                       symmetric memory that a pass uses, and that stays allocated
 """
 
 import functools
@@ -27,11 +27,11 @@ import tw_compile
 from tw_compile import ops
 from tw_compile.transports import choose
 
-# Every side may compile for small and for large sizes, and all of them compile the same functions.
+# All sides compile the same functions, each for small and for large sizes.
 torch._dynamo.config.recompile_limit = 64
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 
-# --- the sides -------------------------------------------------------------------------------------------------------
+# --- sides -----------------------------------------------------------------------------------------------------------
 
 # name -> backend, options, what is made of the model
 SIDES = {
@@ -46,7 +46,7 @@ SIDES = {
 
 
 def waited(model):
-    """The model in eager mode, where a collective whose result nobody has used yet would stay open in a CUDA graph."""
+    """The model in eager mode, with all collectives waited for: a CUDA graph cannot be captured with one that is not."""
 
     def run(*inputs):
         return [out.wait() if isinstance(out, funcol.AsyncCollectiveTensor) else out for out in model(*inputs)]
@@ -55,18 +55,18 @@ def waited(model):
 
 
 class Side:
-    """A model under one of SIDES. Sizes must come in ascending order: see ``mode``."""
+    """A model under one of SIDES. It must be called with sizes in ascending order: see ``mode``."""
 
     def __init__(self, name, model, dynamic=True):
         backend, options, change = SIDES[name]
         model = change(model) if change else model
         self.name = name
         self.run = torch.compile(model, backend=backend, options=options, dynamic=dynamic) if backend else waited(model)
-        # Of the newest graph. Its guards are lower bounds of the tokens, so that it is the one that larger sizes run.
+        # The mode of the newest graph. Its guards are lower bounds of the tokens, so that larger sizes run this graph.
         self.mode = None
 
     def warm_up(self, *inputs):
-        """Compile for the inputs. Returns what is known of the memory that a pass takes."""
+        """Compile for the inputs. Returns {"peak_gb": ..., "workspace_gb": ...}; {} on the CPU."""
         before = len(tw_compile.reports())
         self.run(*inputs)
         for report in tw_compile.reports()[before:]:
@@ -97,11 +97,11 @@ class Side:
         return sum(largest.values())
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
+# --- measurements ----------------------------------------------------------------------------------------------------
 
 
 def measure(sides, inputs, samples):
-    """The figures of each side on the inputs, by its name."""
+    """name of a side -> its figures on the inputs: ms, mode and memory."""
     device = inputs[0].device
     memory = {side.name: side.warm_up(*inputs) for side in sides}
     runs = {side.name: timing.recorded(functools.partial(side.run, *inputs), device) for side in sides}
@@ -120,7 +120,7 @@ def measure(sides, inputs, samples):
 
 
 def rows(size, measured, device):
-    """Rows of a result file. size: model, layers, batch and tokens; measured: what ``measure`` returned"""
+    """The rows of a result file. size: model, layers, batch and tokens; measured: the result of ``measure``"""
     for side, figures in measured.items():
         ratios = {
             field: round(measured[other]["ms"] / figures["ms"], 3)
@@ -132,13 +132,13 @@ def rows(size, measured, device):
 
 
 def write(name, device, note, rows):
-    """Write results/<name>.json, with the transports in force."""
+    """Write results/<name>.json, with the transports that are used."""
     transports = sorted({report.transport for report in tw_compile.reports() if report.transport})
     result_file.write(name, device, note, rows, transport=transports)
 
 
 def show(size, measured):
-    """One line: how many times as fast as Inductor each side is."""
+    """Print one line: the speed-up of each side over Inductor."""
     inductor = measured.get("inductor", {}).get("ms", math.nan)
     cells = [f"{side} {inductor / figures['ms']:.2f}× ({figures['ms']:.3f} ms)" for side, figures in measured.items()]
     llama.say(f"{size['batch']:3} × {size['tokens']:<6}", "  ".join(cells))

@@ -1,16 +1,16 @@
-"""Seconds that torch.compile takes for a deep, narrow Llama: tokenweave against Inductor, with empty caches and with full ones.
+"""Compile time of a deep, narrow Llama in seconds: tokenweave against Inductor, with empty and with full caches.
 
     torchrun --nproc-per-node 4 benchmarks/compile_time.py --layers 80 [--regions]
 
-Each figure is of processes of their own: the first forward pass less the second, on the slowest rank. ``cold`` begins with
-an empty cache directory, ``warm`` with the one that ``cold`` has left. A layer has as many ops as one of any width.
+Each figure comes from new processes: the time of the first forward pass less that of the second one, on the slowest rank. ``cold``
+begins with an empty cache directory, ``warm`` with the directory of ``cold``. The number of ops does not depend on the width of a layer.
 
-With ``--regions`` each layer is marked by ``torch.compiler.nested_compile_region``, for all sides, and shapes are static: Inductor
-takes no number of a module's, like a norm's eps, into a region where they are dynamic, and PyTorch would break the graph.
+With ``--regions`` each layer is marked by ``torch.compiler.nested_compile_region``, for all sides, and shapes are static. With dynamic
+shapes Inductor does not take a number of a module, such as the eps of a norm, into a region, and PyTorch would break the graph.
 
 Writes benchmarks/results/compile-*.json, one row for each side and cache, with
 
-    ratio (to Inductor's seconds), layers, tp, tokens, side, cache, seconds, passes_seconds (of these, in our passes)
+    ratio (seconds / Inductor's seconds), layers, tp, tokens, side, cache, seconds, passes_seconds (the part in this package's passes)
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main():
 
 
 def in_new_processes(side, args):
-    """Start this script anew on every rank, first with an empty cache, then with what is in it."""
+    """Start this script in a new process on each rank, first with an empty cache, then with the cache of the first time. Yields rows."""
     size = {"layers": args.layers, "tp": dist.get_world_size(), "tokens": args.tokens}
     with tempfile.TemporaryDirectory() as own:
         for cache in ("cold", "warm"):
@@ -67,12 +67,12 @@ def in_new_processes(side, args):
             dist.broadcast_object_list(shared)
             folder, port = shared[0]
             variables = {"TORCHINDUCTOR_CACHE_DIR": folder, "TW_COMPILE_CACHE_DIR": folder, "MASTER_PORT": str(port)}
-            # Without torchrun's store, which the ranks of this process use.
+            # The new processes need a store of their own: this process uses torchrun's.
             environment = {**os.environ, **variables, "TORCHELASTIC_USE_AGENT_STORE": "False"}
             command = [sys.executable, __file__, "--side", side, "--layers", str(args.layers), "--tokens", str(args.tokens)]
             command += ["--regions"] if args.regions else []
             printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-            dist.barrier()  # before the first rank removes the caches of all
+            dist.barrier()  # rank 0 removes the cache directory of all ranks after this
             yield {**size, "side": side, "cache": cache, **json.loads(printed.splitlines()[-1])}
 
 
@@ -83,7 +83,7 @@ def free_port():
 
 
 def compile_once(args, device):
-    """What compiling takes on the slowest rank."""
+    """Seconds of the compilation on the slowest rank, and of the part in the passes."""
     in_passes = timed_passes()
     if args.regions:
         llama.Layer.forward = torch.compiler.nested_compile_region(llama.Layer.forward)
@@ -91,14 +91,14 @@ def compile_once(args, device):
         model, config = variants.build("tiny", args.layers, device)
         ids = torch.randint(config.vocab, (1, args.tokens), device=device)
         run = common.Side(args.side, model, dynamic=not args.regions).run
-        dist.barrier()  # opens the connections, which is not compiling
+        dist.barrier()  # opens the connections, which must not count as compile time
         first, second = (timing.whole_seconds(functools.partial(run, ids), device) for _ in range(2))
     slowest = timing.slowest([first - second, sum(in_passes)], device)
     return dict(zip(("seconds", "passes_seconds"), (round(each, 3) for each in slowest)))
 
 
 def timed_passes():
-    """A list that will have the seconds of each run of our passes."""
+    """A list to which each later run of the passes adds its seconds."""
     taken, rewrite = [], passes.rewrite
 
     def timed(*args):

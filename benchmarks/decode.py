@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 benchmarks/decode.py --model 70B --layers 4 --batch 1 4 16 64
 
-All sides run in one process, each as a CUDA graph, in turns. Writes benchmarks/results/decode-*.json after each batch size;
-common.py has the sides and the rows.
+All sides run in one process, each as a CUDA graph, in turns. Writes benchmarks/results/decode-*.json after each batch size.
+common.py describes the sides and the rows.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 import variants
 from variants import llama
 
-SIDES = [side for side in common.SIDES if side not in ("fuse", "weave")]  # so few tokens are fused by auto, never woven
+SIDES = [side for side in common.SIDES if side not in ("fuse", "weave")]  # auto always fuses so few tokens
 
 
 class CachedAttention(llama.Attention):
-    """Writes the new token into its cache, and attends to all of it: the last step for which a static cache has room."""
+    """Attention with a static KV cache, at the last step for which the cache has room: the new token attends to the whole cache."""
 
     def __init__(self, config, tp, batch, length):
         super().__init__(config, tp)
@@ -40,7 +40,7 @@ class CachedAttention(llama.Attention):
 
 
 class CachedLlama(llama.Llama):
-    """ids [batch, 1] and their position [batch] -> the hidden states [batch, 1, hidden], and the logits [batch, vocab]."""
+    """ids [batch, 1], position [batch] -> (hidden states [batch, 1, hidden], logits [batch, vocab])."""
 
     def __init__(self, config, tp, batch, length):
         super().__init__(config, tp)
@@ -85,7 +85,7 @@ def main():
         sides = [common.Side(name, model) for name in args.sides]
         for batch in sorted(args.batch):
             size = {"model": args.model, "layers": args.layers, "batch": batch, "tokens": 1}
-            # Words of the first rank's part of the vocabulary, so that the side without all-reduces can look them up too.
+            # Tokens in the first rank's part of the vocabulary, as the side without all-reduces can look up only its own part.
             ids = torch.randint(config.vocab // ranks, (batch, 1), device=device)
             position = torch.full((batch,), args.cache - 1, device=device)
             measured = common.measure(sides, (ids, position), args.samples)

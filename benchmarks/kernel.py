@@ -1,15 +1,15 @@
-"""All-reduce, residual add, RMSNorm: the fused kernel against NCCL or torch's symmetric memory and Inductor's add and norm.
+"""All-reduce, residual add, RMSNorm: the fused kernel against NCCL or PyTorch's symmetric memory with Inductor's add and norm.
 
     torchrun --nproc-per-node 8 benchmarks/kernel.py --tokens 1 16 64 256 1024 4096 --hidden 8192 --ctas 8 16
 
-All sides run in one process, each as a CUDA graph of several calls, in turns; a time is the median over samples of the slowest rank.
-The ceiling is what a kernel reaches that moves the same bytes in the same pattern and does nothing else (wire.py). Our side has its
-input where the GEMM before it would write it, and keeps the residual sharded and in float32, as in a compiled model.
+All sides run in one process, each as a CUDA graph of several calls, in turns. A time is the median over samples of the slowest rank.
+The ceiling is the throughput of a kernel that only moves the same bytes in the same pattern (wire.py). The fused kernel has its input
+where the GEMM before it writes it, and keeps the residual sharded and in float32, as in a compiled model.
 
 Writes benchmarks/results/kernel-*.json, one row for each size and number of CTAs, with
 
-    tokens, hidden, ranks, dtype, transport, kernel, ctas, l2, us, baseline_us (NCCL and add+norm), ratio (us over baseline_us),
-    gbps (bytes over NVLink, in each direction, a second), ceiling_gbps, torch_one_shot_us, torch_two_shot_us
+    tokens, hidden, ranks, dtype, transport, kernel, ctas, l2, us, baseline_us (NCCL and add+norm), ratio (us / baseline_us),
+    gbps (GB/s over NVLink in each direction), ceiling_gbps, torch_one_shot_us, torch_two_shot_us
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main():
 
 
 def with_kernel(name, device):
-    """Symmetric as it is tuned, or with that kernel wherever it can be."""
+    """A Symmetric with its own tuning ("auto"), or one that uses a kernel for all sizes that the kernel supports."""
     rows = {"one_shot": LEAST_ROWS - 1, "two_shot": 0}
     tuning = None if name == "auto" else Tuning(rows[name], by_rule(dist.get_world_size()).ctas)
     return Symmetric(dist.group.WORLD.group_name, device, multicast=False, timeout_s=30.0, tuning=tuning)
@@ -90,10 +90,10 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
     dist.all_reduce(total)
     wanted, _ = add_norm(total, residual, weight, None, *NUMERICS)
 
-    # Zeros stay zeros, however often they are summed in place.
+    # Zeros, as the sum of zeros in place is zeros again.
     zeros = torch.zeros_like(x)
     sides = {"baseline_us": lambda: compiled(reduced(zeros), residual, weight)}
-    if args.torch and dtype is not torch.float16:  # for which torch has no such kernels (2.11)
+    if args.torch and dtype is not torch.float16:  # PyTorch 2.11 has no float16 kernels
         symmetric = symm_mem.empty(tokens, hidden, dtype=dtype, device=device).zero_()
         symm_mem.rendezvous(symmetric, group)
         one_shot, two_shot = torch.ops.symm_mem.one_shot_all_reduce, torch.ops.symm_mem.two_shot_all_reduce_
@@ -110,7 +110,7 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
         given = dict(weight=weight, ctas=ctas, slot=SLOT, fp32_residual=True, sharded_residual=True)
         norm, kept = ours[name].fused(Site(in_workspace, residual, **given), True)
         worst = (norm.float() - wanted).abs().max().item()
-        assert worst <= 0.02 * wanted.abs().max().item(), f"{tokens} tokens, {kernel}: wrong by {worst}"  # right before fast
+        assert worst <= 0.02 * wanted.abs().max().item(), f"{tokens} tokens, {kernel}: wrong by {worst}"  # a wrong kernel is not measured
         sides[name, ctas] = functools.partial(ours[name].fused, Site(in_workspace, kept, **given), True)
 
     rows = []
@@ -120,7 +120,7 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
         torchs = {side: round(us, 2) for side, us in times.items() if side in ("torch_one_shot_us", "torch_two_shot_us")}
         for (name, ctas), kernel in kernels.items():
             us = times[name, ctas]
-            # One-shot reads all rows of all peers; two-shot its own rows, and sends them.
+            # one_shot reads all rows of all peers. two_shot reads and sends its own rows.
             share = 2 / world if kernel == "two_shot" else 1
             gbps = (world - 1) * share * tokens * hidden * dtype.itemsize / us / 1e3
             rows.append(

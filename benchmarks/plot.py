@@ -1,11 +1,11 @@
-"""Draw a result file, beside it: speedup over the size for prefill and decode, kernels over time for a timeline, and for
-kernel.py the time of the fused kernel over that of NCCL and Inductor.
+"""Draws a result file as an SVG file beside it: the speed-up by size for prefill and decode, the kernels by time for a timeline, and for
+kernel.py the time of the fused kernel relative to NCCL and Inductor.
 
     python benchmarks/plot.py benchmarks/results/prefill-70B-tp4.json
     python benchmarks/plot.py --overview benchmarks/results/prefill-{8B,70B}-tp{2,4}.json
 
-With --overview it draws the side ``auto`` of several prefill files in one picture, overview.svg beside the first: the README's.
-It needs matplotlib, and no GPU.
+With --overview it draws the side ``auto`` of several prefill files in one picture, overview.svg beside the first file, for the README.
+It needs matplotlib and no GPU.
 """
 
 import argparse
@@ -67,14 +67,14 @@ def save(figure, path):
     print("wrote", path)
 
 
-# --- what is drawn ---------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
 def sides(result):
-    """Label -> (side, number of the batch size, [(tokens of a forward pass, speedup)]), one for each line of ``speedups``.
+    """Label -> (side, index of the batch size, [(tokens of a forward pass, speedup)]), one for each line of ``speedups``.
 
-    A prefill file has a line for each side and batch size. In a decode file, where each sequence has one token, the batch size is
-    what varies along a line.
+    A prefill file has a line for each side and batch size. A decode file, where each sequence has one token, has a line for each side,
+    along which the batch size varies.
     """
     is_decode = decodes(result)
     batches = [1] if is_decode else sorted({row["batch"] for row in result["rows"]})
@@ -92,7 +92,7 @@ def decodes(result):
 
 
 def ctas(result, hidden):
-    """CTAs -> [(tokens, time over that of NCCL and Inductor)] for this hidden size, and inputs that are in L2."""
+    """CTAs -> [(tokens, time relative to NCCL and Inductor)] for a hidden size and inputs that are in L2."""
     lines = {}
     for row in result["rows"]:
         if (row["hidden"], row["l2"]) == (hidden, "warm"):
@@ -101,9 +101,10 @@ def ctas(result, hidden):
 
 
 def panels(results):
-    """The ranks of several prefill files, most first -> [(model, points of auto, points of no-comm)], smallest model first.
+    """Number of ranks, in descending order -> [(model, points of auto, points of no-comm)], smallest model first.
 
-    A point of auto is (tokens, speedup, whether it was woven).
+    results: prefill files
+    A point of auto is (tokens, speedup, whether it was woven); a point of no-comm is (tokens, speedup).
     """
     found = {}
     for result in results:
@@ -134,7 +135,7 @@ def speedups(result):
 
 
 def overview(results):
-    """A panel for each number of ranks, and in it a line for each model; dashed, what it is without all-reduces."""
+    """A panel for each number of ranks, with a line for each model, and a dashed line for the model without all-reduces."""
     by_ranks = panels(results)
     figure, all_axes = subplots(1, len(by_ranks), figsize=(5 * len(by_ranks), 3.6), sharey=True, squeeze=False)
     for axes, (ranks, lines) in zip(all_axes[0], by_ranks.items()):
@@ -158,7 +159,7 @@ def overview(results):
 
 
 def kernels(result):
-    """A line for each number of CTAs, over the tokens; of the largest hidden size."""
+    """A line for each number of CTAs, over the tokens, for the largest hidden size."""
     figure, axes = subplots(figsize=(7, 4.5))
     hidden = max(row["hidden"] for row in result["rows"])
     axes.axhline(1, color="black", linewidth=1)
@@ -176,7 +177,7 @@ def kernels(result):
 
 
 def timeline(result):
-    """Two lanes, of which each kernel is a box."""
+    """Two lanes, communication and compute, with a box for each kernel."""
     figure, axes = subplots(figsize=(11, 2.2))
     rows, lanes = result["rows"], ("communication", "compute")
     for kind, colour in KIND_COLOURS.items():
@@ -192,7 +193,7 @@ def timeline(result):
 
 
 def over_tokens(axes, tokens, label="tokens of a forward pass"):
-    """The axis of numbers of tokens, each of which has a tick."""
+    """Set up the x axis for numbers of tokens, with a tick for each."""
     ticks = sorted(tokens)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, ticks, rotation=45)

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 benchmarks/prefill.py --model 70B --layers 4 --tokens 512 1024 2048 4096 8192
 
-All sides run in one process, each as a CUDA graph, in turns. Writes benchmarks/results/prefill-*.json after each size, so
-that a run cut short leaves what it has; common.py has the sides and the rows.
+All sides run in one process, each as a CUDA graph, in turns. Writes benchmarks/results/prefill-*.json after each size, so that a run
+that is interrupted keeps its results. common.py describes the sides and the rows.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import torch.distributed as dist
 import variants
 from variants import llama
 
-# Inductor chooses the blocks of its kernels by the first size that a graph is compiled for, dynamic or not: those for 4 tokens take
-# twice as long at 4096. So all sides are compiled anew for the first size of so many tokens, and none comes from the cache.
+# Inductor chooses the block sizes of its kernels for the first size that a graph is compiled for, also with dynamic shapes: the kernels
+# for 4 tokens take twice as long at 4096. So all sides are compiled again for the first size with this number of tokens, without caches.
 LARGE = 1024
 torch._inductor.config.force_disable_caches = True
 
@@ -42,9 +42,9 @@ def main():
                 torch._dynamo.reset()
                 sides = [common.Side(name, model) for name in args.sides]
             size = {"model": args.model, "layers": args.layers, "batch": batch, "tokens": tokens}
-            # Words of the first rank's part of the vocabulary, so that the side without all-reduces can look them up too.
+            # Tokens in the first rank's part of the vocabulary, as the side without all-reduces can look up only its own part.
             ids = torch.randint(config.vocab // ranks, (batch, tokens), device=device)
-            able = [side for side in sides if side.name != "weave" or batch * tokens > 1]  # which one token cannot be
+            able = [side for side in sides if side.name != "weave" or batch * tokens > 1]  # one token cannot be split
             measured = common.measure(able, (ids,), args.samples)
             common.show(size, measured)
             measured_rows += common.rows(size, measured, device)

@@ -1,4 +1,4 @@
-"""Writes a result file: what was measured, on what, and by which command."""
+"""Writes a result file: the measurements, the machine, the versions, and the command."""
 
 import json
 import platform
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def write(name, device, note, rows, **more):
-    """Write results/<name>.json, on the first rank. more: further fields"""
+    """Write results/<name>.json on rank 0. more: further fields of the file"""
     if dist.get_rank() != 0:
         return
     ranks = dist.get_world_size()

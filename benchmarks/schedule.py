@@ -1,14 +1,13 @@
-"""Ways to weave a layer: cuts, more than two pieces, attention that is not cut, numbers of CTAs, and GEMMs with an SM carveout for them
-or without.
+"""Ways to weave a layer: cuts, more than two pieces, attention that is not cut, numbers of CTAs, and GEMMs with and without an SM carveout.
 
     torchrun --nproc-per-node 8 benchmarks/schedule.py --model 70B --tokens 1024 2048 4096 8192
 
-Two layers' GEMMs, attention and sites alone, as tuning runs them (tw_compile/autotune/schedule.py), but in CUDA graphs. Writes
-benchmarks/results/schedule-*.json: one row for each way, with
+It runs the GEMMs, the attention and the sites of two layers, as autotuning does (tw_compile/autotune/schedule.py), but in CUDA graphs.
+Writes benchmarks/results/schedule-*.json: one row for each way, with
 
-    model, tp, tokens, pieces (tokens of each), whole_attention (not cut, with the GEMMs in front of it), ctas (of a communication
-    kernel), carveout (whether cuBLASLt leaves them so many SMs), ms, speedup (over the fused sites, not woven), vs_nocomm (over no
-    all-reduces, not cut)
+    model, tp, tokens, pieces (tokens of each piece), whole_attention (whether attention and the GEMMs in front of it are not cut), ctas
+    (of a communication kernel), carveout (whether cuBLASLt leaves it as many SMs), ms, speedup (over the fused form), vs_nocomm (over
+    the form that is not cut and has no all-reduces)
 """
 
 import argparse
@@ -47,20 +46,26 @@ def main():
 
 
 def section_of(config, ranks, sizes):
-    """Two layers of a Llama on one of ``ranks`` ranks."""
+    """The Section of two layers of a Llama on one of ``ranks`` ranks."""
     hidden, heads, kv_heads = config.hidden, config.heads // ranks, max(config.kv_heads // ranks, 1)
     q, kv, inner = heads * config.head_dim, kv_heads * config.head_dim, config.intermediate // ranks
     qkv = ("mm", hidden, q), ("mm", hidden, kv), ("mm", hidden, kv)
     attention = *qkv, ("attention", heads, kv_heads, config.head_dim), ("mm", q, hidden)
     mlp = ("mm", hidden, inner), ("mm", hidden, inner), ("mm", inner, hidden)
-    return Section(hidden, "bfloat16", tuple(sizes), 1, 0, (attention, mlp) * 2)
+    return Section(hidden, "bfloat16", tuple(sizes), 1, 0, (attention, mlp) * 2, cuda_graphs=True)
 
 
 class Ways(Stage):
-    """A stage that can also leave out the sites, or leave attention whole."""
+    """A Stage that can also run without the sites, or with attention that is not cut."""
 
     def __init__(self, section, device):
         super().__init__(section, choose.choose("auto", dist.group.WORLD.group_name, device)[0], device)
+
+    def compute(self, phase, norm, slot, sequence, before):
+        """Run a phase on the tokens of ``norm``, which follow ``before`` tokens of the sequence. Returns the output of its last GEMM."""
+        self.work(phase[:-1], norm, sequence, before)
+        rows, columns = phase[-1][1:]
+        return self.transport.linear(self._input(norm, rows), self.weights[rows, columns], None, slot)
 
     def without_sites(self, tokens):
         norm = self.value(tokens, self.section.hidden)
@@ -75,10 +80,10 @@ class Ways(Stage):
             self.run(pieces, sum(pieces), ctas)
 
     def run_with_whole_attention(self, pieces, ctas):
-        """What ends in attention is done for all tokens, once the norms of both halves are there; the GEMM behind it is cut again."""
+        """Run attention and the GEMMs in front of it for all tokens, after the norms of all pieces. All other GEMMs are cut."""
         tokens, slots = sum(pieces), range(len(pieces))
         for number, phase in enumerate(self.section.phases):
-            # Each half's norm and residual, waited for when it is asked for.
+            # Generators: the norm and residual of a piece are waited for when they are needed.
             first = ((self.value(pieces[slot], self.section.hidden), None) for slot in slots)
             halves = (self.transport.wait(slot, True) for slot in slots) if number else first
             whole = any(op[0] == "attention" for op in phase)

@@ -1,14 +1,12 @@
-"""What runs beside what in one layer of a woven forward pass, by the profiler: a picture, and its events.
+"""A timeline of one layer of a woven forward pass, from the profiler: which kernels run at the same time.
 
     torchrun --nproc-per-node 4 benchmarks/timeline.py --model 70B --layers 4 --tokens 4096
 
-Two profiles on the first rank. Replays of a CUDA graph, in which no host gets between the kernels, give the times: of an
-inner layer, from where its input's first half is normed to where its output's is. Passes without a CUDA graph give the
-order of launches, and with it what stands between each row-parallel GEMM and the communication kernel after it; it is
-printed, and should be nothing.
+It takes two profiles on rank 0. Replays of a CUDA graph, without delays by the host, give the times of an inner layer, from the norm of
+its input's first half to the norm of its output's first half. Passes without a CUDA graph give the order of launches. From these it
+prints the kernels between each row-parallel GEMM and the communication kernel after it: there should be none.
 
-Writes benchmarks/results/timeline-*.json, whose rows are kernels: name, kind, lane, start and us (microseconds). plot.py
-makes a picture of it.
+Writes benchmarks/results/timeline-*.json, whose rows are kernels: name, kind, lane, start and us (microseconds). plot.py draws it.
 """
 
 import argparse
@@ -27,10 +25,10 @@ import torch.distributed as dist
 import variants
 from variants import llama
 
-PASSES = 5  # profiled, of which the one of median length is shown
+PASSES = 5  # passes that are profiled; the one with the median time is shown
 
-# The first that is found in a kernel's name counts: Inductor's names have the ops in them that a kernel came from, and
-# attention kernels are made of CUTLASS too.
+# The first pattern that matches the name of a kernel gives its kind. Names of Inductor's kernels contain the names of ops, and names of
+# attention kernels may contain CUTLASS.
 KINDS = (
     ("all-reduce + norm", r"two_shot|one_shot"),
     ("NCCL", r"^nccl"),
@@ -47,7 +45,7 @@ def main():
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096)
     args = parser.parse_args()
-    torch._inductor.config.force_disable_caches = True  # which would give a graph that was compiled for another size: see prefill.py
+    torch._inductor.config.force_disable_caches = True  # a cached graph may be compiled for another size: see prefill.py
 
     device, ranks = llama.start()
     with torch.no_grad():
@@ -75,7 +73,7 @@ def main():
 
 
 def profile(run):
-    """The kernels of several runs on this rank, in order of time."""
+    """The kernels of PASSES runs on this rank, in order of time."""
     for _ in range(2):
         run()
     torch.cuda.synchronize()
@@ -91,7 +89,7 @@ def profile(run):
 
 
 def kernels(trace):
-    """What ran on the GPU, of the events of a Chrome trace. launch: a number that grows with each launch by the host."""
+    """The kernels, copies and memsets among the events of a Chrome trace, in order of time. launch: increases in the order of launches"""
     found = [
         {
             "name": event["name"],
@@ -115,8 +113,8 @@ def is_communication(event):
 
 
 def sites(events, layers):
-    """Where in ``events`` the communication kernels are, for each whole pass; the profiler may have missed the first ones."""
-    in_pass = 2 * (2 * layers + 1)  # two sites in each layer and one after the embedding, with a kernel for either half
+    """For each whole pass, the indices of its communication kernels in ``events``. The profiler may miss the first kernels."""
+    in_pass = 2 * (2 * layers + 1)  # two sites in each layer and one after the embedding, with a kernel for each half
     at = [i for i, event in enumerate(events) if is_communication(event)]
     at = at[len(at) % in_pass :]
     if not at:
@@ -125,7 +123,7 @@ def sites(events, layers):
 
 
 def between(launches, layers):
-    """For each communication kernel, the names from the last GEMM launched before it on; not for those after the embedding."""
+    """For each communication kernel except those after the embedding, the names of the kernels from the GEMM before it to itself."""
     for at in sites(launches, layers):
         for site in at[2:]:
             gemm = max(i for i in range(site) if launches[i]["kind"] == "GEMM")
@@ -137,9 +135,9 @@ def short(name):
 
 
 def inner_layer(events, layers):
-    """The kernels of the layer in the middle, cut off at its ends, of the pass in which it takes its median time.
+    """The kernels of the middle layer, clipped to its time, in the pass in which its time is the median.
 
-    Site ``2 * i`` gives layer i its input.
+    Site ``2 * i`` computes the input of layer i.
     """
     first = 2 * 2 * (layers // 2)
     windows = []

@@ -1,7 +1,7 @@
-"""All that the benchmarks measure time with: the time of a call is that of the slowest rank.
+"""The timing functions of the benchmarks. The time of a call is that of the slowest rank.
 
-Of several functions, as CUDA graphs, in turns, lest what the GPUs do between them decides; of two on streams beside each other; of
-the host alone; and of one call from its beginning to its end.
+They measure several functions, as CUDA graphs and in turns; two functions on two streams at the same time; the host alone; and one call
+from its beginning to its end.
 """
 
 import functools
@@ -12,24 +12,26 @@ import time
 import torch
 import torch.distributed as dist
 
-CALLS = 10  # of a small function, in a CUDA graph
+CALLS = 10  # calls of a small function in a CUDA graph
 
 
 def recorded(run, device):
-    """``run`` as a CUDA graph, to be called; on the CPU ``run`` itself. It must have run before."""
+    """A function that replays ``run`` as a CUDA graph; on the CPU ``run`` itself. ``run`` must have run once before."""
     if device.type == "cpu":
         return run
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as the one that watches NCCL, may go on with what a capture would not allow.
+    # thread_local: other threads, such as NCCL's watchdog, may make calls that are not allowed in a capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return graph.replay
 
 
 def median_times(runs, device, samples, calls=4):
-    """Seconds of a call of each: the median over samples of the slowest rank.
+    """name -> seconds of a call: the median over samples of the slowest rank.
 
-    The runs take turns, so that drift meets all alike, each time in another order: a GPU that has just been busier is slower.
+    runs:  name -> function
+    calls: calls in a sample
+    The runs take turns, so that drift affects all of them alike, each time in another order, as a GPU is slower after a busier run.
     """
     taken, turns = {name: [] for name in runs}, random.Random(0)
     for sample in range(-2, samples):  # the first two warm up
@@ -41,9 +43,9 @@ def median_times(runs, device, samples, calls=4):
 
 
 def times_of(runs, l2, samples, device):
-    """Microseconds of a call of each small function, its input in L2 (``warm``) or not (``cold``), as ``median_times`` has them."""
+    """name -> microseconds of a call of a small function, as by ``median_times``. l2: "warm" for inputs in L2, or "cold" """
     if l2 == "cold":
-        flush = torch.empty(256 << 20, dtype=torch.uint8, device=device).zero_  # several times the L2
+        flush = torch.empty(256 << 20, dtype=torch.uint8, device=device).zero_  # several times the size of the L2
         runs = {name: functools.partial(_one_after_the_other, (flush, run)) for name, run in runs.items()} | {flush: flush}
     for run in runs.values():
         run()
@@ -62,7 +64,7 @@ def _one_after_the_other(runs):
 
 
 def seconds_of(run, device, calls=1):
-    """Seconds of ``calls`` calls in a row on this rank; the ranks begin together."""
+    """Seconds of ``calls`` calls in a row on this rank. The ranks begin together."""
     dist.all_reduce(torch.zeros(1, device=device))
     if device.type == "cpu":
         begin = time.perf_counter()
@@ -79,7 +81,7 @@ def seconds_of(run, device, calls=1):
 
 
 def whole_seconds(run, device):
-    """Seconds of one call on this rank, until the GPU has done all of it."""
+    """Seconds of one call on this rank, until the GPU has finished."""
     begin = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -88,12 +90,12 @@ def whole_seconds(run, device):
 
 
 def times_beside(run, run_on_side, side, device, samples):
-    """Microseconds of each, enqueued on the current stream and on ``side``: medians of the slowest rank."""
+    """[microseconds of ``run`` on the current stream, microseconds of ``run_on_side`` on ``side``]: medians of the slowest rank."""
     taken, align, current = [], torch.zeros(1, device=device), torch.cuda.current_stream()
     for sample in range(-2, samples):
         torch.cuda.synchronize()
         dist.all_reduce(align)
-        torch.cuda._sleep(5_000_000)  # the host has enqueued all before the GPU begins: it is not the host that is measured
+        torch.cuda._sleep(5_000_000)  # the host enqueues everything before the GPU begins, so that the GPU alone is measured
         side.wait_stream(current)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
         events[2].record(side)
@@ -110,7 +112,7 @@ def times_beside(run, run_on_side, side, device, samples):
 
 
 def host_time(run, device, calls=100):
-    """Microseconds of the host for a call, on the slowest rank."""
+    """The host's microseconds for a call: the median, on the slowest rank."""
     taken = []
     for sample in range(-3, 30):
         torch.cuda.synchronize()
@@ -125,7 +127,7 @@ def host_time(run, device, calls=100):
 
 
 def slowest(times, device):
-    """The same list of numbers, or of lists of numbers, with those of the slowest rank in each place."""
+    """The maximum over the ranks of each number in a list of numbers, or of lists of numbers. A collective."""
     of_all = torch.tensor(times, device=device)
     dist.all_reduce(of_all, dist.ReduceOp.MAX)
     return of_all.tolist()

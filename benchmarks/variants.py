@@ -1,8 +1,8 @@
-"""The models that are measured, and what else is made of them: without all-reduces, and with torch's symmetric memory.
+"""The models that are measured, and variants of them: without all-reduces, and with PyTorch's symmetric memory.
 
-What Inductor does with symmetric memory by itself (``_inductor.config._collective.auto_select``) ends at 128 KiB, and at
-dynamic shapes. The model here is what one can make of torch's ops by hand: the GEMM writes into symmetric memory, and the sum
-is taken out of it, so that nothing is copied. None of it uses multicast.
+Inductor itself uses symmetric memory (``_inductor.config._collective.auto_select``) only up to 128 KiB, and only with static shapes. So
+the variant here uses PyTorch's ops by hand: the GEMM writes into symmetric memory, and the sum is read from there, without copies. It
+does not use multicast.
 """
 
 import copy
@@ -20,14 +20,14 @@ import llama
 
 MODELS = {
     **llama.SIZES,
-    # A Llama but for the biases of its q, k and v.
+    # A Llama, except for the biases of its q, k and v.
     "Qwen2.5-72B": replace(llama.SIZES["70B"], intermediate=29568, vocab=152064, eps=1e-6, rope_theta=1e6),
 }
 QKV_BIAS = {"Qwen2.5-72B"}
 
 
 def build(name, layers, device, make=llama.Llama):
-    """A model of random weights with the shapes of MODELS[name]: ``make(config, group)``. Returns it and its config."""
+    """(``make(config, group)``, its config): a model with random weights and the shapes of MODELS[name]."""
     config = replace(MODELS[name], layers=layers)
     with torch.device("meta"):
         model = make(config, dist.group.WORLD)
@@ -40,13 +40,13 @@ def build(name, layers, device, make=llama.Llama):
 
 
 def twin(model):
-    """A copy that shares the weights, the buffers and the process group."""
+    """A copy of a model that shares its weights, buffers and process group."""
     shared = [*model.parameters(), *model.buffers(), dist.group.WORLD]
     return copy.deepcopy(model, {id(thing): thing for thing in shared})
 
 
 def without_all_reduces(model):
-    """The same shapes and no all-reduces: wrong, and a bound."""
+    """A copy with the same shapes and no all-reduces. Its results are wrong; its time is a bound."""
     model = twin(model)
     for module in model.modules():
         if isinstance(module, (llama.Row, llama.Embedding)):
@@ -54,15 +54,15 @@ def without_all_reduces(model):
     return model
 
 
-# --- torch's own symmetric memory ------------------------------------------------------------------------------------
+# --- PyTorch's symmetric memory --------------------------------------------------------------------------------------
 
-ONE_SHOT_BYTES = 128 * 1024  # as Inductor has it
+ONE_SHOT_BYTES = 128 * 1024  # as in Inductor
 
 buffers = {}  # (group, dtype, elements) -> tensor
 
 
 def with_symmetric_rows(model):
-    """All row-parallel layers reduce over symmetric memory; the embedding stays with NCCL."""
+    """A copy whose row-parallel layers reduce over symmetric memory. The embedding still uses NCCL."""
     model = twin(model)
     for module in model.modules():
         if isinstance(module, llama.Row):
@@ -94,7 +94,7 @@ def _(x, weight, group):
 
 
 def symmetric_memory(group, dtype, elements, device):
-    """Symmetric memory for so many elements, always the same; made on first use, by all ranks together."""
+    """[elements] of symmetric memory. Calls with the same group, dtype and power of two share it. A collective on first use."""
     key = group, dtype, 1 << (elements - 1).bit_length()
     if key not in buffers:
         buffers[key] = symm_mem.empty(key[-1], dtype=dtype, device=device)

@@ -1,15 +1,16 @@
-"""What NVLink carries, by the way that a kernel moves the bytes and by its CTAs: the ceiling of the fused kernels.
+"""The throughput of NVLink by the kind of copy and the number of CTAs: the ceiling of the fused kernels.
 
     torchrun --nproc-per-node 8 benchmarks/wire.py
 
-Every rank reads its own part of each peer's buffer and writes there: the traffic of a two-shot call, and nothing else. By
+Each rank reads its own part of each peer's buffer and writes it there. This is the traffic of a two_shot call without its arithmetic. The
+ways are
 
-    registers   16-byte loads and stores of 512 threads, as many in flight as registers hold
-    cp.async    16-byte copies into shared memory, each thread its own, and stores from there: what two_shot.cuh has
-    bulk        8 KB bulk copies in both directions with mbarriers, which one thread issues
+    registers   16-byte loads and stores of 512 threads, with as many in flight as the registers can hold
+    cp.async    16-byte copies into shared memory by each thread, and stores from there, as in two_shot.cuh
+    bulk        8 KB bulk copies in both directions with mbarriers, issued by one thread
 
-Writes benchmarks/results/wire-tp*.json, one row for each way and number of CTAs, with ``ranks, way, ctas, gbps`` in each
-direction, reads and writes together.
+Writes benchmarks/results/wire-tp*.json, one row for each way and number of CTAs, with ``ranks, way, ctas, gbps``. gbps: GB/s in each
+direction, reads and writes together
 """
 
 import ctypes
@@ -23,9 +24,9 @@ from timing import times_of
 
 from tw_compile.transports.symmetric import nvrtc
 
-PART = 16 << 20  # bytes for each peer
+PART = 16 << 20  # bytes of each peer
 WAYS = ("registers", "cp.async", "bulk")
-PIECE, PIECES = 8192, 24  # of a bulk copy; in flight in a CTA
+PIECE, PIECES = 8192, 24  # bytes of a bulk copy; copies in flight in a CTA
 
 SOURCE = r"""
 #include "ptx.cuh"
@@ -140,14 +141,14 @@ def measure(device, ways=WAYS, all_ctas=(2, 4, 8, 16, 32, 64)) -> list[dict]:
             def run():
                 kernel.launch(ctas, ctypes.addressof(arguments), torch.cuda.current_stream().cuda_stream)
 
-            # Reads from each peer, and each peer's reads from here; writes likewise.
+            # In each direction: this rank's reads and the peers' writes, or the peers' reads and this rank's writes.
             us = times_of({"": run}, "warm", 7, device)[""]
             rows.append({"ranks": world, "way": way, "ctas": ctas, "gbps": round(2 * (world - 1) * PART / us / 1e3, 1)})
     return rows
 
 
 def ceiling(device) -> float:
-    """GB/s in each direction of reads and writes together, at the best number of CTAs."""
+    """GB/s in each direction, reads and writes together, with the best number of CTAs."""
     return max(row["gbps"] for row in measure(device, ("registers", "cp.async"), (8, 16, 32, 64)))
 
 

@@ -2,8 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/dtensor_llama.py [--sequence-parallel]
 
-Takes the arguments of llama.py too and prints the same. With --sequence-parallel each rank has its own tokens of what
-goes from layer to layer.
+It takes the arguments of llama.py and prints the same. With --sequence-parallel each rank has only its own tokens between the layers.
 """
 
 import torch.distributed as dist
@@ -21,8 +20,8 @@ from torch.distributed.tensor.parallel import (
 
 
 def parallel_llama(config, device, between=Replicate()):
-    """between: how what goes from layer to layer lies on the ranks."""
-    model = Llama(config)  # whole, on the meta device: nothing is allocated before it is sharded
+    """A tensor-parallel Llama. between: the placement of the hidden states between the layers"""
+    model = Llama(config)  # not sharded yet, but on the meta device, so that nothing is allocated
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layer = {
         "self_attn.q_proj": ColwiseParallel(),
@@ -40,6 +39,7 @@ def parallel_llama(config, device, between=Replicate()):
 
 
 def sequence_parallel_llama(config, device):
+    """The same with sequence parallelism: each rank has its own tokens between the layers."""
     tokens = Shard(1)
     model = parallel_llama(config, device, between=tokens)
     mesh = model.lm_head.weight.device_mesh

@@ -1,10 +1,10 @@
-"""A Hugging Face model over several ranks: ``from_pretrained(tp_plan="auto")``, compiled; a prompt, and ``generate``.
+"""A Hugging Face model on several ranks, with ``from_pretrained(tp_plan="auto")``: compiled, and run on a prompt and with ``generate``.
 
     torchrun --nproc-per-node 2 examples/huggingface.py
     torchrun --nproc-per-node 8 examples/huggingface.py --model meta-llama/Llama-3.1-70B --tokens 4096 --new 128
 
-Without --model it makes a tiny Llama of random weights in a temporary folder. It prints what the backend found and did, and how
-long a prompt and ``generate`` take with it and with Inductor. Besides ``torch.compile``, nothing in here knows of the backend.
+Without --model it makes a tiny Llama with random weights in a temporary folder. It prints the reports of the backend, and the times of a
+prompt and of ``generate`` with the backend and with Inductor. Only the call of ``torch.compile`` names the backend.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def run(args):
     ids = torch.randint(3, model.config.vocab_size, (args.batch, args.tokens), generator=torch.Generator().manual_seed(0)).to(device)
     say(f"{args.model or 'a tiny Llama'}, {args.batch} × {args.tokens} tokens, {str(dtype).removeprefix('torch.')}, on {ranks} ranks")
 
-    # The lengths of prompt and cache change, so that Dynamo is told at once that they do.
+    # dynamic=True, as the lengths of prompt and cache change.
     forwards = {"eager": model.forward} | {name: torch.compile(model.forward, backend=name, dynamic=True) for name in BACKENDS}
     runs = {name: functools.partial(generate, model, forward) for name, forward in forwards.items()}
     tokens, logits = {}, {}
@@ -60,20 +60,20 @@ def run(args):
 
 
 def load(path, dtype):
-    """The model, in parts over all ranks of torchrun."""
+    """The model, sharded over all ranks of torchrun."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, tp_plan="auto").eval()
-    if torch.__version__ < "2.12":  # whose Dynamo does not trace through these hooks; they are for training
+    if torch.__version__ < "2.12":  # its Dynamo does not trace these hooks, which are for training
         for module in model.modules():
             module._backward_hooks.clear()
     return model
 
 
 def tiny(folder):
-    """A checkpoint of random weights, which rank 0 writes. Returns its path, on all ranks."""
+    """Rank 0 writes a checkpoint with random weights. Returns its path, on all ranks."""
     import transformers
 
     if dist.get_rank() == 0:
@@ -89,10 +89,10 @@ def tiny(folder):
 
 
 def generate(model, forward, ids, new):
-    """With this forward pass, greedily: (all tokens, the logits of the first new one). With one new token it runs the prompt alone."""
+    """Greedy decoding with a forward function: (all tokens, logits of the first new token). With one new token only the prompt is run."""
     eager, model.forward = model.forward, forward
     try:
-        # disable_compile: what compiles the model is decided here, not in the library.
+        # disable_compile: the library must not compile the model as well.
         how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, disable_compile=True, pad_token_id=0)
         how |= dict(return_dict_in_generate=True, output_logits=True)
         result = model.generate(ids, attention_mask=torch.ones_like(ids), **how)

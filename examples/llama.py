@@ -4,9 +4,8 @@
     torchrun --nproc-per-node 8 examples/llama.py --size 70B --layers 4 --tokens 4096
     torchrun --nproc-per-node 8 examples/llama.py --weights path/to/Meta-Llama-3-8B
 
-It runs on as many GPUs as there are ranks, or else on the CPU, and prints what the backend found and did, how far its
-results and Inductor's are from eager PyTorch's, and how long both take. The model comes first; nothing in it knows of the
-backend.
+It runs on as many GPUs as there are ranks, or else on the CPU. It prints the reports of the backend, the errors of the backend and of
+Inductor against eager PyTorch, and the times of both. The model is the first part; it does not depend on the backend.
 """
 
 import argparse
@@ -35,7 +34,7 @@ all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_ten
 
 # --- the model -------------------------------------------------------------------------------------------------------
 #
-# ``tp`` is the process group of the ranks that share each layer; with None the model is a plain one, on one device.
+# ``tp`` is the process group of the ranks that share each layer; None for a model on one device.
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class RMSNorm(nn.Module):
 
 
 class Column(nn.Linear):
-    """Each rank has a part of the outputs."""
+    """A linear layer of which each rank has a part of the outputs."""
 
     sharded_dim = 0
 
@@ -80,7 +79,7 @@ class Column(nn.Linear):
 
 
 class Row(nn.Linear):
-    """Each rank has a part of the inputs; the result is the sum over the ranks."""
+    """A linear layer of which each rank has a part of the inputs. The result is the sum over the ranks."""
 
     sharded_dim = 1
 
@@ -93,7 +92,7 @@ class Row(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Each rank has a part of the vocabulary, and gives zeros for the rest of it."""
+    """An embedding of which each rank has a part of the vocabulary. The result is the sum over the ranks: other parts are zeros."""
 
     sharded_dim = 0
 
@@ -155,7 +154,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """ids [batch, tokens] -> the hidden states [batch, tokens, hidden], and the logits [batch, vocab] of the next token."""
+    """ids [batch, tokens] -> (hidden states [batch, tokens, hidden], logits [batch, vocab] of the next token)."""
 
     def __init__(self, config, tp=None):
         super().__init__()
@@ -192,7 +191,7 @@ def rotate(x, cos, sin):
 
 
 def rope_frequencies(config):
-    """Radians a token, [head_dim / 2]; Llama 3.1 stretches the long wavelengths beyond the context it was first trained on."""
+    """[head_dim / 2] radians per token. Llama 3.1 stretches wavelengths that are longer than its original context."""
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     if config.rope_scaling is None:
         return frequencies
@@ -202,15 +201,15 @@ def rope_frequencies(config):
     return frequencies * (kept + (1 - kept) / config.rope_scaling["factor"])
 
 
-# --- its weights -----------------------------------------------------------------------------------------------------
+# --- the weights -----------------------------------------------------------------------------------------------------
 
 
 class Stop(Exception):
-    """What the user asked for is not possible; the message says why."""
+    """The user's request is not possible. The message says why."""
 
 
 def read_config(folder):
-    """The Config of a Hugging Face checkpoint."""
+    """The Config of a Hugging Face checkpoint. Raises Stop for a model that is not supported."""
     path = folder / "config.json"
     if not path.is_file():
         raise Stop(f"--weights: there is no {path}")
@@ -241,7 +240,7 @@ def read_config(folder):
 
 
 def fill(model, config, device, folder):
-    """Move a model from the meta device to ``device``, with weights from a folder, or random ones without."""
+    """Move a model from the meta device to ``device``. folder: with its weights; None for random weights"""
     model.to_empty(device=device)
     model.frequencies = rope_frequencies(config).to(device)  # in float32, whatever the model's dtype
     read = _random(device) if folder is None else _checkpoint(folder)
@@ -252,7 +251,7 @@ def fill(model, config, device, folder):
 
 
 def _random(device):
-    """Every rank draws its own shards; the norms' weights, which all ranks have, are ones."""
+    """A reader of random weights. Each rank draws its own shards. The weights of norms, which are not sharded, are ones."""
     generator = torch.Generator(device).manual_seed(dist.get_rank())
 
     def read(name, shape, sharded_dim):
@@ -264,7 +263,7 @@ def _random(device):
 
 
 def _checkpoint(folder):
-    """Every rank reads its own shards, and nothing else, from safetensors files with Hugging Face's names."""
+    """A reader of safetensors files with Hugging Face's names. Each rank reads only its own shards."""
     try:
         from safetensors import safe_open
     except ImportError:
@@ -294,9 +293,9 @@ def _checkpoint(folder):
 
 
 def main(build, parser):
-    """Read the command line, and compare the model that ``build(config, device, args)`` makes, on the meta device.
+    """Read the command line, and compare the backends on the model of ``build(config, device, args)``, which is on the meta device.
 
-    Whatever goes wrong on a rank ends it with a message, and torchrun then ends the others.
+    An error on a rank ends the process with a message, and torchrun then ends the other ranks.
     """
     args = arguments(parser)
     if "RANK" not in os.environ:
@@ -305,15 +304,15 @@ def main(build, parser):
         with torch.no_grad():
             compare(build, args)
     except Exception as error:
-        # Inductor's message on an unknown option lists all it has.
+        # Lines are cut, as Inductor's message for an unknown option lists all its options.
         message = cause(error) or "\n".join(line[:300] for line in traceback.format_exc().splitlines())
         print(f"rank {os.environ['RANK']}: {message}\n", end="", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: other ranks may be waiting in a collective, and so would a tidy exit
+        os._exit(1)  # a normal exit could wait for other ranks, which may wait in a collective
     dist.destroy_process_group()
 
 
 def cause(error):
-    """The message of an error that is the user's to mend, also from within torch.compile."""
+    """The message of an error that the user can correct, also from within torch.compile; None for other errors."""
     while error is not None:
         if isinstance(error, (Stop, tw_compile.TokenWeaveError)):
             return str(error)
@@ -389,7 +388,7 @@ def compare(build, args):
     say("\nerror against eager, |difference| / |eager|:")
     for name, (hidden, logits) in errors.items():
         say(f"  {name:10}  hidden states {hidden:.1e}  logits {logits:.1e}")
-    # Inductor rounds in other places than eager; the weave may do so too, but not more.
+    # Inductor rounds in other places than eager mode, and so may the backend. But its error must not be larger.
     limit = 2 * max(errors["inductor"]) + 4 * torch.finfo(dtype).eps
     if not max(errors["tokenweave"]) <= limit:
         raise Stop(f"the results of tokenweave are off by more than {limit:.1e}")
@@ -431,14 +430,14 @@ def check(config, ranks, args):
 
 
 def error(result, right):
-    """|result - right| / |right|, the largest of all ranks."""
+    """|result - right| / |right|: the largest value of all ranks."""
     relative = (result.double() - right.double()).norm() / right.double().norm()
     dist.all_reduce(relative, dist.ReduceOp.MAX)
     return relative.item()
 
 
 def median_times(runs, ids, samples=11, calls=5):
-    """Seconds a call: the median over the samples, of the slowest rank. The runs take turns, so that drift meets all alike."""
+    """name -> seconds per call: the median over samples of the slowest rank. The runs take turns, so that drift affects all alike."""
     taken = {name: [] for name in runs}
     for sample in range(-2, samples):  # the first two warm up
         for name, run in runs.items():
@@ -450,7 +449,7 @@ def median_times(runs, ids, samples=11, calls=5):
 
 
 def time_of(run, ids, calls):
-    """Seconds of ``calls`` calls in a row, from where all ranks are ready."""
+    """Seconds of ``calls`` calls in a row on this rank. The ranks begin together."""
     dist.barrier()
     if ids.device.type == "cpu":
         begin = time.perf_counter()
