@@ -825,7 +825,7 @@ def test_both_transports_touch_every_vector_once_at_the_same_addresses(machine, 
 
     loads = [(rank, at) for rank, is_store, at in seen["peer"] if not is_store]
     stores = [at for _, is_store, at in seen["peer"] if is_store]
-    vectors = range(0, rows * row, 16)
+    vectors = [*range(0, rows * row, 16)]
     if kernel == "one_shot":
         assert not stores
         for rank in range(world):  # its staging places may be used again, by another row

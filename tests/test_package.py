@@ -1,0 +1,57 @@
+"""The package as it is installed: a wheel has all files, and works without the checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+USED = """
+import importlib.metadata, pathlib, sys
+import tokenweave, tw_compile
+from tw_compile.transports.symmetric import host
+assert str(tw_compile.__file__).startswith(sys.argv[1]), tw_compile.__file__
+assert {path.suffix for path in host.SOURCES.iterdir()} == {".cu", ".cuh", ".c"}
+points = importlib.metadata.distribution("tw_compile").entry_points
+print(sorted((point.group, point.name) for point in points), importlib.metadata.version("tw_compile"))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that nothing is left in the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\0")
+    files = [Path(name) for name in names if name] or [path.relative_to(ROOT) for path in ROOT.rglob("*.*")]
+    for path in files:
+        if path.parts[0] in ("tw_compile", "setup.py", "tokenweave.py", "pyproject.toml") and (ROOT / path).is_file():
+            (source / path).parent.mkdir(parents=True, exist_ok=True)
+            (source / path).write_bytes((ROOT / path).read_bytes())
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*pip, "--wheel-dir", folder, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_a_wheel_has_every_file(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith(("tw_compile/", "tokenweave"))}
+    suffixes = (".py", ".cu", ".cuh", ".c", ".typed")
+    here = {str(path.relative_to(ROOT)) for path in (ROOT / "tw_compile").rglob("*") if path.suffix in suffixes or path.name == "py.typed"}
+    assert packed == here | {"tokenweave.py"}
+
+
+def test_what_is_installed_is_complete(wheel, tmp_path):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--target", tmp_path / "site", wheel], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", USED, str(tmp_path / "site")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "('console_scripts', 'tw-compile'), ('torch_dynamo_backends', 'tokenweave')] 0.2.0" in done.stdout
