@@ -1,7 +1,7 @@
 """Blocks drawn at random from the forms that models take, rewritten and run against the graph they came from.
 
 Each runs over the workspace that makes NaN of all that the contract leaves undefined, and is compared with the graph that it
-came from, in 16 bits with float64 too. Some blocks, of one sequence and static shapes, are also given to ``tw_compile.verify``. The number of
+came from, in 16 bits with float64 too. Some blocks, of one sequence and static shapes, also go to ``tw_compile.verify``. The number of
 ranks is not drawn: the passes do not see it, and test_ranks.py has two and four. ``TW_FUZZ=5000 pytest tests/test_fuzz.py`` draws that
 many, the same ones every time. A block that fails is printed with the
 command that runs it alone; what failed once is a test of its own, of the pass that was wrong.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PIP = sys.executable, "-m", "pip", "--disable-pip-version-check"
 
 USED = """
 import importlib.metadata, pathlib, sys
@@ -32,8 +33,8 @@ def wheel(tmp_path_factory):
         if path.parts[0] in ("tw_compile", "setup.py", "tokenweave.py", "pyproject.toml") and (ROOT / path).is_file():
             (source / path).parent.mkdir(parents=True, exist_ok=True)
             (source / path).write_bytes((ROOT / path).read_bytes())
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*pip, "--wheel-dir", folder, source], capture_output=True, text=True, check=False)
+    how = "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", folder
+    done = subprocess.run([*PIP, "wheel", *how, source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (path,) = folder.glob("*.whl")
     return path
@@ -48,8 +49,7 @@ def test_a_wheel_has_every_file(wheel):
 
 
 def test_what_is_installed_is_complete(wheel, tmp_path):
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--target", tmp_path / "site", wheel], check=True)
+    subprocess.run([*PIP, "install", "--quiet", "--no-index", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-c", USED, str(tmp_path / "site")]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
