@@ -146,7 +146,7 @@ class _Splitter:
     def _attempt(self, node: Node) -> str | None:
         """Make a call once for each half. If that is not possible, undo all changes and return the reason."""
         last = next(iter(reversed(self.emit.graph.nodes)))
-        known = (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes, self.unsplit_ops)
+        known: tuple[dict[Any, Any], ...] = (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes, self.unsplit_ops)
         lengths, written = [len(k) for k in known], dict(self.written)
         try:
             reason = self._in_halves(node)
