@@ -67,7 +67,7 @@ def _chain(sites: list[Node], before: Ancestors) -> list[Node]:
 
 
 def _may_be_zero(length: int | torch.SymInt) -> bool:
-    """Whether the length of a half may be 0: only if it depends on data."""
+    """Whether the length of a half may be 0. A length that is not a number may be 0 only if it depends on data."""
     return length == 0 if isinstance(length, int) else bool(free_unbacked_symbols(length))
 
 

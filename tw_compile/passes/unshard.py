@@ -8,8 +8,8 @@ It becomes a site on all rows, the *whole*::
 
     all_reduce(x) -> [reshape, bias, scale] -> [+ residual] -> norm
 
-The residual is the whole of the site before. If no site makes the residual, it is gathered. Other calls that read a shard get a slice of
-the whole. Only complete sites are rewritten: without fusion each rank would do the add and the norm of all rows.
+The residual is the whole total of the site before. If no site makes the residual, it is gathered. Other calls that read a shard get a
+slice of the whole. Only complete sites are rewritten: without fusion each rank would do the add and the norm of all rows.
 """
 
 import operator
