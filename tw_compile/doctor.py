@@ -1,7 +1,7 @@
 """``tw-compile doctor``: checks what the backend needs on this machine, and says what to do about what is missing.
 
-One process checks the machine for a group of all its GPUs. Under torchrun the ranks also test and measure the transports. The doctor never
-uses NVLink multicast: it only asks whether the GPUs have it.
+One process checks the machine for a group of all its GPUs. Under torchrun the ranks also test and measure the transports peer and
+process_group, in the environment as it is. The doctor does not run multimem: it only asks whether the GPUs have multicast.
 """
 
 import contextlib
@@ -178,7 +178,7 @@ def _links() -> Iterator[Finding]:
     yield Finding("peer access", "; ".join(apart) or "each GPU can reach the memory of all others", NOTE if apart else OK)
     without = [index for index in range(world) if not support.has_multicast(index)]
     text = "on all GPUs" if not without else f"not on GPUs {', '.join(map(str, without))}, or it is switched off"
-    yield Finding("multicast", f"{text}; the doctor does not use it", NOTE if without else OK)
+    yield Finding("multicast", f"{text}; the doctor does not run multimem", NOTE if without else OK)
 
 
 _LINKS = {"NV": "NVLink"}
@@ -253,8 +253,6 @@ _PROBES = {
 
 def _ranks() -> Iterator[Finding]:
     """Test and measure the transports of a group of all ranks. A collective."""
-    # Neither symmetric memory nor NCCL may use multicast: see above.
-    os.environ |= {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
     local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= here
     device = torch.device("cuda", local) if on_gpus else torch.device("cpu")
@@ -262,7 +260,7 @@ def _ranks() -> Iterator[Finding]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpus else "gloo", timeout=_TIMEOUT, device_id=device if on_gpus else None)
     try:
-        yield Finding("ranks", f"{dist.get_world_size()}, {dist.get_backend()}, on {'GPUs' if on_gpus else 'the CPU'}, without multicast")
+        yield Finding("ranks", f"{dist.get_world_size()}, {dist.get_backend()}, on {'GPUs' if on_gpus else 'the CPU'}")
         for name in ("peer", "process_group"):
             yield from _probed(name, functools.partial(_measured, name, device))
     finally:
