@@ -42,8 +42,8 @@ def test_one_sequence_in_float32_on_four_ranks(four_ranks, checkpoint, name):
     assert outcome.difference < 2e-6 and outcome.error < 2e-6
 
 
-# By default one of each kind: what is in these is in the others, too.
-KINDS = "Qwen2, sliding window", "Phi-3", "Gemma 2", "Granite", "OLMo 2", "Mixtral", "Qwen3-MoE"
+# By default some kinds: sliding windows, norms in other forms and places, experts.
+KINDS = "Qwen2, sliding window", "Gemma 2", "OLMo 2", "Qwen3-MoE"
 
 
 @pytest.mark.parametrize("name", [name for name in (MODELS if FULL else KINDS) if name not in ON_FOUR_RANKS])
@@ -52,7 +52,7 @@ def test_one_sequence_in_float32_on_two_ranks(ranks, checkpoint, name):
     assert outcome.difference < 2e-6 and outcome.error < 2e-6
 
 
-@pytest.mark.parametrize("name", MODELS if FULL else list(MODELS)[::6])
+@pytest.mark.parametrize("name", MODELS if FULL else list(MODELS)[::8])
 def test_a_batch_in_bfloat16_on_two_ranks(ranks, checkpoint, name):
     """The error is not above that of eager PyTorch."""
     outcome = check_forward(ranks, checkpoint(name), name, 3, 32, False, torch.bfloat16)
