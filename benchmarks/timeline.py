@@ -12,7 +12,6 @@ Writes benchmarks/results/timeline-*.json, whose rows are kernels: name, kind, l
 import argparse
 import functools
 import json
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -25,18 +24,9 @@ import torch.distributed as dist
 import variants
 from variants import llama
 
-PASSES = 5  # passes that are profiled; the one with the median time is shown
+from tw_compile import html
 
-# The first pattern that matches the name of a kernel gives its kind. Names of Inductor's kernels contain the names of ops, and names of
-# attention kernels may contain CUTLASS.
-KINDS = (
-    ("all-reduce + norm", r"two_shot|one_shot"),
-    ("NCCL", r"^nccl"),
-    ("elementwise", r"^triton_(?!tem)"),
-    ("attention", r"flash|fmha|sdpa|attention"),
-    ("GEMM", r"gemm|nvjet|cutlass|xmma|splitk|gemv|^triton_tem"),
-    ("elementwise", r""),
-)
+PASSES = 5  # passes that are profiled; the one with the median time is shown
 
 
 def main():
@@ -105,7 +95,9 @@ def kernels(trace):
 
 
 def kind_of(name):
-    return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
+    """The kind of a kernel, as in the pages of reports. The process group is NCCL here."""
+    kind = html.kind_of(name)
+    return "NCCL" if kind == "process group" else kind
 
 
 def is_communication(event):
