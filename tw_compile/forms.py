@@ -187,7 +187,7 @@ class Forms:
         seen: dict = {}
 
         def look(sites):
-            section = passes.section_of(sites, self.options, self.compiler.cuda_graphs)
+            section = passes.section_of(sites, self.options, self.compiler.cuda_graphs) if self.plan is None else None
             seen.update(batch=batch_of(sites), section=section, by_rule=plan_by_rule(sites))
             return ""
 
