@@ -63,10 +63,10 @@ def artifact(name: str, text: Callable[[], str], of: Any, level: int = logging.D
 
 @functools.cache
 def say_that_it_tunes() -> None:
-    """Warn once, on rank 0 only, that the first compilation autotunes, how long that takes, and where the plan is cached."""
+    """Warn once, on rank 0 only, that the first compilation autotunes, about how long that takes, and where the plan is cached."""
     if dist.get_rank() == 0:
         log.warning(
-            "autotuning for this machine: it takes 5 to 30 s, once for each kind of model. The plan is cached in %s. "
+            "autotuning for this machine: it takes some seconds, once for each kind of model. The plan is cached in %s. "
             "tw_compile.warmup autotunes before the first call",
             files.directory(),
         )
