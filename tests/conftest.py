@@ -58,6 +58,12 @@ def world(_fake_world):
     return _fake_world
 
 
+@pytest.fixture
+def unexpanded(monkeypatch):
+    """What Inductor gets has our ops, as for sites over symmetric memory. On a CPU the process group carries them all the same."""
+    monkeypatch.setattr(choose, "is_over_process_group", lambda *_: False)
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """Two real processes with gloo between them: ``ranks(function, *args)`` -> [result of rank 0, of rank 1]."""

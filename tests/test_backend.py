@@ -256,19 +256,31 @@ def test_a_pass_that_the_user_configured_globally_still_runs(world, quick):
     assert len(seen) == 1
 
 
-def test_the_order_survives_inductors_code_generation_where_pointwise_work_could_be_fused(world):
-    """Halves of one shape, with nothing but pointwise work between sites: what its scheduler would like to fuse."""
+def pointwise_block(x, residual, weight):
+    """Halves of one shape, with nothing but pointwise work between sites: what Inductor's scheduler would like to fuse."""
+    for function in (torch.sin, torch.cos, torch.tanh):  # so that no layers are equal, and the code has all calls in order
+        residual = residual + all_reduce(x)
+        x = function(hf_norm(residual, weight))
+    return x
 
-    def block(x, residual, weight):
-        for _ in range(3):
-            residual = residual + all_reduce(x)
-            x = hf_norm(residual, weight).sin()
-        return x
 
-    _, (code,) = torch._inductor.utils.run_and_get_code(
-        compiled(block, options={"tokenweave.mode": "weave"}), values(64, H), values(64, H), values(H)
-    )
+def code_of(function, *inputs):
+    with torch.no_grad():
+        _, (code,) = torch._inductor.utils.run_and_get_code(compiled(function, options={"tokenweave.mode": "weave"}), *inputs)
+    return code
+
+
+def test_the_order_survives_inductors_code_generation(world, unexpanded):
+    code = code_of(pointwise_block, values(64, H), values(64, H), values(H))
     order = re.findall(r"= tokenweave\.(\w+)", code)
     assert order == ["start", "start", "wait", "start", "wait", "start", "wait", "start", "wait", "start", "wait", "wait"]
     # By the functions themselves: not once through PyTorch's dispatcher, which takes longer than what they do.
     assert "from tw_compile.ops import direct as tokenweave\n" in code and not re.search(r"torch\.ops\.tokenweave[\w.]*\(", code)
+
+
+def test_the_order_over_the_process_group_survives_it_too(world):
+    code = code_of(pointwise_block, values(64, H), values(64, H), values(H))
+    order = re.findall(r"torch\.ops\._c10d_functional\.(\w+)\.default\(", code)
+    a, w = "all_reduce_", "wait_tensor"
+    assert order == [a, a, w, a, w, a, w, a, w, a, w, w]
+    assert "tokenweave" not in code

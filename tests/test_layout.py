@@ -34,6 +34,7 @@ passes.section
 passes.wire
 passes.outline
 passes.layers
+passes.expand
 passes.place
 passes.weave
 passes.conform

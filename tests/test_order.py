@@ -159,8 +159,15 @@ def in_code(function, *given, **options):
 
 @pytest.mark.parametrize("function", [dead_reduce, independent_gather], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("mode", [0, 1], ids=["fuse", "weave"])
-def test_in_generated_code(function, mode):
+def test_in_generated_code(unexpanded, function, mode):
     expected = re.sub(r"\d", "", CASES[function][mode])
+    assert in_code(function, *inputs(8), mode=("fuse", "weave")[mode]) == expected
+
+
+@pytest.mark.parametrize("function", [dead_reduce, independent_gather], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mode", [0, 1], ids=["fuse", "weave"])
+def test_in_generated_code_over_the_process_group(function, mode):
+    expected = re.sub(r"\d", "", CASES[function][mode]).replace("S", "R")
     assert in_code(function, *inputs(8), mode=("fuse", "weave")[mode]) == expected
 
 
@@ -175,7 +182,7 @@ def between_layers(x, r, w, m):
     return hf_norm(r, w), first, last
 
 
-def test_in_generated_code_with_layers_that_are_compiled_once():
+def test_in_generated_code_with_layers_that_are_compiled_once(unexpanded):
     order = in_code(between_layers, *inputs(8), mode="weave")
     assert tw_compile.reports()[-1].alike
     assert order.count("G") == 2 and order.endswith("G"), order

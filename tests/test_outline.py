@@ -364,12 +364,12 @@ def compile_and_run(function, *inputs, **options):
     return tw_compile.reports()[-1]
 
 
-def test_the_report_has_it():
+def test_the_report_has_it(unexpanded):
     report = compile_and_run(mlps(5), *mlps_inputs(5, 8))
     assert report.alike == 3 and "split 4 | 4, 3 layers compiled as one" in str(report)
 
 
-def test_passes_of_the_user_run_before_it_and_those_behind_on_both():
+def test_passes_of_the_user_run_before_it_and_those_behind_on_both(unexpanded):
     before, behind = [], []
     report = compile_and_run(
         mlps(5), *mlps_inputs(5, 8),
@@ -387,7 +387,7 @@ def test_code_in_cpp_cannot_call_it():
 
 
 @pytest.fixture
-def workspace(monkeypatch):
+def workspace(unexpanded, monkeypatch):
     """What carries the sites in code that Inductor writes."""
     workspace = Workspace()
     for name in ("linear", "start", "wait", "fused"):

@@ -117,7 +117,7 @@ def both(function, cache_of, new_caches, **options):
 
 
 @pytest.mark.parametrize("mode", ["fuse", "weave"])
-def test_a_region_that_writes_to_a_cache(mode):
+def test_a_region_that_writes_to_a_cache(unexpanded, mode):
     report = both(cached, lambda caches, i: caches[i], caches, **{"tokenweave.mode": mode})
     assert (len(report.sites), report.alike) == (LAYERS, LAYERS - 2)
 
@@ -202,7 +202,7 @@ def test_modules_whose_floats_differ():
 # --- as a part of the backend ----------------------------------------------------------------------------------------
 
 
-def test_regions_are_compiled_as_one_layer_all_the_same():
+def test_regions_are_compiled_as_one_layer_all_the_same(unexpanded):
     compiled = torch.compile(
         stack(torch.compiler.nested_compile_region(plain), 5), backend=backend.tokenweave, options={"tokenweave.mode": "weave"}
     )

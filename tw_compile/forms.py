@@ -250,13 +250,14 @@ class Forms:
             else:
                 new, _ = self._agreed(FUSE, sized, lambda sites: "")
             new.report.reasons += [f"not woven: {why}"] if why != self.options.fused_only else []
+        sites = sites_of(new)  # before the compilation, which changes the graph
         if len(variants) < MOST_VARIANTS:
             run = self.compiler.compile(sized, new, together)
         else:
             message = f"a graph was compiled {MOST_VARIANTS} times for different sizes: others run uncompiled. See docs/ranks.md, Sizes"
             say_once(message)
             run = uncompiled(sized, new)
-        variants.append(Variant(sized, run, sites_of(new)))
+        variants.append(Variant(sized, run, sites))
         return variants[-1]
 
     def _agreed(self, form: Place | str, sized: ForSizes, cut_of: Callable) -> tuple[passes.Rewritten, bool]:

@@ -115,6 +115,7 @@ class Compiler:
                     # The user's passes run here, on the whole graph, before equal layers become calls of one function.
                     for user_pass in _user_passes():
                         user_pass(gm.graph)
+                    passes.expand(gm.graph, functools.partial(choose.is_over_process_group, self.options.transport))
                     _outline(gm, new.report)
                     patches = {"post_grad_custom_pre_pass": None, "reorder_for_locality": False}
                     for name, which in (("before", sized.gm), ("after", gm)):

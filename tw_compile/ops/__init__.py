@@ -4,6 +4,7 @@
 ``start``   begins the communication of a site: all-reduce, residual add, norm
 ``wait``    returns the results of ``start``; other work runs between the two
 ``fused``   ``start`` and ``wait`` in one op, on the compute stream
+``reduced`` waits for an all-reduce of PyTorch's own, which has taken the place of a ``start``: see ``passes/expand.py``
 
 Memory
     The transports over symmetric memory keep a workspace for each *slot*: 0 and 1 for the woven halves, 2 for values that are not split.
@@ -19,8 +20,8 @@ Memory
     all rows.
 
 Ordering
-    ``wait`` takes all tensors that the communication may still read, so that their memory is not reused before. It also takes ``after``,
-    a tensor of the other half: the order of the weave is then a data dependency, which schedulers keep.
+    ``wait`` takes all tensors that the communication may still read, so that their memory is not reused before. ``wait`` and ``reduced``
+    also take ``after``, a tensor of the other half: the order of the weave is then a data dependency, which schedulers keep.
 """
 
 from typing import Any
@@ -46,16 +47,18 @@ _lib.define(
     f"wait(Tensor token, {_INPUTS}, Tensor? after, int slot, {_RESIDUAL}, bool in_workspace, {_WHERE}) -> (Tensor, Tensor)",
     tags=_tags,
 )
+_lib.define("reduced(Tensor sum, Tensor? after) -> Tensor", tags=_tags)
 _lib.define(f"fused({_SITE}, bool in_workspace, {_WHERE}) -> (Tensor, Tensor)", tags=_tags)
 
 linear = torch.ops.tokenweave.linear.default
 start = torch.ops.tokenweave.start.default
 wait = torch.ops.tokenweave.wait.default
 fused = torch.ops.tokenweave.fused.default
+reduced = torch.ops.tokenweave.reduced.default
 
 
 # A call of a function registered with Library.impl takes 4 µs; with the custom_op decorator it takes 35 µs.
-for _op in (linear, start, wait, fused):
+for _op in (linear, start, wait, fused, reduced):
     for _key in ("CPU", "CUDA"):
         _lib.impl(_op, getattr(direct, _op._opname), _key)
 
@@ -76,6 +79,11 @@ def _(
     after: Tensor | None, slot: int, fp32_residual: bool, *others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return empty_results(x, fp32_residual)
+
+
+@torch.library.register_fake("tokenweave::reduced", lib=_lib)
+def _(total: Tensor, after: Tensor | None) -> Tensor:
+    return torch.empty_like(total)
 
 
 @torch.library.register_fake("tokenweave::fused", lib=_lib)

@@ -4,6 +4,7 @@ The code that Inductor generates calls these functions directly. All other calle
 dispatcher: with this many arguments the dispatcher takes longer than the function itself.
 """
 
+import torch
 from torch import Tensor
 
 from ..site import Site
@@ -43,3 +44,7 @@ def fused(
     found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
     packed = x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual
     return found.fused(_packed(Site, packed), in_workspace)
+
+
+def reduced(total: Tensor, after: Tensor | None) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(total).clone()  # an op may not return its input; generated code has no copy

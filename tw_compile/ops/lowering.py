@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..compat import SubgraphPythonWrapperCodegen, V, detect_fake_mode, ir, is_collective, is_lowering, lowering, pytree
-from . import fused, linear, start, wait
+from . import fused, linear, reduced, start, wait
 
 
 class _Direct(ir.FallbackKernel):
@@ -88,6 +88,19 @@ def register() -> None:
     _register(start, _Site, lambda args: (True,))  # all calls return the same token
     _register(wait, _Direct, lambda args: (args[-3], args[-4]))  # in_workspace: the norm, sharded_residual: the residual
     _register(fused, _Site, lambda args: (args[-3], args[-4]))
+    lowering.register_lowering(reduced, type_promotion_kind=None)(_wait_after)
+
+
+def _wait_after(total: Any, after: Any) -> Any:
+    """The lowering of ``reduced``: a wait that stays behind ``after``, and behind the all-reduce if ``after`` is an unfinished sum."""
+    if after is not None:
+        after.realize()
+    before = len(V.graph.operations)
+    total = lowering.lowerings[torch.ops._c10d_functional.wait_tensor.default](total)
+    for call in V.graph.operations[before:] if after is not None else ():
+        begun = [op.get_name() for op in V.graph.operations[:before] if is_collective(op) and after.get_name() in op.alias_names]
+        V.graph.additional_buffer_deps[call.get_operation_name()].add(begun[0] if begun else after.get_name())
+    return total
 
 
 def _register(op: Any, kernel: Any, in_workspace: Callable[[tuple], tuple]) -> None:

@@ -8,6 +8,7 @@ from torch.fx import Graph, Node
 from ..options import Options, TokenWeaveError
 from ..report import Refusal, Report, Site
 from .cut import Cut, choose_cut
+from .expand import expand
 from .find import Match, find
 from .fuse import fuse
 from .graph_utils import copied_graph, source_of, value
@@ -24,6 +25,7 @@ __all__ = [
     "Decision",
     "Rewritten",
     "choose_cut",
+    "expand",
     "find",
     "fuse",
     "outline",

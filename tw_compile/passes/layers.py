@@ -17,8 +17,11 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..site import NEXT_SITE
-from .graph_utils import arguments, aten, calls, in_order, value
+from .graph_utils import arguments, aten, c10d, calls, in_order, value
 from .rules.token_axis import expr
+
+# Calls with which a section begins: sites, and what ``expand`` has made of them.
+SITES = (ops.start, ops.fused, c10d.all_reduce.default)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def sections_of(graph: Graph) -> list[list[Node]]:
     """The nodes from each site to the next."""
     sections: list[list[Node]] = []
     for node in graph.nodes:
-        if calls(node, ops.start, ops.fused):
+        if calls(node, *SITES):
             sections.append([])
         if sections and node.op == "call_function" and not is_write(node):
             sections[-1].append(node)
@@ -131,7 +134,10 @@ def _key(nodes: list[Node], numbers: dict[Node, int]) -> tuple[tuple, list[Node]
             return tuple((name, encoded(item)) for name, item in a.items())
         return type(a), str(a)  # as 1 == 1.0 == True, and -0.0 == 0.0
 
-    key = [(node.target, encoded(arguments_of(node, numbers)), encoded(node.kwargs), _signature(value(node))) for node in nodes]
+    key = [
+        (node.target, encoded(arguments_of(node, numbers)), encoded(node.kwargs), _signature(value(node)), node.meta.get("half"))
+        for node in nodes
+    ]
     return (tuple(key), tuple(_signature(value(node)) for node in outer)), list(outer)
 
 

@@ -12,12 +12,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .. import ops
 from ..compat import OpOverload, detect_fake_mode
 from ..ops.lowering import layer
 from .emit import Emitter
 from .graph_utils import aten, calls, is_view, prims, value
-from .layers import Repetition, arguments_of, is_write, longest_run, sections_of, site_numbers
+from .layers import SITES, Repetition, arguments_of, is_write, longest_run, sections_of, site_numbers
 from .rules.token_axis import expr
 
 NAME = "tokenweave_layer"
@@ -72,7 +71,7 @@ def _copy_scalars(graph: Graph) -> None:
 
     The copies, and the calls on the CPU that they depend on, move to the front. There Inductor sees them: they cannot be in a CUDA graph.
     """
-    site = next((node for node in graph.nodes if calls(node, ops.start, ops.fused)), None)
+    site = next((node for node in graph.nodes if calls(node, *SITES)), None)
     if site is None:
         return
     device = value(site.args[0]).device

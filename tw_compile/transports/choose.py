@@ -104,6 +104,12 @@ def is_process_group(group_name: str) -> bool:
     return all(transport.name == "process_group" for key, (transport, _) in chosen.items() if key[0] == group_name)
 
 
+def is_over_process_group(requested: str, group_name: str, device: torch.device) -> bool:
+    """Whether the transport that is chosen for a group is the process group."""
+    transport, _ = chosen.get((group_name, device, requested), (None, ""))
+    return transport is not None and transport.name == "process_group"
+
+
 def another(requested: str, group_name: str, device: torch.device) -> Transport:
     """A new transport of the kind that is chosen, with memory of its own, which is freed when the transport is dropped."""
     return _make(choose(requested, group_name, device)[0].name, group_name, device)
