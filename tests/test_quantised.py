@@ -9,7 +9,9 @@ from graphs import trace_with_inputs
 from quantised import FP8, LINEARS
 from sites import H, all_reduce, hf_norm, values
 
-from tw_compile import TokenWeaveError
+from tw_compile import TokenWeaveError, passes
+from tw_compile.options import Options
+from tw_compile.passes.cut import Cut
 
 pytestmark = pytest.mark.usefixtures("world")
 rewrite = functools.partial(rewrite_by, by=trace_with_inputs)
@@ -74,3 +76,11 @@ def test_a_scale_for_blocks_of_tokens_is_cut_between_blocks(first, unsplit):
     new = rewrite(run, *given, values(2, 1).abs(), mode="weave", split=first)
     reasons = [op.reason for op in new.report.joins]
     assert len(reasons) == bool(unsplit) and all(unsplit in reason for reason in reasons)
+
+
+def test_where_no_site_may_be_cut_the_graph_is_fused():
+    """As after the decision on a graph with the same collectives, and with one scale."""
+    graph, _ = trace_with_inputs(block(LINEARS["int8 row"]), *inputs())
+    decision = passes.Decision(unwoven=frozenset({0, 1}))
+    new = passes.rewrite(graph, Options(), lambda *_: False, lambda sites: Cut(1, 12, 6), decision)
+    assert new.report.mode == "fuse" and "the ranks have agreed not to weave" in new.not_woven

@@ -98,8 +98,10 @@ def rewrite(
     woven: list[Node] = []
     report.mode = "fuse"
     cut = decision.not_woven or cut_of(sites)
+    may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven]
+    if isinstance(cut, Cut) and not may_be_cut:
+        cut = "the ranks have agreed not to weave a graph with these collectives"
     if isinstance(cut, Cut):
-        may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven]
         others = numbered(work, without=sites)
         unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
         halves, cut_sites, unsplit_ops, *_ = split(work, may_be_cut, cut, unsplit)
