@@ -4,13 +4,14 @@ The rows of the activations are tokens. A scale of the activations is cut with i
 scale of the weight, a bias and a zero point are whole. A scale for blocks of tokens is only cut between two blocks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from ..graph_utils import aten, calls, is_one, is_view, prims, same_size, source_of, value
-from .token_axis import Rule, Split, TokenAxis, expr, expr_of, is_pointwise, places, register_token_rule, same_axis
+from .token_axis import Split, TokenAxis, expr, expr_of, is_pointwise, places, register_token_rule, same_axis
 
 # Rows that one scale, or one tile of swizzled scales, is for.
 _BLOCK = 128
@@ -18,18 +19,21 @@ _BLOCK = 128
 _SWIZZLED = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
 
 
-def _linear(*scales: object) -> Rule:
+@dataclass(frozen=True)
+class _Linear:
     """The rule of an op whose first argument are activations [..., K]. The result, or each of them, has the same rows.
 
     scales: the places of the scales of the rows
     """
 
-    def rule(node, axes):
+    scales: tuple = ()
+
+    def __call__(self, node: Node, axes: Mapping[Node, TokenAxis]) -> Split | None:
         rows, others = node.args[0], dict(places(node))
         axis, slices = axes.get(rows), {}
         if axis is None or axis.dim == value(rows).dim() - 1 or [*others.values()].count(rows) > 1:
             return None
-        for place in scales:
+        for place in self.scales:
             scale = others.get(place)
             if scale is None or all(map(is_one, value(scale).shape)):
                 continue
@@ -38,12 +42,10 @@ def _linear(*scales: object) -> Rule:
                 return None
             if scale not in axes:
                 slices[place] = own
-        if any(a in axes for place, a in others.items() if place != 0 and place not in scales):
+        if any(a in axes for place, a in others.items() if place != 0 and place not in self.scales):
             return None
         results = value(node)
         return Split(axis if isinstance(results, torch.Tensor) else (axis,) * len(results), slices=slices)
-
-    return rule
 
 
 def _axis_of_scale(scale: Node, rows: Node, axis: TokenAxis) -> TokenAxis | None:
@@ -61,24 +63,24 @@ def _axis_of_scale(scale: Node, rows: Node, axis: TokenAxis) -> TokenAxis | None
 register_token_rule(
     aten._int_mm.default, aten._weight_int8pack_mm.default, aten._weight_int4pack_mm.default, aten._weight_int4pack_mm_for_cpu.default,
     aten._weight_int4pack_mm_with_scales_and_zeros.default, aten._dyn_quant_matmul_4bit.default,
-)(_linear())  # fmt: skip
-register_token_rule(aten._scaled_mm.default)(_linear(2))
-register_token_rule(aten._scaled_mm_v2.default)(_linear((2, 0), (2, 1)))
+)(_Linear())  # fmt: skip
+register_token_rule(aten._scaled_mm.default)(_Linear((2,)))
+register_token_rule(aten._scaled_mm_v2.default)(_Linear(((2, 0), (2, 1))))
 
 # Ops of other libraries: the rules are for whichever of them is loaded.
 register_token_rule(
     "mslk::bf16i4bf16_rowwise", "mslk::bf16i4bf16_shuffled", "fbgemm::bf16i4bf16_rowwise", "fbgemm::bf16i4bf16_shuffled",
     "torchao::int_matmul", "triton::quantize_fp8_row", "mslk::quantize_fp8_per_row", "fbgemm::quantize_fp8_per_row",
-)(_linear())  # fmt: skip
+)(_Linear())  # fmt: skip
 register_token_rule(
     "torchao::float8_linear_cpu", "torchao::rowwise_scaled_linear_sparse_cutlass_f8f8", "ao::blockwise_fp8_gemm",
     "torchao::quantize_affine_float8_non_decomposed", "torchao::dequantize_affine_float8_non_decomposed",
-)(_linear(1))  # fmt: skip
+)(_Linear((1,)))  # fmt: skip
 register_token_rule(
     "mslk::f8f8bf16_rowwise", "mslk::f8i4bf16_rowwise", "mslk::f8i4bf16_shuffled", "torchao::int_scaled_matmul",
     "fbgemm::f8f8bf16_rowwise", "fbgemm::f8i4bf16_rowwise", "fbgemm::f8i4bf16_shuffled",
-)(_linear(2))  # fmt: skip
-register_token_rule("torchao::da8w4_linear_cpu")(_linear(1, 2))
+)(_Linear((2,)))  # fmt: skip
+register_token_rule("torchao::da8w4_linear_cpu")(_Linear((1, 2)))
 
 
 @register_token_rule(aten._grouped_mm.default, aten._scaled_grouped_mm.default)
