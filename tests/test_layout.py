@@ -44,6 +44,7 @@ passes.unshard
 passes.fuse
 passes.rules
 passes.rules.attention
+passes.rules.quantised
 passes.rules.cache
 passes.rules.mask
 passes.rules.gather

@@ -7,6 +7,7 @@ what it answers is checked, and what does not hold is a join.
 import operator
 
 import pytest
+import quantised
 import torch
 import torch.distributed as dist
 from graphs import run
@@ -201,6 +202,7 @@ SAMPLES = {
     ],
     aten.constant_pad_nd.default: lambda u: [u(aten.constant_pad_nd.default, u.n, [0, 0] * d + [1, 2]) for d in u.dims],
     CPU: attention(CPU, True), FLASH: attention(FLASH, False), EFFICIENT: attention(EFFICIENT, True), CUDNN: attention(CUDNN, True),
+    **quantised.SAMPLES,
     # Of those that are known by their tag alone.
     aten.frexp.Tensor: on_n(aten.frexp.Tensor),
     aten.addcmul.default: lambda u: [u(aten.addcmul.default, u.n, u.same, u.same), u(aten.addcmul.default, u.n, u.n, u.v)],
@@ -245,13 +247,14 @@ def graph_of(sample, shape):
 
 
 def test_every_rule_has_samples():
-    assert set(token_axis._RULES) <= set(SAMPLES)
+    assert set(token_axis._RULES) <= set(SAMPLES) | quantised.NAMES
 
 
 @pytest.mark.parametrize("op", SAMPLES, ids=str)
-def test_what_a_rule_makes_is_what_the_whole_gives(op):
-    emulated, was_cut = {op: CUDA_OPS[op][0]} if op in CUDA_OPS else {}, False
-    for shape, dim, first in SHAPES:
+def test_what_a_rule_makes_is_what_the_whole_gives(op, monkeypatch):
+    monkeypatch.setattr(token_axis, "_RULES", token_axis._RULES | quantised.rules_of_stand_ins())
+    emulated, was_cut = {op: CUDA_OPS[op][0]} if op in CUDA_OPS else quantised.EMULATED, False
+    for shape, dim, first in SHAPES[1::2] if op in quantised.SAMPLES else SHAPES:
         graph, sites, mode = graph_of(SAMPLES[op], shape)
         with mode:
             new, woven, joins, *_ = split(graph, sites, Cut(dim, shape[dim], first))

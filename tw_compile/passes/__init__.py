@@ -14,6 +14,7 @@ from .fuse import fuse
 from .graph_utils import copied_graph, source_of, value
 from .outline import outline
 from .place import place
+from .rules.quantised import one_scale
 from .section import section_of
 from .split import split
 from .unshard import unshard
@@ -99,15 +100,20 @@ def rewrite(
     woven: list[Node] = []
     report.mode = "fuse"
     cut = decision.not_woven or cut_of(sites)
+    may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven]
+    if isinstance(cut, Cut) and not may_be_cut:
+        cut = "the ranks have agreed not to weave a graph with these collectives"
     if isinstance(cut, Cut):
-        may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven]
         others = numbered(work, without=sites)
         unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
-        work, woven, unsplit_ops, *_ = split(work, may_be_cut, cut, unsplit)
-        report.joins = [*unsplit_ops.values()]
-        work, new.cut = weave(work, cut.ctas or ctas), cut
-        report.mode, report.split = "weave", tuple(n if isinstance(n, int) else str(n) for n in cut.halves)
-    else:
+        halves, cut_sites, unsplit_ops, *_ = split(work, may_be_cut, cut, unsplit)
+        if reason := one_scale(unsplit_ops):
+            cut = reason
+        else:
+            woven, report.joins = cut_sites, [*unsplit_ops.values()]
+            work, new.cut = weave(halves, cut.ctas or ctas), cut
+            report.mode, report.split = "weave", tuple(n if isinstance(n, int) else str(n) for n in cut.halves)
+    if not isinstance(cut, Cut):
         new.not_woven = cut
         if cut and cut != options.fused_only:
             report.reasons.append(f"not woven: {cut}")

@@ -12,6 +12,7 @@ from ..options import Options
 from .cut import Cut
 from .graph_utils import aten, calls, is_one, is_tensor, is_view, value
 from .rules.attention import SIGNATURES
+from .rules.quantised import one_scale
 from .split import split
 
 log = logging.getLogger("tw_compile")
@@ -42,6 +43,8 @@ def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedu
         _, _, unsplit, _, whole = split(sites[0].graph, first, Cut(dim, batch[dim], batch[dim] // 2))
     except Exception as error:  # a graph that cannot be cut can still be fused
         log.warning("a schedule is not autotuned: the graph cannot be cut: %s: %s", type(error).__name__, error)
+        return None
+    if one_scale(unsplit):
         return None
     phases = [_phase(site, hidden, unsplit, whole) for site in first[1:]]
     if None in phases or not phases:

@@ -177,6 +177,8 @@ class _Splitter:
             return rule
         for axis, a in self._sliced(node, rule):
             needed = expr(self.cut.length) * expr_of(axis.unit)
+            if (expr(self.cut.first) * expr_of(axis.unit)).is_integer is False:
+                return f"an input has one entry for {1 / expr_of(axis.unit)} tokens, and the cut is not at a multiple of them"
             if not self._is(value(a).shape[axis.dim], needed):
                 return f"an input has {value(a).shape[axis.dim]} entries along the token axis, not {needed}"
         if attention.is_cut_causally(node, axes, self._rows):

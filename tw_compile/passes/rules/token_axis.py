@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from ...compat import OpOverload
 from ..graph_utils import RESHAPES, aten, is_one, is_tensor, prims, value
 
 c10d = torch.ops._c10d_functional
@@ -75,7 +76,7 @@ _RULES: dict[object, Rule] = {}
 def register_token_rule(*targets: Any) -> Callable[[Rule], Rule]:
     """Register the token-axis rule of ops. A decorator of a function ``rule(node, axes) -> Split | None``.
 
-    targets: the ops, as OpOverloads
+    targets: the ops, as OpOverloads; or names such as "mslk::f8f8bf16_rowwise", for ops that may be loaded later
     node:    the call, an fx node. ``node.meta["val"]`` is the fake tensor of the result for all tokens, with its shape and dtype. Inputs
              have one too
     axes:    input that is cut -> its TokenAxis
@@ -99,7 +100,8 @@ def registered_rules() -> list[str]:
 
 def split_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
     """How a call is made for each half, or why it cannot be. axes: input that is cut -> its TokenAxis"""
-    rule = _RULES.get(node.target) or (_pointwise if _is_pointwise(node.target) else None)
+    name = node.target.name() if isinstance(node.target, OpOverload) else None
+    rule = _RULES.get(node.target) or _RULES.get(name) or (_pointwise if is_pointwise(node.target) else None)
     if rule is None:
         return "no token-axis rule for this op"
     try:
@@ -111,7 +113,7 @@ def split_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
     return f"its token-axis rule returns {answer!r}, which is not a Split"
 
 
-def _is_pointwise(op: Any) -> bool:
+def is_pointwise(op: Any) -> bool:
     """Whether an op is pointwise, writes to no input, and draws no random numbers, which would differ in two calls."""
     tags = getattr(op, "tags", ())
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags and not op._schema.is_mutable
