@@ -40,6 +40,8 @@ passes.conform
 passes.split
 passes.cut
 passes.unshard
+passes.merge
+passes.replicated
 passes.fuse
 passes.rules
 passes.rules.attention

@@ -213,11 +213,11 @@ def _mm(node, axes):
 @register_token_rule(aten.addmm.default)
 def _addmm(node, axes):
     bias, a, b = node.args[:3]
-    if b in axes or bias in axes or a not in axes or axes[a].dim != 0:
+    if b in axes or a not in axes or axes[a].dim != 0 or (bias in axes and not same_axis(axes[bias], axes[a])):
         return None
     if value(bias).dim() == 2 and not is_one(value(bias).shape[0]):
         return Split(axes[a], slices={0: axes[a]})
-    return Split(axes[a])
+    return None if bias in axes else Split(axes[a])
 
 
 @register_token_rule(aten.bmm.default)
