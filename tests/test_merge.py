@@ -4,9 +4,9 @@ import expecttest
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from graphs import capture, rewrite, text, trace_with_inputs
 from sites import INNER, H, all_reduce, hf_norm, layer_norm, values
+from workspace import Workspace
 
 from tw_compile import ops
 from tw_compile.passes import merge
@@ -156,13 +156,17 @@ def test_two_layers_of_parallel_branches_are_woven_and_placed():
         return hf_norm(r + all_reduce(x), w)
 
     inputs = [values(*shape) for shape in ((8, H), (8, INNER), (8, H), (H,), (H, H), (INNER, H), (H, INNER))]
+    fused = rewrite(block, *inputs, mode="fuse", symmetric=True, by=trace_with_inputs)
     woven = rewrite(block, *inputs, mode="weave", symmetric=True, by=trace_with_inputs)
     assert [(site.merged, site.woven) for site in woven.report.sites] == [(2, True), (2, True), (1, True)]
     assert not woven.report.joins
-    # Both GEMMs of the first sum write in the workspace. Those of the second: the norm that both branches read is there until the last.
-    linears = [node for node in woven.after.nodes if node.target is ops.linear]
-    assert [node.args[2] in linears for node in linears] == [False, True]
-    woven.check()
+    # Both GEMMs of the first sum write in the workspace. Of the second, the last one: the norm that both branches read is there before.
+    linears = [node for node in fused.after.nodes if node.target is ops.linear]
+    assert [node.args[2] in linears for node in linears] == [False, True, False]
+    assert woven.count(ops.linear) == 2, "what comes before the first site is not cut"
+    for graph in (fused, woven):
+        for order in (None, *range(5)):
+            graph.check(Workspace(), shuffle=order)
 
 
 # --- what is not -----------------------------------------------------------------------------------------------------
