@@ -44,6 +44,8 @@ passes.merge
 passes.replicated
 passes.fuse
 passes.rules
+passes.rules.algebra
+passes.rules.arrange
 passes.rules.attention
 passes.rules.cache
 passes.rules.mask

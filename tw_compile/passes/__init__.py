@@ -134,14 +134,14 @@ def _found(
     """
     skip: set[str] = set()
     while True:
-        work, merged, why = merge(graph, {**denied, **unmerged}, skip)
+        work, merged, why = merge(graph, {*denied, *unmerged}, skip)
         sums = {each.all_reduces[-1]: each for each in merged}
         work, scatters = unshard(work, denied)
-        reduces = find(work, why | denied)
+        reduces = find(work, {**why, **denied})
         refused = {sums[f.all_reduce].root for f in reduces if isinstance(f, Refusal) and f.all_reduce in sums}
         if not refused:
-            reasons = [replace(f, reason=unmerged[f.all_reduce]) if isinstance(f, Refusal) and f.all_reduce in unmerged else f for f in reduces]
-            return work, scatters, reasons, sums
+            reduces = [replace(f, reason=unmerged.get(f.all_reduce, f.reason)) if isinstance(f, Refusal) else f for f in reduces]
+            return work, scatters, reduces, sums
         skip |= refused
 
 

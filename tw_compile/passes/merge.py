@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from ..compat import detect_fake_mode
 from .emit import Emitter
-from .find import all_reduce_of, collectives, stays
+from .find import AllReduce, all_reduce_of, collectives, stays
 from .graph_utils import (
     RESHAPES,
     WAIT,
@@ -92,6 +92,7 @@ class _Merger:
     def __init__(self, graph: Graph, alone: Collection[str]):
         self.graph, self.order, self.before = graph, collectives(graph), Ancestors(graph)
         self.emitter = Emitter(graph, detect_fake_mode([value(n) for n in self.order]))
+        self.reduces: dict[Node, AllReduce] = {}  # the all-reduces that may be part of a sum
         self.sums: dict[Node, tuple[Node, ...]] = {}  # a sum -> its all-reduces
         self.parts: dict[Node, list[Node]] = {}  # a call that is a sum -> the operands that it is linear in
         self.owns: dict[str, dict[Node, str]] = {}  # group -> its ``own_values``
@@ -100,7 +101,8 @@ class _Merger:
             call = all_reduce_of(node)
             if call is not None:
                 may = call.reduce_op == "sum" and isinstance(call.group, str) and not node.target._schema.is_mutable
-                self.sums |= {node: (node,)} if may and node.name not in alone else {}
+                if may and node.name not in alone:
+                    self.reduces[node], self.sums[node] = call, (node,)
             elif parts := self._parts(node):
                 self.parts[node] = parts
                 self.sums[node] = tuple(sorted({r for p in parts for r in self.sums[p]}, key=self.order.index))
@@ -108,7 +110,9 @@ class _Merger:
     def run(self, skip: Collection[str]) -> list[Merged]:
         carried = {part for parts in self.parts.values() for part in parts}
         roots = [node for node in self.sums if node not in carried and node.name not in skip and self._gains(node)]
-        gone, named, merged = set(), {}, []
+        gone: set[Node] = set()
+        named: dict[Node, str] = {}
+        merged: list[Merged] = []
         for root in roots:
             reduces, rows = self.sums[root], self._rows(root)
             if made := self._rewrite(root):
@@ -150,7 +154,7 @@ class _Merger:
 
     def _of_one_group(self, sums: list[Node]) -> list[Node]:
         """The sums of the group of the last all-reduce."""
-        groups = [all_reduce_of(self.sums[a][-1]).group for a in sums]
+        groups = [self.reduces[self.sums[a][-1]].group for a in sums]
         last = max(range(len(sums)), key=lambda i: self.order.index(self.sums[sums[i]][-1]), default=0)
         return [a for a, group in zip(sums, groups) if group == groups[last] and value(a).dtype == value(sums[last]).dtype]
 
@@ -159,7 +163,7 @@ class _Merger:
 
     def _is_equal(self, factor: Node, sums: list[Node]) -> bool:
         """Whether a factor is the same on all ranks; notes why not."""
-        group = all_reduce_of(self.sums[sums[0]][0]).group
+        group = self.reduces[self.sums[sums[0]][0]].group
         if group not in self.owns:
             self.owns[group] = own_values(self.graph, group)
         if own := self.owns[group].get(factor):
@@ -205,7 +209,7 @@ class _Merger:
                 return None
         self.early, self.late = last, root
         form = self._form(root)
-        reduce = self._partial(last, c10d.all_reduce.default, form.partial, "sum", all_reduce_of(last).group)
+        reduce = self._partial(last, c10d.all_reduce.default, form.partial, "sum", self.reduces[last].group)
         total = self._partial(last, WAIT, reduce)
         if form.bias is not None:
             total = self._whole(root, aten.add.Tensor, total, form.bias)
@@ -220,7 +224,7 @@ class _Merger:
         """A sum in its parts."""
         parts = self.parts.get(node, [])
         if not parts:
-            return _Form(all_reduce_of(node).x)
+            return _Form(self.reduces[node].x)
         forms = [self._form(part) for part in parts]
         if calls(node, WAIT):
             return forms[0]
