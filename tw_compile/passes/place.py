@@ -93,7 +93,7 @@ def _use_linear(graph: Graph, previous: _Site | None, site: _Site, before: Ances
     if first and (previous is None or before(previous.done, onto)):
         stays = previous is not None and _can_stay(previous, site, before)
         site.writer = onto
-        if stays and not _can_stay(previous, site, before):
+        if previous is not None and stays and not _can_stay(previous, site, before):
             site.writer = linear
         else:
             _made_linear(graph, onto, site, before)

@@ -28,16 +28,11 @@ def _written_beside(node, axes):
     op, rank = node.target, value(node).dim()
     position = 1 if op in (aten.scatter.src, aten.scatter.value) else 2
     dim = (node.args[position] if len(node.args) > position else 0) % rank
-    selects = op is aten.select_scatter.default
-    found = []
-    for place, a in places(node):
-        if is_tensor(a):
-            # The written value of select_scatter lacks the dimension.
-            lacks = selects and place == 1
-            found.append((place, a, lacks))
-    whole = {TokenAxis(axes[a].dim + (lacks and axes[a].dim >= dim), axes[a].unit) for _, a, lacks in found if a in axes}
-    axis = next(iter(whole))
-    if axis.dim == dim or not all(same_axis(axis, other) for other in whole):
+    inputs = [(place, a) for place, a in places(node) if is_tensor(a)]
+    lacking = 1 if op is aten.select_scatter.default else None  # the place of the value that lacks the dimension
+    found = [TokenAxis(axes[a].dim + (place == lacking and axes[a].dim >= dim), axes[a].unit) for place, a in inputs if a in axes]
+    axis = found[0]
+    if axis.dim == dim or not all(same_axis(axis, other) for other in found):
         return None
-    slices = {place: TokenAxis(axis.dim - (lacks and axis.dim > dim), axis.unit) for place, a, lacks in found if a not in axes}
+    slices = {place: TokenAxis(axis.dim - (place == lacking and axis.dim > dim), axis.unit) for place, a in inputs if a not in axes}
     return Split(axis, slices=slices)
