@@ -299,3 +299,57 @@ def test_the_rows_that_a_sum_takes_are_told():
     graph = capture(lambda x, r, w: hf_norm((all_reduce(x) + r)[:, -1:], w), values(2, 4, H), values(2, 4, H), values(H))
     ((each,),) = (merge(graph)[1],)
     assert "at ['1', '-1'" in each.rows
+
+
+# --- streams of tokens -----------------------------------------------------------------------------------------------
+
+
+def test_two_streams_that_are_joined():
+    """As text and image of a diffusion transformer, before the blocks of both."""
+
+    def block(x, y, r, s, g, b):
+        total = torch.cat([r + (all_reduce(x) + b) * g, s + all_reduce(y)], 1)
+        return layer_norm(total), total
+
+    check(block, values(2, 3, H), values(2, 5, H), values(2, 3, H), values(2, 5, H), values(2, 1, H), values(H))
+
+
+def test_two_streams_of_which_one_has_a_residual():
+    check(lambda x, y, r: layer_norm(torch.cat([r + all_reduce(x), all_reduce(y) * 0.5])), values(3, H), values(5, H), values(3, H))
+
+
+def test_refused_rows_that_are_not_reduced_beside_others():
+    reason = "no RMSNorm or LayerNorm follows; the reduced value is the input of aten.cat.default"
+    stay(lambda x, y: layer_norm(torch.cat([all_reduce(x), y])), values(3, H), values(5, H), reasons=[reason])
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_value_that_is_cut_and_joined_is_one_value(dynamic):
+    def block(x, r):
+        total = r + all_reduce(x)
+        first, second = total[:3], total[3:]
+        return layer_norm(torch.cat([first, second]))
+
+    check(block, values(8, H), values(8, H), merged=1, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("cat", [
+    lambda t: torch.cat([t[3:], t[:3]]), lambda t: torch.cat([t[:3], t[2:]]), lambda t: torch.cat([t[:3], t[3:] * 2]),
+    lambda t: torch.cat([t[:3], t[:, :].flip(0)[3:]]),
+])  # fmt: skip
+def test_refused_a_value_that_is_joined_in_another_way(cat):
+    fused = rewrite(lambda x, r: layer_norm(cat(r + all_reduce(x))), values(8, H), values(8, H), by=trace_with_inputs)
+    assert not fused.report.sites
+
+
+def test_the_sites_of_most_tokens_are_cut():
+    def block(x, y, r, s, w):
+        for _ in range(2):
+            r, s = r + all_reduce(x), s + all_reduce(y)
+            x, y = hf_norm(r, w), hf_norm(s, w)
+        return x, y
+
+    woven = rewrite(block, values(4, H), values(8, H), values(4, H), values(8, H), values(H), mode="weave", by=trace_with_inputs)
+    assert [(site.shape[0], site.woven) for site in woven.report.sites] == [(4, False), (8, True)] * 2
+    assert "2 sites are not cut: they have other numbers of tokens than most" in woven.report.reasons
+    woven.check()

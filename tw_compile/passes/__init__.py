@@ -7,7 +7,7 @@ from torch.fx import Graph, Node
 
 from ..options import Options, TokenWeaveError
 from ..report import Refusal, Report, Site
-from .cut import Cut, choose_cut
+from .cut import Cut, choose_cut, stream
 from .find import Match, find
 from .fuse import fuse
 from .graph_utils import copied_graph, source_of, value
@@ -102,9 +102,12 @@ def rewrite(
     sites = fuse(work, matches, options.transport, ctas)
     woven: list[Node] = []
     report.mode = "fuse"
-    cut = decision.not_woven or cut_of(sites)
+    alike = stream(sites)
+    cut = decision.not_woven or cut_of(alike)
     if isinstance(cut, Cut):
-        may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven]
+        may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven and site in alike]
+        if len(alike) < len(sites):
+            report.reasons.append(f"{len(sites) - len(alike)} sites are not cut: they have other numbers of tokens than most")
         others = numbered(work, without=sites)
         unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
         work, woven, unsplit_ops, *_ = split(work, may_be_cut, cut, unsplit)

@@ -6,6 +6,7 @@ An all-reduce is linear. So of one group and one dtype::
     all_reduce(a) + g * all_reduce(b)              all_reduce(a + g * b)
     all_reduce(a).sum(0), all_reduce(a)[-1:]       all_reduce(a.sum(0)), all_reduce(a[-1:])
     all_reduce(a) + all_reduce(b) @ w              all_reduce(a + b @ w)
+    cat(all_reduce(a), all_reduce(b))              all_reduce(cat(a, b))
     all_reduce(a) + r + residual                   all_reduce(a) + (r + residual)
 
 What is added is complete on each rank, and stays outside of the all-reduce. g and w must be the same on all ranks: ``replicated``.
@@ -19,6 +20,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 from torch.fx import Graph, Node
 
 from ..compat import detect_fake_mode
@@ -43,6 +45,7 @@ from .graph_utils import (
 )
 from .norms import is_number
 from .replicated import own_values
+from .rules.token_axis import equal, expr
 
 # Ops that pick or arrange whole rows: the same is done to the rows of each rank.
 _SHAPES = (*RESHAPES, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
@@ -83,9 +86,14 @@ def merge(graph: Graph, alone: Collection[str] = (), skip: Collection[str] = ())
     """
     if not any(map(all_reduce_of, graph.nodes)):
         return graph, [], {}
-    merger = _Merger(copied_graph(graph), alone)
+    copy = copied_graph(graph)
+    joined = {node: whole for node in copy.nodes if (whole := _cut_and_joined(node))}
+    for node, whole in joined.items():
+        node.replace_all_uses_with(whole)  # so that one call reads the whole
+    sort_and_clean(copy, stays)
+    merger = _Merger(copy, alone)
     merged = merger.run(skip)
-    return merger.graph if merged else graph, merged, merger.why
+    return merger.graph if merged or joined else graph, merged, merger.why
 
 
 class _Merger:
@@ -136,6 +144,9 @@ class _Merger:
             return sums
         if calls(node, *_SHAPES) or (calls(node, *_ROWS) and node.args[1] % value(first).dim() < value(first).dim() - 1):
             return sums if keeps_rows(node) else []
+        if calls(node, aten.cat.default):
+            along_rows = (node.args[1] if len(node.args) > 1 else 0) % value(node).dim() < value(node).dim() - 1
+            return sums if along_rows and sums == first == self._of_one_group(sums) else []
         if calls(node, aten.sum.dim_IntList):
             rank = value(first).dim()
             over_rows = bool(node.args[1]) and all(d % rank < rank - 1 for d in node.args[1])
@@ -234,6 +245,8 @@ class _Merger:
                 return self._added(node, *forms)
             combined = self._plus if calls(node, aten.add.Tensor) else self._times
             return combined(node, forms[0], other_operand(node, parts[0]))
+        if calls(node, aten.cat.default):
+            return self._joined(node, [self._unscaled(node, form) for form in forms])
         (form,) = forms
         if form.rest is not None:
             rest = self._whole(node, node.target, self._expanded(form.rest, parts[0]), *node.args[1:])
@@ -241,6 +254,19 @@ class _Merger:
         if calls(node, *_SHAPES):
             return replace(form, partial=self._reshaped(form.partial, node))
         return replace(form, partial=self._partial(node, node.target, form.partial, *node.args[1:], **node.kwargs))
+
+    def _joined(self, node: Node, forms: list[_Form]) -> _Form:
+        """Rows of several sums: those of a sum have its bias."""
+        forms = [self._without_bias(part, form) for part, form in zip(self.parts[node], forms)]
+        partial = self._partial(node, aten.cat.default, [form.partial for form in forms], *node.args[1:])
+        if all(form.rest is None for form in forms):
+            return _Form(partial)
+        zero = self._whole(node, aten.full.default, [1], 0.0, dtype=value(node).dtype, device=value(node).device)
+        rests = [self._expanded(form.rest or zero, part) for part, form in zip(self.parts[node], forms)]
+        return _Form(partial, rest=self._whole(node, aten.cat.default, rests, *node.args[1:]))
+
+    def _without_bias(self, node: Node, form: _Form) -> _Form:
+        return form if form.bias is None else self._plus_rest(node, replace(form, bias=None), form.bias)
 
     def _times(self, node: Node, form: _Form, factor: Any) -> _Form:
         rest = None if form.rest is None else self._whole(node, node.target, form.rest, factor)
@@ -261,6 +287,9 @@ class _Merger:
         if _is_vector(addend, node) and form.rest is None:
             form, addend = self._unscaled(node, form), self._vector(addend)
             return replace(form, bias=addend if form.bias is None else self._whole(node, aten.add.Tensor, form.bias, addend))
+        return self._plus_rest(node, form, addend)
+
+    def _plus_rest(self, node: Node, form: _Form, addend: Node) -> _Form:
         return replace(form, rest=addend if form.rest is None else self._whole(node, aten.add.Tensor, form.rest, addend))
 
     def _added(self, node: Node, a: _Form, b: _Form) -> _Form:
@@ -333,6 +362,23 @@ class _Merger:
             return re.sub(r"\b[su]\d+\b", lambda found: names.setdefault(found.group(), f"size {len(names)}"), text)
 
         return "; ".join(f"{op} of {[*map(show, x.shape)]} at {[*map(show, bounds)]}" for op, x, bounds in taken)
+
+
+def _cut_and_joined(cat: Node) -> Node | None:
+    """The value whose parts along a dimension, one after the other, a call joins again."""
+    parts = cat.args[0] if calls(cat, aten.cat.default) else []
+    whole = parts[0].args[0] if parts and calls(parts[0], aten.slice.Tensor) else None
+    if whole is None or not same_shape(value(whole).shape, value(cat).shape):
+        return None
+    dim, at = (cat.args[1] if len(cat.args) > 1 else 0) % value(cat).dim(), sympy.Integer(0)
+    for part in parts:
+        if not calls(part, aten.slice.Tensor) or part.args[0] is not whole or len(part.args) != 4:
+            return None
+        _, of, first, _ = part.args
+        if of % value(cat).dim() != dim or not equal(expr(value(first) if isinstance(first, Node) else first), at):
+            return None
+        at += expr(value(part).shape[dim])
+    return whole
 
 
 def _is_vector(x: Node, total: Node) -> bool:
