@@ -90,6 +90,8 @@ NOTES = {
     "goes to q, k, v and the first residual, and there is no norm to fuse it with",
     "aten.sort.default": "tokens are sorted by expert, and then taken from there by index: an entry of the sorted ones may come from "
     "either half, so experts run on all tokens. Attention, router and both communications stay cut",
+    "aten.repeat.default": "each expert gets a copy of all tokens, one copy after the other, so experts run on all tokens",
+    "aten.convolution.default": "the linear attention of one sequence reads the tokens before each token. A batch is cut between sequences",
 }  # fmt: skip
 
 

@@ -4,11 +4,12 @@ import expecttest
 import pytest
 import torch
 import torch.distributed as dist
-from graphs import capture, rewrite, text, trace_with_inputs
+from graphs import capture, rewrite, text, trace_with_inputs, without_codegen
 from sites import INNER, H, all_reduce, hf_norm, layer_norm, values
 from workspace import Workspace
 
-from tw_compile import ops
+import tw_compile
+from tw_compile import backend, context, ops
 from tw_compile.passes import merge
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -353,3 +354,83 @@ def test_the_sites_of_most_tokens_are_cut():
     assert [(site.shape[0], site.woven) for site in woven.report.sites] == [(4, False), (8, True)] * 2
     assert "2 sites are not cut: they have other numbers of tokens than most" in woven.report.reasons
     woven.check()
+
+
+# --- on real ranks ---------------------------------------------------------------------------------------------------
+
+
+def compiled(block, *inputs):
+    """On a rank: (its results, eager's, the report)."""
+    torch._dynamo.reset()
+    context._contexts.clear()  # as in a new process
+    before = len(tw_compile.reports())
+    run = torch.compile(block, backend=backend.tokenweave, fullgraph=True, options={"tokenweave.min_tokens": 2})
+    with torch.no_grad(), without_codegen():
+        results, eager = run(*inputs), block(*inputs)
+    (report,) = tw_compile.reports()[before:]
+    return results, eager, report
+
+
+def parallel_layers(dtype, layers=4, tokens=64, hidden=64):
+    """On a rank: errors of compiled and eager against float64, and how many all-reduces each site is."""
+    generator, mine = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + dist.get_rank())
+    draw = lambda g, *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    x, gates, norms = draw(generator, tokens, hidden), draw(generator, layers, hidden, 1), draw(generator, layers + 1, hidden) * 0.2 + 1
+    ups, downs, outs = (draw(mine, layers, hidden, hidden) * hidden**-0.5 for _ in range(3))
+
+    def forward(x, gates, norms, ups, downs, outs):
+        normed = hf_norm(x, norms[-1])
+        for gate, norm, up, down, out in zip(gates, norms, ups, downs, outs):
+            branch = torch.sigmoid(normed @ gate) * all_reduce((normed @ up).relu() @ down)
+            x = all_reduce(normed.sin() @ out) + branch + x
+            normed = hf_norm(x, norm)
+        return normed
+
+    inputs = [t.to(dtype) for t in (x, gates, norms, ups, downs, outs)]
+    exact = forward(*(t.double() for t in inputs))
+    result, eager, report = compiled(forward, *inputs)
+    return [((y.double() - exact).norm() / exact.norm()).item() for y in (result, eager)], [site.merged for site in report.sites]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_error_is_not_above_that_of_eager(ranks, dtype):
+    (errors, merged), other = ranks(parallel_layers, dtype)
+    assert merged == [2] * 4 and other == (errors, merged)
+    assert errors[0] <= 1.1 * errors[1] < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+
+def rows_of_a_rank():
+    """On a rank: each takes rows of its own of the sum. Their norms are of other rows, so they are no site."""
+    generator = torch.Generator().manual_seed(0)
+    x, r, w = (torch.randn(*shape, generator=generator) for shape in ((8, H), (8, H), (H,)))
+    first = 4 * dist.get_rank()
+
+    def block(x, r, w):
+        return hf_norm((all_reduce(x * (1 + first)) + r)[first : first + 4], w)
+
+    results, eager, report = compiled(block, x, r, w)
+    torch.testing.assert_close(results, eager)
+    return [refusal.reason for refusal in report.refusals]
+
+
+def test_refused_rows_that_differ_between_ranks(ranks):
+    assert ranks(rows_of_a_rank) == [["another rank does not make one all-reduce of the same sum"]] * 2
+
+
+def read_on_rank_0():
+    """On a rank: rank 0 alone reads a part of the sum."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, r, w = (torch.randn(*shape, generator=generator) for shape in ((8, H), (8, H), (8, H), (H,)))
+
+    def block(x, y, r, w):
+        part = all_reduce(x)
+        return [hf_norm(part + all_reduce(y) + r, w), *([part] if dist.get_rank() == 0 else [])]
+
+    results, eager, report = compiled(block, x, y, r, w)
+    torch.testing.assert_close(results, eager)
+    return [site.merged for site in report.sites], len(report.refusals)
+
+
+def test_a_sum_whose_part_one_rank_reads_is_merged_on_none(ranks):
+    first, second = ranks(read_on_rank_0)
+    assert first == second and all(merged == 1 for merged in first[0]) and len(first[0]) + first[1] == 2
