@@ -23,7 +23,8 @@ TEMPLATE = '''# Models
 Tiny checkpoints of transformers {transformers}, two layers each, loaded with `tp_plan="auto"` on {ranks} ranks, compiled with PyTorch
 {torch}. Nothing of a model is changed.
 
-- *sites*: all-reduces that are fused with the add and the norm behind them, of all that the model has.
+- *sites*: all-reduces that are fused with the add and the norm behind them, of all that the model has; and how many sites that
+  makes, where two all-reduces become one.
 - *one*, *batch*: `weave` where the sites of one sequence, or of a batch of three, are cut and overlapped, with the joins: how
   many ops between the first and the last site run whole.
 - *float32*: how far the logits are from eager PyTorch's on the same ranks, as a relative norm.
@@ -89,6 +90,8 @@ NOTES = {
     "goes to q, k, v and the first residual, and there is no norm to fuse it with",
     "aten.sort.default": "tokens are sorted by expert, and then taken from there by index: an entry of the sorted ones may come from "
     "either half, so experts run on all tokens. Attention, router and both communications stay cut",
+    "aten.repeat.default": "each expert gets a copy of all tokens, one copy after the other, so experts run on all tokens",
+    "aten.convolution.default": "the linear attention of one sequence reads the tokens before each token. A batch is cut between sequences",
 }  # fmt: skip
 
 
@@ -107,8 +110,9 @@ def main():
         one = ranks(zoo.forward, path)[0]
         batch = ranks(zoo.forward, path, 3, 32, False, torch.bfloat16)[0]
         reports = one.reports[-1], batch.reports[-1]
-        found = len(reports[0].sites)
+        found = sum(site.merged for site in reports[0].sites)
         sites = f"{found} of {found + len(reports[0].refusals)}"
+        sites += f", in {len(reports[0].sites)}" if found > len(reports[0].sites) else ""
         ratio = f"{batch.error / batch.eager_error:.2f}"
         verified = f"{ranks(zoo.verified, path)[0]:.0e}"
         table.append((name, sites, *map(mode, reports), f"{one.difference:.0e}", ratio, verified))

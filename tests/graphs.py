@@ -238,7 +238,7 @@ def rewrite(function, *inputs, dynamic=False, symmetric=False, plan_of=lambda *_
     passes.check_sites(new, options)
     if new.not_woven:
         passes.check_woven(new.not_woven, options)
-    assert len(new.report.sites) + len(new.report.refusals) == len(all_reduces(before))
+    assert sum(site.merged for site in new.report.sites) + len(new.report.refusals) == len(all_reduces(before))
     return Rewritten(before, new.graph, arguments, new.report)
 
 

@@ -38,6 +38,22 @@ def plain_norm(x, weight):
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
 
 
+def t5_norm(x, weight):
+    """What is multiplied is not cast."""
+    return weight * (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def sum_norm(x, weight):
+    """A sum in place of a mean, and no last dimension until it is needed."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).sum(-1) / x.shape[-1] + 1e-5).unsqueeze(-1)).to(x.dtype)
+
+
+def narrow_norm(x, weight):
+    """In the dtype of the model."""
+    return x * torch.rsqrt(x.pow(2).mean(-1).unsqueeze(-1) + 1e-5) * weight
+
+
 def layer_norm(x, weight=None, bias=None):
     return F.layer_norm(x, (x.shape[-1],), weight, bias, 1e-5)
 
@@ -77,7 +93,10 @@ LAYER_NORMS = {  # name -> f(x, weight, bias)
     "by var_mean": layer_norm_by_var_mean,
     "cohere": cohere_norm,
 }
-NORMS = {"hf": hf_norm, "torch": torch_norm, "gemma": gemma_norm, "without a weight": plain_norm}
+NORMS = {
+    "hf": hf_norm, "torch": torch_norm, "gemma": gemma_norm, "without a weight": plain_norm, "t5": t5_norm, "sum": sum_norm,
+    "narrow": narrow_norm,
+}  # fmt: skip
 
 
 def values(*shape, dtype=torch.float32):

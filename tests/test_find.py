@@ -457,8 +457,23 @@ def test_refused_layer_norm_over_part_of_the_row_or_more_than_it():
     refused(both, lambda x, r, w: F.layer_norm(r + all_reduce(x), (8, H)) * w, x, r, w)
 
 
-def test_refused_layer_norm_that_is_not_in_float32():
-    refused("no RMSNorm or LayerNorm follows", in_parts(), *inputs())
+def test_a_layer_norm_that_is_not_in_float32():
+    assert match_in(in_parts(), *inputs()).norm.center
+
+
+def test_refused_a_value_that_is_divided_by_its_length():
+    refused(
+        "the value is divided by its length (F.normalize), not by the root of mean of squares + eps",
+        lambda x, r, w: F.normalize((r + all_reduce(x)).float(), dim=-1).to(x.dtype) * w, *inputs(),
+    )  # fmt: skip
+
+
+def test_refused_a_sum_of_squares_that_another_number_divides():
+    def block(x, r, w):
+        total = r + all_reduce(x)
+        return total * torch.rsqrt(total.pow(2).sum(-1, keepdim=True) / (H + 1) + 1e-5) * w
+
+    refused("no RMSNorm or LayerNorm follows", block, *inputs(torch.float32))
 
 
 def test_refused_layer_norm_that_changes_the_dtype():

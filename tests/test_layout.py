@@ -41,8 +41,12 @@ passes.conform
 passes.split
 passes.cut
 passes.unshard
+passes.merge
+passes.replicated
 passes.fuse
 passes.rules
+passes.rules.algebra
+passes.rules.arrange
 passes.rules.attention
 passes.rules.quantised
 passes.rules.cache

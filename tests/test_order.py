@@ -93,7 +93,7 @@ CASES = {  # function -> (fused, woven)
     dead_reduce: ("S R S R", "S0 S1 R0 R1 S0 S1 R"),
     independent_gather: ("S G S S", "S0 S1 G S0 S1 S0 S1"),
     dead_last_site: ("S S R", "S0 S1 S0 S1 R"),
-    two_sums_of_one_norm: ("R S S", "R S0 S1 S0 S1"),
+    two_sums_of_one_norm: ("S S", "S0 S1 S0 S1"),
     later_weight: ("R G S", "R G S0 S1"),
     early_sum: ("S G S", "S0 S1 G S0 S1"),
 }

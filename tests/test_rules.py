@@ -68,6 +68,11 @@ class Use:
         """[..., 1], a column of each row of n."""
         return self(aten.argmax.default, self.n, -1, True)
 
+    @property
+    def zeros(self):
+        """Indices of the shape of n."""
+        return self(prims.convert_element_type.default, self(aten.mul.Tensor, self.n, 0.0), torch.int64)
+
     def turned(self, x):
         return self(aten.transpose.int, x, -1, -2)
 
@@ -201,6 +206,45 @@ SAMPLES = {
         ),
     ],
     aten.constant_pad_nd.default: lambda u: [u(aten.constant_pad_nd.default, u.n, [0, 0] * d + [1, 2]) for d in u.dims],
+    aten.copy.default: lambda u: [u(aten.copy.default, *pair) for pair in ((u.n, u.same), (u.same, u.n), (u.n, u.v), (u.n, u.n))],
+    aten.view_as_complex.default: lambda u: [
+        u(aten.view_as_real.default, u(aten.view_as_complex.default, u(aten.reshape.default, u.n, [*u.shape[:-1], -1, 2])))
+    ],
+    aten.view_as_real.default: lambda u: [
+        u(aten.view_as_real.default, u(prims.convert_element_type.default, u.n, torch.complex64)),
+    ],
+    aten.repeat.default: lambda u: [u(aten.repeat.default, u.n, [2, *(2 if i == d else 1 for i in u.dims)]) for d in u.dims],
+    aten.scatter.src: lambda u: [
+        u(aten.scatter.src, *pair[:1], d, u.zeros, pair[1]) for d in u.dims for pair in ((u.n, u.same), (u.same, u.n), (u.same, u.same))
+    ],
+    aten.scatter.value: lambda u: [u(aten.scatter.value, x, d, u.zeros, 3.0) for d in (*u.dims, -1) for x in (u.n, u.same)],
+    aten.slice_scatter.default: lambda u: [
+        u(aten.slice_scatter.default, x, u(aten.slice.Tensor, y, d, 0, 1), d, 0, 1)
+        for d in (*u.dims, -1) for x, y in ((u.n, u.n), (u.n, u.same), (u.same, u.n))
+    ],
+    aten.select_scatter.default: lambda u: [
+        u(aten.select_scatter.default, x, u(aten.select.int, y, d, 0), d, 0)
+        for d in (*u.dims, -1) for x, y in ((u.n, u.n), (u.n, u.same), (u.same, u.n))
+    ],
+    aten.max.dim: lambda u: [*each_dim(aten.max.dim)(u), *each_dim(aten.max.dim, True)(u)],
+    aten.min.dim: each_dim(aten.min.dim),
+    aten.baddbmm.default: lambda u: [
+        u(aten.baddbmm.default, added, u.batched, u(aten.expand.default, u.m, [value(u.batched).shape[0], H, H]))
+        for added in (u.v, u.batched, u(aten.sin.default, u.batched))
+    ] + [
+        u(aten.baddbmm.default, u.v, u(aten.unsqueeze.default, u.rows, 1), u(aten.expand.default, u.m, [u.tokens, H, H])),
+        u(aten.baddbmm.default, u.v, u.batched, u.turned(u.batched)) if u.shape[-2] == H else u.n,
+    ],
+    aten.convolution.default: lambda u: [
+        u(aten.convolution.default, x, u(aten.expand.default, u(aten.slice.Tensor, u(aten.unsqueeze.default, u.m, 2), 2, 0, 1), [H, H, k]),
+          None, [stride], [pad], [1], False, [0], 1)
+        for x in (u.turned(u.batched), *([u.batched] if u.shape[-2] == H else []))
+        for k, stride, pad in ((1, 1, 0), (1, 1, 1), (1, 2, 0), *([(2, 1, 0)] if u.shape[-2] > 1 else []))
+    ],
+    aten.linalg_solve_triangular.default: lambda u: [
+        u(aten.linalg_solve_triangular.default, u(aten.tril.default, u(aten.add.Scalar, squared, 5.0)), u.turned(u.batched), upper=False)
+        for squared in (u(aten.bmm.default, u.turned(u.batched), u.batched), u(aten.unsqueeze.default, u.m, 0))
+    ],
     CPU: attention(CPU, True), FLASH: attention(FLASH, False), EFFICIENT: attention(EFFICIENT, True), CUDNN: attention(CUDNN, True),
     **quantised.SAMPLES,
     # Of those that are known by their tag alone.

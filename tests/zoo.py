@@ -28,17 +28,30 @@ class Model:
     """A model of the library, and what is expected of it.
 
     embedding:   why the all-reduce of the embedding is none
+    all_reduces: how many it has beside that of the embedding
+    merged:      how many sites are two all-reduces of the model
     unsplit:     op -> how many of it run whole where the model is woven, at most: versions of transformers differ
+    of_one:      the same of ops that run whole for one sequence, and not for a batch
     """
 
     config: str
     changes: dict = field(default_factory=dict)
     embedding: str = ""
+    all_reduces: int = 2 * LAYERS
+    merged: int = 0
     unsplit: dict = field(default_factory=dict)
+    of_one: dict = field(default_factory=dict)
 
 
 # An entry of the sorted tokens may come from either half.
 BY_EXPERT = {"aten.sort.default": LAYERS, "aten.index.Tensor": 2 * LAYERS}
+IN_ONE_LAYER = {"aten.sort.default": 1, "aten.index.Tensor": 2}
+# Experts in the second layer, and one that all tokens go to.
+ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1, first_k_dense_replace=1)
+LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, num_key_value_heads=8)
+OLD = dict(n_embd=64, n_layer=LAYERS, n_head=8, rotary_dim=8, n_inner=96)
+LINEAR = dict(linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
+ERNIE = dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=32, moe_num_shared_experts=1, moe_layer_start_index=1)
 # Its sum is the input of q, k, v and the first residual: no norm reads it.
 NO_NORM = "the reduced value has 4 users"
 
@@ -60,6 +73,40 @@ MODELS = {
     "Starcoder 2": Model("Starcoder2Config", WINDOW),
     "Mixtral": Model("MixtralConfig", dict(num_local_experts=4), unsplit=BY_EXPERT),
     "Qwen3-MoE": Model("Qwen3MoeConfig", dict(head_dim=16, **MOE), unsplit=BY_EXPERT),
+    # Attention and MLP of one norm.
+    "GPT-NeoX": Model("GPTNeoXConfig", merged=LAYERS),
+    "GPT-J": Model("GPTJConfig", OLD, merged=LAYERS),
+    "CodeGen": Model("CodeGenConfig", OLD, merged=LAYERS),
+    "Phi": Model("PhiConfig", dict(num_key_value_heads=8), merged=LAYERS),
+    "Cohere": Model("CohereConfig", merged=LAYERS),
+    "Cohere 2": Model("Cohere2Config", WINDOW, merged=LAYERS),
+    # Experts, and one that all tokens go to. The attention of DeepSeek's is whole on each rank.
+    "DeepSeek-V2": Model(
+        "DeepseekV2Config", dict(n_group=1, topk_group=1, **ROUTED, **LATENT), all_reduces=3, merged=1, unsplit=IN_ONE_LAYER
+    ),
+    "DeepSeek-V3": Model(
+        "DeepseekV3Config", dict(n_group=2, topk_group=1, **ROUTED, **LATENT), all_reduces=3, merged=1, unsplit=IN_ONE_LAYER
+    ),
+    "GLM-4-MoE": Model(
+        "Glm4MoeConfig", dict(head_dim=16, n_group=1, topk_group=1, **ROUTED), all_reduces=5, merged=1, unsplit=IN_ONE_LAYER
+    ),
+    "dots.llm1": Model("Dots1Config", dict(head_dim=16, n_group=1, topk_group=1, **ROUTED), all_reduces=5, merged=1, unsplit=IN_ONE_LAYER),
+    "Ernie 4.5 MoE": Model("Ernie4_5_MoeConfig", ERNIE, all_reduces=5, merged=1, unsplit=IN_ONE_LAYER),
+    "Qwen2-MoE": Model("Qwen2MoeConfig", dict(shared_expert_intermediate_size=32, **MOE), unsplit=BY_EXPERT),
+    "Qwen3-Next": Model(
+        "Qwen3NextConfig",
+        dict(head_dim=16, shared_expert_intermediate_size=32, layer_types=["linear_attention", "full_attention"], **MOE, **LINEAR),
+        all_reduces=5, merged=LAYERS, unsplit=BY_EXPERT, of_one={"aten.convolution.default": 1, "aten.constant_pad_nd.default": 2},
+    ),
+    "Llama 4": Model(
+        "Llama4TextConfig",
+        dict(head_dim=16, intermediate_size_mlp=96, num_local_experts=4, interleave_moe_layer_step=1, attention_chunk_size=16),
+        all_reduces=3 * LAYERS, merged=LAYERS, unsplit={"aten.repeat.default": LAYERS, "aten.reshape.default": LAYERS},
+    ),
+    "Granite MoE shared": Model(
+        "GraniteMoeSharedConfig", dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32),
+        all_reduces=LAYERS, unsplit=BY_EXPERT,
+    ),
 }
 
 
@@ -103,7 +150,7 @@ class Outcome:
     """What a compiled forward pass made of the model, and eager PyTorch beside it. Errors are relative."""
 
     reports: list
-    all_reduces: int  # of the model: one each of attention and MLP, and the embedding's
+    embedding: bool  # whether it is over the ranks, and so ends in an all-reduce
     difference: float  # of compiled and eager
     error: float  # against float64 on one rank
     eager_error: float
@@ -111,7 +158,7 @@ class Outcome:
 
 def splits_embedding(model) -> bool:
     """Whether the embedding is over the ranks too, so that it ends in an all-reduce: not in the first versions of 5."""
-    return "embed_tokens" in (model.model._tp_plan or {})
+    return bool({"embed_tokens", "embed_in", "wte"} & set(model.base_model._tp_plan or {}))
 
 
 @functools.cache
@@ -132,8 +179,8 @@ def forward(path, batch=1, tokens=32, dynamic=False, dtype=torch.float32, codege
         compiled = torch.compile(model, backend=backend.tokenweave, dynamic=dynamic, fullgraph=True, options=options)
         out = compiled(ids, use_cache=False).logits
         exact = reference(ids, use_cache=False).logits
-    all_reduces = 2 * LAYERS + splits_embedding(model)
-    return Outcome(tw_compile.reports()[before:], all_reduces, distance(out, eager), distance(out, exact), distance(eager, exact))
+    found = distance(out, eager), distance(out, exact), distance(eager, exact)
+    return Outcome(tw_compile.reports()[before:], splits_embedding(model), *found)
 
 
 def verified(path) -> float:
@@ -145,14 +192,16 @@ def verified(path) -> float:
     return max(difference.relative for difference in found.differences)
 
 
-def check_report(report, model: Model, all_reduces: int) -> None:
-    """Every all-reduce is in the report as expected, and whatever can be woven is."""
-    refused = [model.embedding] if model.embedding and all_reduces % 2 else []
+def check_report(report, model: Model, embedding: bool, batch: int = 1) -> None:
+    """Every all-reduce is in the report as expected, and whatever can be woven is. embedding: whether that has one"""
+    whole = model.unsplit | (model.of_one if batch == 1 else {})
+    refused = [model.embedding] if model.embedding and embedding else []
     assert [refusal.reason.split(" (")[0] for refusal in report.refusals] == refused
-    assert len(report.sites) == all_reduces - len(refused)
+    assert sum(site.merged for site in report.sites) == model.all_reduces + embedding - len(refused)
+    assert [site.merged for site in report.sites if site.merged > 1] == [2] * model.merged
     assert report.mode == "weave" and all(site.woven for site in report.sites)
     unsplit = Counter(each.op for each in report.joins)
-    assert set(unsplit) == set(model.unsplit) and all(unsplit[op] <= model.unsplit[op] for op in unsplit)
+    assert set(unsplit) == set(whole) and all(unsplit[op] <= whole[op] for op in unsplit)
 
 
 @dataclass
@@ -225,8 +274,8 @@ def chunks(path, cache="dynamic") -> Outcome:
         eager = run(model)
         out = run(torch.compile(model, backend=backend.tokenweave, fullgraph=True, options={"tokenweave.min_tokens": 2}))
         exact = reference(ids, use_cache=False).logits
-    all_reduces = 2 * LAYERS + splits_embedding(model)
-    return Outcome(tw_compile.reports()[before:], all_reduces, distance(out, eager), distance(out, exact), distance(eager, exact))
+    found = distance(out, eager), distance(out, exact), distance(eager, exact)
+    return Outcome(tw_compile.reports()[before:], splits_embedding(model), *found)
 
 
 def distance(a, b) -> float:

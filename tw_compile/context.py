@@ -225,6 +225,7 @@ def _attempt(attempt: Callable, decision: wire.Decision, groups: list[str]) -> t
         outcomes[group] = {
             "refused": {str(number): why for (of, number), why in new.refused.items() if of == group},
             "sites": {str(site): number for site, (of, number) in new.sites.items() if of == group},
+            "merged": {str(number): into for (of, number), into in new.merged.items() if of == group},
             "not_woven": new.not_woven,
             "wire": wire.wire(new.graph, group),
         }

@@ -24,6 +24,7 @@ class Site:
     residual:   whether a residual is added
     norm:       ``RMSNorm`` or ``LayerNorm``
     woven:      whether the site is cut into two halves
+    merged:     the number of all-reduces of the model that the site does in one
     """
 
     all_reduce: str
@@ -35,6 +36,7 @@ class Site:
     residual: bool
     norm: str
     woven: bool = False
+    merged: int = 1
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ class Report:
         lines += [f"  graph break at {short(self.broken.source)}: {self.broken.reason}"] if self.broken else []
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
         found = [
-            (done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), form_of(s.norm, s.residual)) for s in self.sites
+            (done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), form_of(s.norm, s.residual, s.merged))
+            for s in self.sites
         ]
         found += [("refused", r.all_reduce, short(r.source), r.reason) for r in self.refusals]
         found += [("unsplit", j.op, short(j.source), j.reason) for j in self.joins]

@@ -18,6 +18,7 @@ def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float
     return f"woven from {min_tokens} tokens on, with {cut}: {gain:.2f} times as fast as fused at the most tokens"
 
 
-def form_of(norm: str, residual: bool) -> str:
-    """The steps of a site, in words. residual: whether one is added"""
-    return f"all-reduce + add + {norm}" if residual else f"all-reduce + {norm}"
+def form_of(norm: str, residual: bool, merged: int = 1) -> str:
+    """The steps of a site, in words. residual: whether one is added; merged: the number of all-reduces that it does in one"""
+    reduced = f"{merged} all-reduces in one" if merged > 1 else "all-reduce"
+    return f"{reduced} + add + {norm}" if residual else f"{reduced} + {norm}"

@@ -1,17 +1,18 @@
 """The passes over a post-grad graph. ``rewrite`` runs them in order."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
 from ..options import Options, TokenWeaveError
 from ..report import Refusal, Report, Site
-from .cut import Cut, choose_cut
+from .cut import Cut, choose_cut, stream
 from .expand import expand
 from .find import Match, find
 from .fuse import fuse
 from .graph_utils import copied_graph, source_of, value
+from .merge import Merged, merge
 from .outline import outline
 from .place import place
 from .rules.quantised import one_scale
@@ -29,6 +30,7 @@ __all__ = [
     "expand",
     "find",
     "fuse",
+    "merge",
     "outline",
     "place",
     "rewrite",
@@ -48,6 +50,8 @@ class Rewritten:
     report:    what was done, and why not more
     sites:     number of a site -> (group, number of its collective in the original)
     refused:   (group, number in the original) of each all-reduce and reduce-scatter that is no site -> why
+    merged:    (group, number in the original) of each all-reduce of a sum that is one all-reduce now -> (the number of the one whose place
+               it takes, which rows it reduces)
     values:    number of a site -> the names of its norm and its residual in the original
     cut:       where the graph is cut; None if it is not
     not_woven: why the graph is not woven, or ''
@@ -57,6 +61,7 @@ class Rewritten:
     report: Report
     sites: dict[int, tuple[str, int]] = field(default_factory=dict)
     refused: dict[tuple[str, int], str] = field(default_factory=dict)
+    merged: dict[tuple[str, int], tuple[int, str]] = field(default_factory=dict)
     values: dict[int, tuple[str, str]] = field(default_factory=dict)
     cut: Cut | None = None
     not_woven: str = ""
@@ -79,17 +84,18 @@ def rewrite(
     work = copied_graph(graph)
     numbers = {node.name: number for node, number in numbered(work).items()}
     denied = {name: decision.refused[number] for name, number in numbers.items() if number in decision.refused}
-    work, scatters = unshard(work, denied)
-    reduces = find(work, denied)
+    unmerged = {name: _UNMERGED for name, number in numbers.items() if number in decision.unmerged}
+    work, scatters, reduces, sums = _found(work, denied, unmerged)
     found = [*scatters, *reduces]
     matches = [f for f in found if isinstance(f, Match)]
     report.refusals = [f for f in found if isinstance(f, Refusal)]
     new = Rewritten(graph, report)
     new.sites = {i: numbers[match.all_reduce.name] for i, match in enumerate(matches)}
     new.values = {i: (match.norm.output.name, match.total.name) for i, match in enumerate(matches)}
+    new.merged = {numbers[name]: (numbers[last][1], each.rows) for last, each in sums.items() for name in each.all_reduces}
     new.refused = {numbers[f.all_reduce]: f.reason for f in report.refusals if f.all_reduce in numbers}
     if options.off or not matches:
-        report.sites = [_site(match) for match in matches]
+        report.sites = [_site(match, sums) for match in matches]
         kinds = [name for name, of_kind in (("all-reduces", reduces), ("reduce-scatters", scatters)) if of_kind]
         report.reasons.append(options.off or _nothing(kinds))
         return new
@@ -99,11 +105,14 @@ def rewrite(
     sites = fuse(work, matches, options.transport, ctas)
     woven: list[Node] = []
     report.mode = "fuse"
-    cut = decision.not_woven or cut_of(sites)
-    may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven]
+    alike = stream(sites)
+    cut = decision.not_woven or cut_of(alike)
+    may_be_cut = [site for i, site in enumerate(sites) if i not in decision.unwoven and site in alike]
     if isinstance(cut, Cut) and not may_be_cut:
         cut = "the ranks have agreed not to weave a graph with these collectives"
     if isinstance(cut, Cut):
+        if len(alike) < len(sites):
+            report.reasons.append(f"{len(sites) - len(alike)} sites are not cut: they have other numbers of tokens than most")
         others = numbered(work, without=sites)
         unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
         halves, cut_sites, unsplit_ops, *_ = split(work, may_be_cut, cut, unsplit)
@@ -118,8 +127,33 @@ def rewrite(
         if cut and cut != options.fused_only:
             report.reasons.append(f"not woven: {cut}")
     place(work, all(may_be_symmetric(match.group, device) for match in matches), decision.gathered)
-    new.graph, report.sites = work, [_site(match, site in woven) for match, site in zip(matches, sites)]
+    new.graph, report.sites = work, [_site(match, sums, site in woven) for match, site in zip(matches, sites)]
     return new
+
+
+_UNMERGED = "another rank does not make one all-reduce of the same sum"
+
+
+def _found(
+    graph: Graph, denied: Mapping[str, str], unmerged: Mapping[str, str]
+) -> tuple[Graph, list[Refusal], list[Match | Refusal], dict[str, Merged]]:
+    """The sites of a graph in which sums are one all-reduce. A sum that makes no site is left as it is.
+
+    denied:   names of all-reduces that are refused -> the reason
+    unmerged: names of all-reduces that are left as they are in sums -> the reason
+    Returns (the graph; the refusals of ``unshard``; the sites and refusals of ``find``; name of an all-reduce -> the sum that it makes).
+    """
+    skip: set[str] = set()
+    while True:
+        work, merged, why = merge(graph, {*denied, *unmerged}, skip)
+        sums = {each.all_reduces[-1]: each for each in merged}
+        work, scatters = unshard(work, denied)
+        reduces = find(work, {**why, **denied})
+        refused = {sums[f.all_reduce].root for f in reduces if isinstance(f, Refusal) and f.all_reduce in sums}
+        if not refused:
+            reduces = [replace(f, reason=unmerged.get(f.all_reduce, f.reason)) if isinstance(f, Refusal) else f for f in reduces]
+            return work, scatters, reduces, sums
+        skip |= refused
 
 
 def check_sites(new: Rewritten, options: Options) -> None:
@@ -146,9 +180,11 @@ def _nothing(kinds: list[str]) -> str:
     return "it contains no all-reduce; is the model tensor-parallel, and are its collectives inside the compiled region?"
 
 
-def _site(match: Match, woven: bool = False) -> Site:
+def _site(match: Match, sums: Mapping[str, Merged], woven: bool = False) -> Site:
     total = value(match.total)
     shape = tuple(size if isinstance(size, int) else str(size) for size in total.shape)
     dtype = str(total.dtype).removeprefix("torch.")
     device, has_residual = str(total.device), match.residual is not None
-    return Site(str(match.all_reduce), match.source, match.group, device, shape, dtype, has_residual, match.norm.kind, woven)
+    name = str(match.all_reduce)
+    merged = len(sums[name].all_reduces) if name in sums else 1
+    return Site(name, match.source, match.group, device, shape, dtype, has_residual, match.norm.kind, woven, merged)

@@ -120,6 +120,11 @@ def stays(node: Node) -> bool:
     return node.is_impure() or communicates(node)
 
 
+def all_reduce_of(node: Node) -> AllReduce | None:
+    """The arguments of a call of an all-reduce; None for other nodes."""
+    return _ALL_REDUCES[node.target](node) if calls(node, *_ALL_REDUCES) else None
+
+
 def registered_all_reduces() -> list[str]:
     """The names of the ops that users have registered as all-reduces."""
     return [str(op) for op in _ALL_REDUCES if op.namespace not in _COLLECTIVES]

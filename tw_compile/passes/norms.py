@@ -7,6 +7,9 @@ An RMSNorm has one of these forms, where r32 is the residual in float32:
     (r32 * rsqrt(mean(r32²) + eps) * (1 + weight)).to(dtype)      Gemma
 
 A LayerNorm is the same of r32 - mean(r32). It may have a bias, which is added last: the *shift*.
+
+The mean may be a sum that is divided by H, it may lack the last dimension until a later ``unsqueeze``, and r may be multiplied as it is
+(T5). A norm that the model computes in its own dtype is computed in float32.
 """
 
 import operator
@@ -16,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .graph_utils import RESHAPES, aten, calls, is_tensor, keeps_rows, other_operand, prims, same_size, value
+from .graph_utils import RESHAPES, aten, calls, is_one, is_tensor, keeps_rows, other_operand, prims, same_size, value
 
 NO_NORM = "no RMSNorm or LayerNorm follows"
 
@@ -46,8 +49,7 @@ def match_norm(total: Node) -> Norm | str:
     """The norm that reads ``total``, directly or through a reshape; or why there is none that can be fused."""
     reason = NO_NORM
     for start in (total, *(u for u in total.users if calls(u, *RESHAPES) and keeps_rows(u))):
-        # A model may cast the value each time that it reads it.
-        rows = [r for r in (start, *_casts(start, torch.float32)) if value(r).dtype == torch.float32]
+        rows = [start, *_casts(start, torch.float32)]  # a model may cast the value each time that it reads it
         for norm in (*_rms_norms(rows, total), *_layer_norms(rows, total)):
             if isinstance(norm, Norm):
                 return norm
@@ -63,12 +65,15 @@ def _rms_norms(rows: list[Node], total: Node) -> Iterator[Norm | str]:
     """For each mean of squares: the norm that it is a part of, or why that cannot be fused."""
     for square in _squares(rows):
         yield _normalised(rows, square, "mean of squares", total, center=False)
+    lengths = [r for r in rows for square in r.users for sum_ in square.users if calls(sum_, aten.sum.dim_IntList) for r in sum_.users]
+    if any(_one(length, aten.clamp_min.default) for length in lengths):
+        yield "the value is divided by its length (F.normalize), not by the root of mean of squares + eps"
 
 
 def _layer_norms(rows: list[Node], total: Node) -> Iterator[Norm | str]:
     """The same for each variance: ``var``, ``var_mean``, or the mean of squares of x - mean(x)."""
     both = [u for r in rows for u in r.users if calls(u, aten.var_mean.correction)]
-    means = [u for r in rows for u in r.users if calls(u, aten.mean.dim) and _of_rows(u)] + _items(filter(_of_rows, both), 1)
+    means = [u for r in rows for u in _means([r]) if _of_rows(u)] + _items(filter(_of_rows, both), 1)
     centered = [u for r in rows for u in r.users if calls(u, aten.sub.Tensor) and u.args[1] in means and not u.kwargs]
     variances = [u for r in rows for u in r.users if calls(u, aten.var.correction)]
     for variance in (*_items(both, 0), *variances, *_squares(centered)):
@@ -85,7 +90,23 @@ def _squares(nodes: list[Node]) -> list[Node]:
         u for node in nodes for u in node.users
         if (calls(u, aten.pow.Tensor_Scalar) and u.args[1] == 2) or (calls(u, aten.mul.Tensor) and u.args == (node, node))
     ]  # fmt: skip
-    return [u for square in squares for u in square.users if calls(u, aten.mean.dim)]
+    return _means(squares)
+
+
+def _means(nodes: list[Node]) -> list[Node]:
+    """The means of ``nodes``, and the sums that are divided by the length of the rows."""
+    readers = [u for node in nodes for u in node.users]
+    sums = [(u, value(u.args[0]).shape[-1]) for u in readers if calls(u, aten.sum.dim_IntList)]
+    quotients = [q for u, length in sums for q in u.users if calls(q, aten.div.Tensor, aten.mul.Tensor) and _divides(q, u, length)]
+    return [u for u in readers if calls(u, aten.mean.dim)] + quotients
+
+
+def _divides(quotient: Node, total: Node, length: object) -> bool:
+    """Whether a call divides ``total`` by ``length``, which is a number."""
+    by = quotient.args[1]
+    if quotient.args[0] is not total or not is_number(by) or not isinstance(length, int):
+        return False
+    return by == length if calls(quotient, aten.div.Tensor) else by == 1 / length
 
 
 def _dims(reduction: Node) -> list[int]:
@@ -93,20 +114,30 @@ def _dims(reduction: Node) -> list[int]:
 
 
 def _of_rows(reduction: Node) -> bool:
-    """Whether it is over the last dimension, and keeps that with size 1."""
-    rank, result = value(reduction.args[0]).dim(), value(reduction)
-    result = result if isinstance(result, torch.Tensor) else result[0]
-    return [d % rank for d in _dims(reduction)] == [rank - 1] and result.dim() == rank
+    """Whether it is over the last dimension."""
+    reduction = _reduction(reduction)
+    rank = value(reduction.args[0]).dim()
+    return [d % rank for d in _dims(reduction)] == [rank - 1]
+
+
+def _reduction(result: Node) -> Node:
+    """The reduction of which ``result`` is one of several results, or the mean."""
+    return result.args[0] if calls(result, operator.getitem, aten.div.Tensor, aten.mul.Tensor) else result
+
+
+def _as_column(node: Node) -> list[Node]:
+    """``node``, and itself with a last dimension of one entry."""
+    return [node, *(u for u in node.users if calls(u, aten.unsqueeze.default) and u.args[1] in (-1, value(node).dim()))]
 
 
 def _normalised(rows: list[Node], spread: Node, what: str, total: Node, center: bool) -> Norm | str:
     """The norm that divides one of ``rows`` by sqrt(spread + eps), or why it cannot be fused. what: its name in messages"""
-    reduction = spread.args[0] if calls(spread, operator.getitem) else spread
+    reduction = _reduction(spread)
     if not _of_rows(reduction):
         return f"the {what} is over dimensions {_dims(reduction)}, not the last one"
-    if not calls(reduction, aten.mean.dim) and reduction.kwargs.get("correction") != 0:
+    if calls(reduction, aten.var.correction, aten.var_mean.correction) and reduction.kwargs.get("correction") != 0:
         return "the variance is divided by H - 1, not by H (unbiased=False)"
-    shifted = _one(spread, aten.add.Tensor, aten.add.Scalar)
+    shifted = next((u for column in _as_column(spread) if (u := _one(column, aten.add.Tensor, aten.add.Scalar))), None)
     if not shifted or not is_number(shifted.args[1]) or shifted.kwargs:
         return f"the {what} is not followed by + eps"
     scaled = _divided(rows, shifted)
@@ -121,16 +152,17 @@ def _one(node: Node, *targets: object) -> Node | None:
 
 def _divided(rows: list[Node], square: Node) -> Node | None:
     """One of ``rows``, divided by the square root of ``square``."""
-    for root in square.users:
+    for root in (u for column in _as_column(square) for u in column.users):
         power = root.args[1] if calls(root, aten.pow.Tensor_Scalar) else None
-        if calls(root, aten.sqrt.default) or power == 0.5:
-            quotients = (u for u in root.users if calls(u, aten.div.Tensor) and u.args[0] in rows and u.args[1] is root)
-        elif calls(root, aten.rsqrt.default) or power == -0.5:
-            quotients = (u for u in root.users if calls(u, aten.mul.Tensor) and other_operand(u, root) in rows)
-        else:
+        inverse = calls(root, aten.rsqrt.default) or power == -0.5
+        if not inverse and not calls(root, aten.sqrt.default) and power != 0.5:
             continue
-        if found := next(quotients, None):
-            return found
+        for column in _as_column(root):
+            for user in column.users:
+                row = other_operand(user, column) if inverse else user.args[0]
+                divides = calls(user, aten.mul.Tensor) if inverse else calls(user, aten.div.Tensor) and user.args[1] is column
+                if divides and row in rows and value(column).dim() == value(row).dim() and is_one(value(column).shape[-1]):
+                    return user
     return None
 
 

@@ -6,7 +6,7 @@ Over symmetric memory a site reads its input and writes its norm in the workspac
 copied in, and the norm is copied out. The pass finds, by the graph alone, where a copy is not needed:
 
 linear            The row-parallel GEMM writes to the workspace. Only the site reads the result, and the GEMM runs after the
-                  slot's previous site.
+                  slot's previous site. A GEMM that adds to the result of another one adds in the workspace.
 in_workspace      The norm stays in the workspace. Only GEMMs read it, and all of them run before the next write to the slot.
 sharded_residual  A float32 residual stays in the workspace. Each rank has its own rows.
 
@@ -84,13 +84,31 @@ def _use_linear(graph: Graph, previous: _Site | None, site: _Site, before: Ances
         return
     while calls(gemm, *RESHAPES) and keeps_rows(gemm) and len(gemm.args[0].users) == 1:
         gemm = gemm.args[0]
+    if not _is_linear(gemm) or (previous is not None and not before(previous.done, gemm)):
+        return
+    linear = _made_linear(graph, gemm, site, before)
+    # A GEMM that another one accumulates writes there first, unless the norm of the previous site would have to leave the workspace.
+    onto = linear.args[2]
+    first = calls(onto, aten.mm.default, aten.addmm.default) and _is_linear(onto) and len(onto.users) == 1
+    if first and (previous is None or before(previous.done, onto)):
+        stays = previous is not None and _can_stay(previous, site, before)
+        site.writer = onto
+        if previous is not None and stays and not _can_stay(previous, site, before):
+            site.writer = linear
+        else:
+            _made_linear(graph, onto, site, before)
+
+
+def _is_linear(gemm: Node) -> bool:
+    """Whether ``linear`` can do a GEMM: it may have a bias, or add to the result of another one."""
     if not calls(gemm, aten.mm.default, aten.addmm.default) or gemm.kwargs:
-        return
+        return False
+    added = value(gemm.args[0])
+    return len(gemm.args) == 2 or added.dim() == 1 or same_shape(added.shape, value(gemm).shape)
+
+
+def _made_linear(graph: Graph, gemm: Node, site: _Site, before: Ancestors) -> Node:
     *bias, a, b = gemm.args
-    if bias and value(bias[0]).dim() != 1:
-        return
-    if previous is not None and not before(previous.done, gemm):
-        return
     with graph.inserting_before(gemm):
         linear = graph.call_function(ops.linear, (a, b, *(bias or [None]), site.slot, site.group, site.transport))
     linear.meta = dict(gemm.meta)
@@ -98,6 +116,7 @@ def _use_linear(graph: Graph, previous: _Site | None, site: _Site, before: Ances
     gemm.replace_all_uses_with(linear)
     graph.erase_node(gemm)
     site.writer = linear
+    return linear
 
 
 def _only_read_by(node: Node, site: _Site) -> bool:

@@ -20,7 +20,7 @@ from .cut import Cut
 from .emit import Emit, Emitter
 from .find import collectives, communicates
 from .graph_utils import WAIT, Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
-from .rules import attention
+from .rules import algebra, arrange, attention  # noqa: F401  # they register rules
 from .rules.cache import Write, put_entries, view_of, write_of
 from .rules.gather import GATHER, gather_along, side_by_side
 from .rules.token_axis import Split, TokenAxis, equal, expr, expr_of, map_places, same_axis, split_rule

@@ -21,6 +21,7 @@ class Decision:
     """What is not done with the collectives of a graph, as a rank cannot do it. A group's collectives are numbered in program order.
 
     refused:   (group, number of a collective in the original graph) -> why it is not a site
+    unmerged:  (group, number of a collective in the original graph) of all-reduces that stay as they are in a sum
     unwoven:   numbers of the sites that are not cut in a woven graph
     unsplit:   (group, number of a collective, without counting the sites) of other collectives that are not cut
     gathered:  numbers of the sites after which each rank has the whole residual
@@ -28,6 +29,7 @@ class Decision:
     """
 
     refused: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    unmerged: frozenset[tuple[str, int]] = frozenset()
     unwoven: frozenset[int] = frozenset()
     unsplit: frozenset[tuple[str, int]] = frozenset()
     gathered: frozenset[int] = frozenset()
@@ -98,10 +100,14 @@ def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | No
     """A decision that ranks with different outcomes can all carry out; None if they cannot agree.
 
     outcomes: one of each rank, as plain data: {"refused": {number of a collective: why}, "sites": {number of a site: number of its
-              collective}, "not_woven": why, "wire": wire}
+              collective}, "merged": {number of a collective: the one that it is part of}, "not_woven": why, "wire": wire}
     """
-    if all(o["wire"] == outcomes[0]["wire"] and o["not_woven"] == outcomes[0]["not_woven"] for o in outcomes):
+    if all(all(o[name] == outcomes[0][name] for name in ("wire", "not_woven", "merged")) for o in outcomes):
         return decision
+    sums = [o["merged"] for o in outcomes]
+    differ = {(group, int(number)) for number in set().union(*sums) if any(mine.get(number) != sums[0].get(number) for mine in sums)}
+    if not differ <= decision.unmerged:
+        return replace(decision, unmerged=decision.unmerged | differ)
     refused = dict(decision.refused)
     for rank, outcome in enumerate(outcomes):
         for number, why in outcome["refused"].items():

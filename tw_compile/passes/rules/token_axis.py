@@ -101,7 +101,7 @@ def registered_rules() -> list[str]:
 def split_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
     """How a call is made for each half, or why it cannot be. axes: input that is cut -> its TokenAxis"""
     name = node.target.name() if isinstance(node.target, OpOverload) else None
-    rule = _RULES.get(node.target) or _RULES.get(name) or (_pointwise if is_pointwise(node.target) else None)
+    rule = _RULES.get(node.target) or _RULES.get(name) or (pointwise if is_pointwise(node.target) else None)
     if rule is None:
         return "no token-axis rule for this op"
     try:
@@ -185,7 +185,7 @@ def _dim(node: Node, position: int, default: int, rank: int) -> int:
     prims.convert_element_type.default, aten.clone.default, aten.alias.default, aten.where.self, aten.detach.default,
     c10d.all_reduce.default, c10d.wait_tensor.default,
 )  # fmt: skip
-def _pointwise(node, axes):
+def pointwise(node, axes):
     """All inputs are broadcast to the result. The all-reduces of both halves give that of the whole."""
     results = value(node)
     rank = (results if isinstance(results, torch.Tensor) else results[0]).dim()
@@ -215,11 +215,11 @@ def _mm(node, axes):
 @register_token_rule(aten.addmm.default)
 def _addmm(node, axes):
     bias, a, b = node.args[:3]
-    if b in axes or bias in axes or a not in axes or axes[a].dim != 0:
+    if b in axes or a not in axes or axes[a].dim != 0 or (bias in axes and not same_axis(axes[bias], axes[a])):
         return None
     if value(bias).dim() == 2 and not is_one(value(bias).shape[0]):
         return Split(axes[a], slices={0: axes[a]})
-    return Split(axes[a])
+    return None if bias in axes else Split(axes[a])
 
 
 @register_token_rule(aten.bmm.default)
@@ -343,7 +343,7 @@ def _cat(node, axes):
 
 @register_token_rule(
     aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.prod.dim_int, aten.any.dim,
-    aten.any.dims, aten.argmax.default, aten.var.correction, aten.var_mean.correction,
+    aten.any.dims, aten.argmax.default, aten.max.dim, aten.min.dim, aten.var.correction, aten.var_mean.correction,
 )  # fmt: skip
 def _reduction(node, axes):
     source, rank = node.args[0], value(node.args[0]).dim()

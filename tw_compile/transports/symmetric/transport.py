@@ -153,7 +153,7 @@ class Symmetric:
     def linear(self, a: Tensor, b: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         """a @ b, or a @ b + bias, in the workspace, so that start() and fused() of the slot need no copy.
 
-        a: [M, K]; b: [K, H]; bias: [H] or None
+        a: [M, K]; b: [K, H]; bias: [H], [M, H], or None; it may be the result of the slot's last linear()
         Returns [M, H], valid until the next use of the slot.
         """
         try:
