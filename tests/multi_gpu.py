@@ -118,7 +118,7 @@ def try_model(model, path, name, batch, device):
     (report,) = result.reports
     llama.say(f"models: {name}, batch {batch}: {report.mode}, {len(report.sites)} sites, {len(report.joins)} unsplit ops, "
               f"error {result.error:.2e}, eager's {result.eager_error:.2e}")  # fmt: skip
-    zoo.check_report(report, model, result.embedding)
+    zoo.check_report(report, model, result.embedding, batch)
     assert report.transport == "peer"
     # A token whose best experts are nearly equal may go to another one than in eager mode.
     assert result.error <= (1.5 if model.unsplit else 1.1) * result.eager_error < 0.03

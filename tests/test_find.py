@@ -388,7 +388,14 @@ def test_refused_a_residual_that_is_scaled_by_the_add():
 
 
 def test_refused_no_norm():
-    refused("no RMSNorm or LayerNorm follows", lambda x, r: r + all_reduce(x), values(8, H), values(8, H))
+    refused("no RMSNorm or LayerNorm follows", lambda x, r: (r + all_reduce(x)).sin(), values(8, H), values(8, H))
+
+
+def test_refused_a_layer_that_is_compiled_alone():
+    refused(
+        "the graph returns the sum with its residual before a norm: compile the whole model instead of each layer",
+        lambda x, r: r + all_reduce(x), values(8, H), values(8, H),
+    )  # fmt: skip
 
 
 def test_refused_no_norm_and_no_residual():

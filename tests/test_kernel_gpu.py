@@ -362,6 +362,26 @@ def test_carried_residual_through_consecutive_sites(dtype, rows):
             assert_same(norm_of_rank, results[0][0])
 
 
+@pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
+@pytest.mark.parametrize("rows", (1, 100))
+def test_a_gemm_adds_in_the_workspace_to_the_one_before(dtype, rows):
+    """As of attention and MLP of one norm: the second writes where the first has written."""
+    world, hidden = 4, 8192
+    group, d = ranks(world), data(dtype, hidden, world, rows)
+    a, c = (torch.randn(world, rows, 64, device="cuda").to(dtype) for _ in range(2))
+    b, e = ((torch.randn(world, 64, hidden, device="cuda") / 8).to(dtype) for _ in range(2))
+    group.workspaces(dtype, hidden, rows, 0)
+    first = group.each(lambda s, rank: s.linear(a[rank], b[rank], None, 0))
+    wanted = torch.stack([torch.addmm(first[rank].clone(), c[rank], e[rank]) for rank in range(world)])
+    second = group.each(lambda s, rank: s.linear(c[rank], e[rank], first[rank], 0))
+    assert all(x.data_ptr() == y.data_ptr() for x, y in zip(first, second))
+    torch.testing.assert_close(torch.stack(second), wanted)
+    norm, total = expected(wanted, d["residual"].double(), d["weight"], None)
+    group.each(lambda s, rank: s.start(Site(second[rank], d["residual"], d["weight"], None, *site(), CTAS, 0, 0, False, False)))
+    for norm_of_rank, _ in group.each(lambda s, rank: s.wait(0, True)):
+        assert_close(norm_of_rank, norm)
+
+
 @pytest.mark.parametrize("rows", (5, 100))
 def test_both_norms_carry_their_residual_through_one_slot(rows):
     """A model may have both: their kernels work on the same workspace."""

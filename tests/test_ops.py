@@ -89,7 +89,7 @@ def test_opcheck_wait(transport, inputs, fp32_residual):
     torch.library.opcheck(ops.wait, wait(token, given, fp32_residual=fp32_residual))
 
 
-@pytest.mark.parametrize("bias", [None, torch.randn(5)], ids=["no bias", "bias"])
+@pytest.mark.parametrize("bias", [None, torch.randn(5), torch.randn(6, 5)], ids=["no bias", "bias", "onto"])
 def test_opcheck_linear(transport, bias):
     torch.library.opcheck(ops.linear, (values(6, H), values(H, 5), bias, 0, *where()))
 

@@ -249,6 +249,8 @@ def _site(node: Node, call: AllReduce) -> Match:
         norm = match_norm(total)
         if isinstance(norm, Norm):
             return Match(node, call.x, group, tuple(linear), bias, scale, residual, total, norm)
+        if residual is not None and norm is NO_NORM and any(user.op == "output" for user in total.users):
+            raise _Refused("the graph returns the sum with its residual before a norm: compile the whole model instead of each layer")
         if residual is not None or norm is not NO_NORM:
             raise _Refused(norm)
         user = _sole_user(total, "reduced value")
