@@ -376,7 +376,7 @@ def test_a_gemm_adds_in_the_workspace_to_the_one_before(dtype, rows):
     second = group.each(lambda s, rank: s.linear(c[rank], e[rank], first[rank], 0))
     assert all(x.data_ptr() == y.data_ptr() for x, y in zip(first, second))
     torch.testing.assert_close(torch.stack(second), wanted)
-    norm, total = expected(wanted, d["residual"].double(), d["weight"], None)
+    norm, _ = expected(wanted, d["residual"].double(), d["weight"], None)
     group.each(lambda s, rank: s.start(Site(second[rank], d["residual"], d["weight"], None, *site(), CTAS, 0, 0, False, False)))
     for norm_of_rank, _ in group.each(lambda s, rank: s.wait(0, True)):
         assert_close(norm_of_rank, norm)
