@@ -13,6 +13,7 @@ from .fuse import fuse
 from .graph_utils import copied_graph, source_of, value
 from .outline import outline
 from .place import place
+from .plain import plain
 from .section import section_of
 from .split import split
 from .unshard import unshard
@@ -75,6 +76,7 @@ def rewrite(
     report = Report(requested=options.requested)
     work = copied_graph(graph)
     numbers = {node.name: number for node, number in numbered(work).items()}
+    plain(work)
     denied = {name: decision.refused[number] for name, number in numbers.items() if number in decision.refused}
     work, scatters = unshard(work, denied)
     reduces = find(work, denied)

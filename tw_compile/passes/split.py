@@ -22,7 +22,9 @@ from .find import collectives, communicates
 from .graph_utils import WAIT, Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
 from .rules import attention
 from .rules.cache import Write, put_entries, view_of, write_of
+from .rules.functional import EMPTY, fresh, name_of
 from .rules.gather import GATHER, gather_along, side_by_side
+from .rules.per_half import PerHalf
 from .rules.token_axis import Split, TokenAxis, equal, expr, expr_of, map_places, same_axis, split_rule
 
 
@@ -138,7 +140,7 @@ class _Splitter:
         elif calls(node, aten.sym_size.int):
             self._whole(node)
         elif reason := self.keep_whole.get(node) or self._attempt(node):
-            self.unsplit_ops[node] = UnsplitOp(str(node.target), source_of(node), reason)
+            self.unsplit_ops[node] = UnsplitOp(name_of(node), source_of(node), reason)
             self._whole(node)
         elif node in self.done:
             self.done[node] = "cut"
@@ -203,11 +205,14 @@ class _Splitter:
         """Make a call for a half by its rule. of_input: (place, input in the old graph) -> the argument"""
 
         def convert(place: object, a: Any) -> Any:
+            if isinstance(a, PerHalf):
+                lengths = tuple(map(expr, self.cut.halves))
+                return a.argument(half, lengths, self.emit.size, lambda source, of: self._half(source, of, None))
             if isinstance(a, torch.SymInt):
                 return self.emit.size(a)
             return of_input(place, a) if isinstance(a, Node) else a
 
-        args, kwargs = map_places(convert, node.args if rule.args is None else rule.args, node.kwargs)
+        args, kwargs = map_places(convert, *rule.arguments(node))
         return self._in_half(half, rule.target or node.target, *args, **kwargs)
 
     def _sliced(self, node: Node, rule: Split) -> list[tuple[TokenAxis, Node]]:
@@ -219,7 +224,7 @@ class _Splitter:
             if axis is not None and not isinstance(self.env[a], Halves):
                 found.append((axis, a))
 
-        map_places(look, node.args if rule.args is None else rule.args, node.kwargs)
+        map_places(look, *rule.arguments(node))
         return found
 
     def _fault(self, node: Node, made: Halves) -> str | None:
@@ -376,10 +381,12 @@ class _Splitter:
             return known
         known = self._join(old)
         if (known, axis) not in self.cuts:
-            at = self.emit.size(expr(self.cut.first) * expr_of(axis.unit))
-            end = self.emit.size(expr(self.cut.length) * expr_of(axis.unit))
-            first = self._in_half(0, aten.slice.Tensor, known, axis.dim, 0, at)
-            self.cuts[known, axis] = first, self._in_half(1, aten.slice.Tensor, known, axis.dim, at, end)
+            at, end, *lengths = (self.emit.size(expr(n) * expr_of(axis.unit)) for n in (self.cut.first, self.cut.length, *self.cut.halves))
+            if calls(known, EMPTY):
+                pair = [fresh(partial(self._in_half, h), known, axis.dim, length) for h, length in enumerate(lengths)]
+            else:
+                pair = [self._in_half(h, aten.slice.Tensor, known, axis.dim, *ends) for h, ends in enumerate(((0, at), (at, end)))]
+            self.cuts[known, axis] = pair[0], pair[1]
         return self.cuts[known, axis][half]
 
     def _join(self, old: Node) -> Node:
