@@ -86,9 +86,10 @@ def register_token_rule(*targets: Any) -> Callable[[Rule], Rule]:
              have one too
     axes:    input that is cut -> its TokenAxis
 
-    The rule returns None, or the reason as a text, if half of the result needs more than half of the inputs. It replaces
-    an earlier rule of the op. A call runs on all tokens, and the report gives the reason, if the rule returns None, raises an exception, or returns a ``Split`` whose halves do not
-    have the shapes and dtypes of the result. All ranks must register the same rules: otherwise ``TokenWeaveError`` is raised on all ranks.
+    The rule returns None, or the reason as a text, if half of the result needs more than half of the inputs. It replaces an earlier
+    rule of the op. A call runs on all tokens, and the report gives the reason, if the rule returns None, raises an exception, or
+    returns a ``Split`` whose halves do not have the shapes and dtypes of the result. All ranks must register the same rules: otherwise
+    ``TokenWeaveError`` is raised on all ranks.
     """
 
     def register(rule: Rule) -> Rule:
