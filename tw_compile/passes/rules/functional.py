@@ -14,7 +14,7 @@ from torch.fx import Node
 from ...compat import OpOverload, auto_functionalized
 from ..emit import Emit
 from ..graph_utils import aten, calls, is_one, is_tensor, value
-from .token_axis import Rule, Split, TokenAxis, register_token_rule, rule_of, same_axis
+from .token_axis import _RULES, Rule, Split, TokenAxis, register_token_rule, same_axis
 
 EMPTY = aten.empty.memory_format
 BASES = "_all_bases"
@@ -61,7 +61,7 @@ def written(op: OpOverload) -> list[str]:
 def _functional(node, axes):
     """The rule of the op that it calls. That rule gets this node."""
     op = node.args[0]
-    rule = rule_of(op)
+    rule = _RULES.get(op)
     return rule(node, axes) if rule is not None else f"no token-axis rule for {op}"
 
 

@@ -44,7 +44,7 @@ class Split:
     slices: input -> its TokenAxis, for inputs that are not cut: each half takes its slice
     args:   the positional arguments, if they differ from those of the call, as the sizes of a reshape; None if they do not
     target: the op to call, if it is another one; None if it is not
-    kwargs: the keyword arguments, if they differ from those of the call. Like ``args`` they may contain ``PerHalf`` (per_half.py)
+    kwargs: as ``args``, the keyword arguments. Both may contain ``PerHalf`` (per_half.py)
 
     ``whole`` and ``slices`` name an input by its place in the call: a position; (position, index) in a list; a keyword; or
     (keyword, index). A node names all places that it has. Use a node only if all of these places have the same meaning: one tensor may
@@ -86,10 +86,10 @@ def register_token_rule(*targets: Any) -> Callable[[Rule], Rule]:
              have one too
     axes:    input that is cut -> its TokenAxis
 
-    The rule returns None, or the reason as a text, if half of the result needs more than half of the inputs. It replaces an earlier
-    rule of the op. A call runs on all tokens, and the report gives the reason, if the rule returns None, raises an exception, or
-    returns a ``Split`` whose halves do not have the shapes and dtypes of the result. All ranks must register the same rules: otherwise
-    ``TokenWeaveError`` is raised on all ranks.
+    The rule returns None, or the reason, if half of the result needs more than half of the inputs. It replaces an earlier rule of the op.
+    A call runs on all tokens, and the report gives the reason, if the rule returns None, raises an exception, or returns a ``Split``
+    whose halves do not have the shapes and dtypes of the result. All ranks must register the same rules: otherwise ``TokenWeaveError`` is
+    raised on all ranks.
     """
 
     def register(rule: Rule) -> Rule:
@@ -101,13 +101,8 @@ def register_token_rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 def registered_rules() -> list[str]:
     """The names of the ops whose rule is a user's or a library's: it is from elsewhere, or was made for the op in a function."""
-    own = {op for op, r in _RULES.items() if (r.__module__ or "").startswith(__package__) and "<locals>" not in r.__qualname__}
-    return [str(op) for op in _RULES if op not in own]
-
-
-def rule_of(op: object) -> Rule | None:
-    """The rule that is registered for an op."""
-    return _RULES.get(op)
+    places = {op: (getattr(rule, "__module__", "") or "", getattr(rule, "__qualname__", "")) for op, rule in _RULES.items()}
+    return [str(op) for op, (module, name) in places.items() if not module.startswith(__package__) or "<locals>" in name]
 
 
 def split_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
