@@ -179,7 +179,7 @@ class _Splitter:
             return rule
         for axis, a in self._sliced(node, rule):
             needed = expr(self.cut.length) * expr_of(axis.unit)
-            if not self._is(value(a).shape[axis.dim], needed):
+            if not self._is(value(a).shape[axis.dim], needed) and not (rule.agrees and value(a).dim() == 1):
                 return f"an input has {value(a).shape[axis.dim]} entries along the token axis, not {needed}"
         if attention.is_cut_causally(node, axes, self._rows):
             return self._causal_attention(node, rule)
@@ -206,8 +206,7 @@ class _Splitter:
 
         def convert(place: object, a: Any) -> Any:
             if isinstance(a, PerHalf):
-                lengths = tuple(map(expr, self.cut.halves))
-                return a.argument(half, lengths, self.emit.size, lambda source, of: self._half(source, of, None))
+                return a.argument(half, tuple(map(expr, self.cut.halves)), self.emit.size, partial(self._half, axis=None))
             if isinstance(a, torch.SymInt):
                 return self.emit.size(a)
             return of_input(place, a) if isinstance(a, Node) else a
@@ -365,7 +364,7 @@ class _Splitter:
 
     # --- halves and wholes -------------------------------------------------------------------------------------------
 
-    def _in_half(self, half: int, target: Callable, *args: Any, **kwargs: Any) -> Node:
+    def _in_half(self, half: int, target: Callable, /, *args: Any, **kwargs: Any) -> Node:
         """Add a call that belongs to a half."""
         self.emit.half = half
         node = self.emit(target, *args, **kwargs)
@@ -381,11 +380,12 @@ class _Splitter:
             return known
         known = self._join(old)
         if (known, axis) not in self.cuts:
-            at, end, *lengths = (self.emit.size(expr(n) * expr_of(axis.unit)) for n in (self.cut.first, self.cut.length, *self.cut.halves))
+            unit, in_half = expr_of(axis.unit), [partial(self._in_half, h) for h in (0, 1)]
             if calls(known, EMPTY):
-                pair = [fresh(partial(self._in_half, h), known, axis.dim, length) for h, length in enumerate(lengths)]
+                pair = [fresh(emit, known, axis.dim, self.emit.size(expr(n) * unit)) for emit, n in zip(in_half, self.cut.halves)]
             else:
-                pair = [self._in_half(h, aten.slice.Tensor, known, axis.dim, *ends) for h, ends in enumerate(((0, at), (at, end)))]
+                at = [0, *(self.emit.size(expr(n) * unit) for n in (self.cut.first, self.cut.length))]
+                pair = [emit(aten.slice.Tensor, known, axis.dim, *at[h : h + 2]) for h, emit in enumerate(in_half)]
             self.cuts[known, axis] = pair[0], pair[1]
         return self.cuts[known, axis][half]
 

@@ -81,8 +81,8 @@ def _checking(check_and_update_config: Callable) -> Callable:
         config = vllm_config.compilation_config
         if config.backend == NAME and config.mode == CompilationMode.VLLM_COMPILE:
             raise ValueError(
-                "backend tokenweave needs the mode DYNAMO_TRACE_ONCE: with VLLM_COMPILE, vLLM ends each graph at an attention, and compiles "
-                'with its own backend. Say --compilation-config \'{"mode": "DYNAMO_TRACE_ONCE", "backend": "tokenweave"}\''
+                "backend tokenweave needs the mode DYNAMO_TRACE_ONCE: with VLLM_COMPILE, vLLM ends each graph at an attention, and "
+                'compiles with its own backend. Say --compilation-config \'{"mode": "DYNAMO_TRACE_ONCE", "backend": "tokenweave"}\''
             )
         if config.backend == NAME:
             # Its files cannot hold what this backend returns. Workers inherit this.

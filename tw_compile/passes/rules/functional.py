@@ -9,6 +9,7 @@ copied: Inductor lets the op write to it.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from ...compat import OpOverload, auto_functionalized
@@ -101,8 +102,11 @@ def split_rows(node: Node, axes: Mapping[Node, TokenAxis], names: tuple[str, ...
     for place, argument in inputs.items():
         if is_tensor(argument) and argument not in axes and value(argument).dim() > 0 and not is_one(value(argument).shape[0]):
             slices[place] = axis
+    # The length of a vector may be another symbol, as of vLLM's positions: the op needs an entry for each token.
+    vectors = [value(inputs[place]) for place in slices if value(inputs[place]).dim() == 1]
+    agrees = all(isinstance(vector.shape[0], torch.SymInt) for vector in vectors)
     results = value(node)
-    return Split((axis,) * len(results) if isinstance(results, (tuple, list)) else axis, slices=slices)
+    return Split((axis,) * len(results) if isinstance(results, (tuple, list)) else axis, slices=slices, agrees=agrees)
 
 
 def place_of(node: Node, name: str) -> str | int:

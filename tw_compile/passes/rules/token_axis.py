@@ -45,6 +45,7 @@ class Split:
     args:   the positional arguments, if they differ from those of the call, as the sizes of a reshape; None if they do not
     target: the op to call, if it is another one; None if it is not
     kwargs: as ``args``, the keyword arguments. Both may contain ``PerHalf`` (per_half.py)
+    agrees: the op takes only vectors that have an entry for each token, so that the size of one need not be known
 
     ``whole`` and ``slices`` name an input by its place in the call: a position; (position, index) in a list; a keyword; or
     (keyword, index). A node names all places that it has. Use a node only if all of these places have the same meaning: one tensor may
@@ -60,6 +61,7 @@ class Split:
     args: tuple | None = None
     target: Callable | None = None
     kwargs: dict[str, Any] | None = None
+    agrees: bool = False
 
     def arguments(self, node: Node) -> tuple[tuple, dict[str, Any]]:
         """The positional and the keyword arguments of the call for a half, before each input is replaced by what the half takes."""
