@@ -22,6 +22,7 @@ setup(
     },
     entry_points={
         "torch_dynamo_backends": ["tokenweave = tw_compile.backend:tokenweave"],
+        "vllm.general_plugins": ["tokenweave = tw_compile.integrations.vllm.plugin:register"],
         "console_scripts": ["tw-compile = tw_compile.cli:main"],
     },
 )

@@ -15,6 +15,11 @@ MOST_LINES = 400
 LAYERS = """
 __main__
 cli
+integrations
+integrations.vllm
+integrations.vllm.plugin
+integrations.vllm.attention
+integrations.vllm.rows
 plans
 doctor
 __init__
@@ -44,15 +49,19 @@ passes.unshard
 passes.merge
 passes.replicated
 passes.fuse
+passes.plain
 passes.rules
 passes.rules.algebra
 passes.rules.arrange
+passes.rules.paged
+passes.rules.functional
 passes.rules.attention
 passes.rules.quantised
 passes.rules.cache
 passes.rules.mask
 passes.rules.gather
 passes.rules.token_axis
+passes.rules.per_half
 passes.find
 passes.norms
 passes.emit

@@ -141,6 +141,9 @@ dynamo_counters = _name("torch._dynamo.utils.counters", missing=[])
 invoke_subgraph = _name("torch.ops.higher_order.invoke_subgraph")
 auto_functionalized = _name("torch.ops.higher_order.auto_functionalized_v2")
 
+# The name in schemas of a type that Python has registered (opaque objects): for vLLM only.
+get_opaque_type_name = _name("torch._library.opaque_object.get_opaque_type_name", missing=[])
+
 # --- logging -----------------------------------------------------------------------------------------------------------------
 
 # For logs only: nothing else depends on these.

@@ -24,6 +24,7 @@ from .options import Options, TokenWeaveError
 from .passes import wire
 from .passes.conform import halve
 from .passes.find import collective_group, collectives, registered_all_reduces
+from .passes.plain import decompositions
 from .passes.rules.token_axis import registered_rules
 from .transports import agree, choose
 
@@ -239,7 +240,7 @@ def _exchange(group: str, options: Options, signature: list, outcome: dict | Non
     mine = {
         "version": agree.version(),
         "options": options.requested,
-        "registered": sorted((*registered_all_reduces(), *registered_rules())),
+        "registered": sorted((*registered_all_reduces(), *registered_rules(), *decompositions())),
         "signature": signature,
         "outcome": outcome,
         "problem": problem,

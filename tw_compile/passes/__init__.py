@@ -15,6 +15,7 @@ from .graph_utils import copied_graph, source_of, value
 from .merge import Merged, merge
 from .outline import outline
 from .place import place
+from .plain import plain
 from .rules.quantised import one_scale
 from .section import section_of
 from .split import split
@@ -83,6 +84,7 @@ def rewrite(
     report = Report(requested=options.requested)
     work = copied_graph(graph)
     numbers = {node.name: number for node, number in numbered(work).items()}
+    plain(work)
     denied = {name: decision.refused[number] for name, number in numbers.items() if number in decision.refused}
     unmerged = {name: _UNMERGED for name, number in numbers.items() if number in decision.unmerged}
     work, scatters, reduces, sums = _found(work, denied, unmerged)

@@ -85,6 +85,20 @@ def register_all_reduce(op: OpOverload, read: Callable[[Node], AllReduce]) -> No
     _ALL_REDUCES[op] = read
 
 
+# Other collectives of libraries -> how to read the name of the group of a call. They keep their order, and are no sites.
+_OTHERS: dict[OpOverload, Callable[[Node], str]] = {}
+
+
+def register_collective(op: OpOverload, group_of: Callable[[Node], str]) -> None:
+    """Register a custom op as a collective other than an all-reduce. group_of: the node of a call -> the name of its group"""
+    _OTHERS[op] = group_of
+
+
+def is_sum(node: Node) -> bool:
+    """Whether a value is the result of an all-reduce."""
+    return calls(node.args[0] if calls(node, WAIT) else node, *_ALL_REDUCES)
+
+
 _COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional")  # the namespaces of torch's collectives
 _LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # ops in these namespaces that do not communicate
 
@@ -99,7 +113,7 @@ def communicates(node: Node) -> bool:
         return False
     op = node.target
     if isinstance(op, OpOverload):
-        return op in (ops.fused, ops.start, *_ALL_REDUCES) or (op.namespace in _COLLECTIVES and op._opname not in _LOCAL)
+        return op in (ops.fused, ops.start, *_ALL_REDUCES, *_OTHERS) or (op.namespace in _COLLECTIVES and op._opname not in _LOCAL)
     return any(communicates(inner) for graph in _inside(node) for inner in graph.nodes)
 
 
@@ -126,8 +140,8 @@ def all_reduce_of(node: Node) -> AllReduce | None:
 
 
 def registered_all_reduces() -> list[str]:
-    """The names of the ops that users have registered as all-reduces."""
-    return [str(op) for op in _ALL_REDUCES if op.namespace not in _COLLECTIVES]
+    """The names of the ops that users have registered as collectives."""
+    return [str(op) for op in (*_ALL_REDUCES, *_OTHERS) if op.namespace not in _COLLECTIVES]
 
 
 def collective_group(node: Node) -> str:
@@ -135,6 +149,8 @@ def collective_group(node: Node) -> str:
     group: Any = None
     if node.target in _ALL_REDUCES:
         group = _ALL_REDUCES[node.target](node).group
+    elif node.target in _OTHERS:
+        group = _OTHERS[node.target](node)
     elif isinstance(node.target, OpOverload):
         named = {a.name: given for a, given in zip(node.target._schema.arguments, node.args)} | dict(node.kwargs)
         group = named.get("group", named.get("group_name"))

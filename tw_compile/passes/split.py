@@ -22,7 +22,9 @@ from .find import collectives, communicates
 from .graph_utils import WAIT, Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
 from .rules import algebra, arrange, attention  # noqa: F401  # they register rules
 from .rules.cache import Write, put_entries, view_of, write_of
+from .rules.functional import EMPTY, fresh, name_of
 from .rules.gather import GATHER, gather_along, side_by_side
+from .rules.per_half import PerHalf
 from .rules.token_axis import Split, TokenAxis, equal, expr, expr_of, map_places, same_axis, split_rule
 
 
@@ -37,9 +39,6 @@ class Halves:
     axis: Any
 
 
-_NOT_HIDDEN = "no mask is known to hide from the first half what the second half writes"
-
-
 def split(
     graph: Graph, sites: list[Node], cut: Cut, keep_whole: Mapping[Node, str] | None = None
 ) -> tuple[Graph, list[Node], dict[Node, UnsplitOp], dict[Node, str], set[Node]]:
@@ -47,7 +46,7 @@ def split(
 
     keep_whole: calls that are not cut, whatever the rules allow -> the reason
     Returns (
-        the new graph; its collectives have the order of ``graph``, and the first half of each is before the second,
+        the new graph; its collectives have the order of ``graph``, first halves first,
         the sites that are cut,
         the calls between the first and the last of them that need both halves,
         each collective that is not a site -> "cut" or "whole",
@@ -138,7 +137,7 @@ class _Splitter:
         elif calls(node, aten.sym_size.int):
             self._whole(node)
         elif reason := self.keep_whole.get(node) or self._attempt(node):
-            self.unsplit_ops[node] = UnsplitOp(str(node.target), source_of(node), reason)
+            self.unsplit_ops[node] = UnsplitOp(name_of(node), source_of(node), reason)
             self._whole(node)
         elif node in self.done:
             self.done[node] = "cut"
@@ -149,11 +148,10 @@ class _Splitter:
         known: tuple[dict[Any, Any], ...] = (self.env, self.joined, self.cuts, self.firsts, self.emit.sizes, self.unsplit_ops)
         lengths, written = [len(k) for k in known], dict(self.written)
         try:
-            reason = self._in_halves(node)
+            if (reason := self._in_halves(node)) is None:
+                return None
         except Exception as error:  # the call is made on all tokens instead
             reason = f"it fails on half of the tokens: {type(error).__name__}: {error}".splitlines()[0]
-        if reason is None:
-            return None
         for entries, length in zip(known, lengths):
             while len(entries) > length:
                 entries.popitem()  # the newest entry, as entries are only added
@@ -179,7 +177,7 @@ class _Splitter:
             needed = expr(self.cut.length) * expr_of(axis.unit)
             if (expr(self.cut.first) * expr_of(axis.unit)).is_integer is False:
                 return f"an input has one entry for {1 / expr_of(axis.unit)} tokens, and the cut is not at a multiple of them"
-            if not self._is(value(a).shape[axis.dim], needed):
+            if not self._is(value(a).shape[axis.dim], needed) and not (rule.agrees and value(a).dim() == 1):
                 return f"an input has {value(a).shape[axis.dim]} entries along the token axis, not {needed}"
         if attention.is_cut_causally(node, axes, self._rows):
             return self._causal_attention(node, rule)
@@ -194,9 +192,9 @@ class _Splitter:
 
     def _is(self, size: Any, wanted: Any) -> bool:
         """Whether a size is known to equal a sympy expression, also by the guards that exist."""
+        env = self.emit.fake_mode.shape_env
         if equal(expr(size), wanted):
             return True
-        env = self.emit.fake_mode.shape_env
         if env is None or (wanted.is_number and isinstance(size, int)) or not wanted.is_integer:
             return False
         return statically_known_true(size == (int(wanted) if wanted.is_number else env.create_symintnode(wanted, hint=None)))
@@ -205,11 +203,13 @@ class _Splitter:
         """Make a call for a half by its rule. of_input: (place, input in the old graph) -> the argument"""
 
         def convert(place: object, a: Any) -> Any:
+            if isinstance(a, PerHalf):
+                return a.argument(half, tuple(map(expr, self.cut.halves)), self.emit.size, partial(self._half, axis=None))
             if isinstance(a, torch.SymInt):
                 return self.emit.size(a)
             return of_input(place, a) if isinstance(a, Node) else a
 
-        args, kwargs = map_places(convert, node.args if rule.args is None else rule.args, node.kwargs)
+        args, kwargs = map_places(convert, *rule.arguments(node))
         return self._in_half(half, rule.target or node.target, *args, **kwargs)
 
     def _sliced(self, node: Node, rule: Split) -> list[tuple[TokenAxis, Node]]:
@@ -221,7 +221,7 @@ class _Splitter:
             if axis is not None and not isinstance(self.env[a], Halves):
                 found.append((axis, a))
 
-        map_places(look, node.args if rule.args is None else rule.args, node.kwargs)
+        map_places(look, *rule.arguments(node))
         return found
 
     def _fault(self, node: Node, made: Halves) -> str | None:
@@ -331,7 +331,9 @@ class _Splitter:
             if view := view_of(write, node):
                 self.written[node] = view
             else:
-                self.unsplit_ops[write.call] = UnsplitOp(str(write.call.target), source_of(write.call), _NOT_HIDDEN)
+                self.unsplit_ops[write.call] = UnsplitOp(
+                    str(write.call.target), source_of(write.call), "no mask hides from the first half what the second half writes"
+                )
                 self.written = {n: w for n, w in self.written.items() if w.call is not write.call}
 
     def _first(self, old: Node) -> Node:
@@ -362,7 +364,7 @@ class _Splitter:
 
     # --- halves and wholes -------------------------------------------------------------------------------------------
 
-    def _in_half(self, half: int, target: Callable, *args: Any, **kwargs: Any) -> Node:
+    def _in_half(self, half: int, target: Callable, /, *args: Any, **kwargs: Any) -> Node:
         """Add a call that belongs to a half."""
         self.emit.half = half
         node = self.emit(target, *args, **kwargs)
@@ -378,10 +380,13 @@ class _Splitter:
             return known
         known = self._join(old)
         if (known, axis) not in self.cuts:
-            at = self.emit.size(expr(self.cut.first) * expr_of(axis.unit))
-            end = self.emit.size(expr(self.cut.length) * expr_of(axis.unit))
-            first = self._in_half(0, aten.slice.Tensor, known, axis.dim, 0, at)
-            self.cuts[known, axis] = first, self._in_half(1, aten.slice.Tensor, known, axis.dim, at, end)
+            unit, in_half = expr_of(axis.unit), [partial(self._in_half, h) for h in (0, 1)]
+            if calls(known, EMPTY):
+                pair = [fresh(emit, known, axis.dim, self.emit.size(expr(n) * unit)) for emit, n in zip(in_half, self.cut.halves)]
+            else:
+                at = [0, *(self.emit.size(expr(n) * unit) for n in (self.cut.first, self.cut.length))]
+                pair = [emit(aten.slice.Tensor, known, axis.dim, *at[h : h + 2]) for h, emit in enumerate(in_half)]
+            self.cuts[known, axis] = pair[0], pair[1]
         return self.cuts[known, axis][half]
 
     def _join(self, old: Node) -> Node:

@@ -45,6 +45,8 @@ class Split:
     slices: input -> its TokenAxis, for inputs that are not cut: each half takes its slice
     args:   the positional arguments, if they differ from those of the call, as the sizes of a reshape; None if they do not
     target: the op to call, if it is another one; None if it is not
+    kwargs: as ``args``, the keyword arguments. Both may contain ``PerHalf`` (per_half.py)
+    agrees: the op takes only vectors that have an entry for each token, so that the size of one need not be known
 
     ``whole`` and ``slices`` name an input by its place in the call: a position; (position, index) in a list; a keyword; or
     (keyword, index). A node names all places that it has. Use a node only if all of these places have the same meaning: one tensor may
@@ -59,6 +61,12 @@ class Split:
     slices: Mapping[Any, TokenAxis] = field(default_factory=dict)
     args: tuple | None = None
     target: Callable | None = None
+    kwargs: dict[str, Any] | None = None
+    agrees: bool = False
+
+    def arguments(self, node: Node) -> tuple[tuple, dict[str, Any]]:
+        """The positional and the keyword arguments of the call for a half, before each input is replaced by what the half takes."""
+        return node.args if self.args is None else self.args, node.kwargs if self.kwargs is None else self.kwargs
 
     def takes_whole(self, place: object, node: Node) -> bool:
         """Whether both halves need the input ``node`` at this place whole."""
@@ -69,21 +77,22 @@ class Split:
         return self.slices.get(place, self.slices.get(node))
 
 
-Rule = Callable[[Node, Mapping[Node, TokenAxis]], Split | None]
+Rule = Callable[[Node, Mapping[Node, TokenAxis]], Split | str | None]
 _RULES: dict[object, Rule] = {}
 
 
 def register_token_rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register the token-axis rule of ops. A decorator of a function ``rule(node, axes) -> Split | None``.
+    """Register the token-axis rule of ops. A decorator of a function ``rule(node, axes) -> Split | str | None``.
 
     targets: the ops, as OpOverloads; or names such as "mslk::f8f8bf16_rowwise", for ops that may be loaded later
     node:    the call, an fx node. ``node.meta["val"]`` is the fake tensor of the result for all tokens, with its shape and dtype. Inputs
              have one too
     axes:    input that is cut -> its TokenAxis
 
-    The rule returns None if half of the result needs more than half of the inputs. It replaces an earlier rule of the op. A call runs on
-    all tokens, and the report gives the reason, if the rule returns None, raises an exception, or returns a ``Split`` whose halves do not
-    have the shapes and dtypes of the result. All ranks must register the same rules: otherwise ``TokenWeaveError`` is raised on all ranks.
+    The rule returns None, or the reason, if half of the result needs more than half of the inputs. It replaces an earlier rule of the op.
+    A call runs on all tokens, and the report gives the reason, if the rule returns None, raises an exception, or returns a ``Split``
+    whose halves do not have the shapes and dtypes of the result. All ranks must register the same rules: otherwise ``TokenWeaveError`` is
+    raised on all ranks.
     """
 
     def register(rule: Rule) -> Rule:
@@ -94,8 +103,9 @@ def register_token_rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 def registered_rules() -> list[str]:
-    """The names of the ops whose rule is not from this package."""
-    return [str(op) for op, rule in _RULES.items() if not (getattr(rule, "__module__", "") or "").startswith(__package__)]
+    """The names of the ops whose rule is a user's or a library's: it is from elsewhere, or was made for the op in a function."""
+    places = {op: (getattr(rule, "__module__", "") or "", getattr(rule, "__qualname__", "")) for op, rule in _RULES.items()}
+    return [str(op) for op, (module, name) in places.items() if not module.startswith(__package__) or "<locals>" in name]
 
 
 def split_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
@@ -108,7 +118,7 @@ def split_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
         answer = rule(node, axes)
     except Exception as error:  # a user's rule must not break the compilation
         return f"its token-axis rule raises {type(error).__name__}: {error}"
-    if answer is None or isinstance(answer, Split):
+    if answer is None or isinstance(answer, (Split, str)):
         return answer or "its token-axis rule does not cover this use"
     return f"its token-axis rule returns {answer!r}, which is not a Split"
 

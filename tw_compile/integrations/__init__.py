@@ -1,0 +1,1 @@
+"""Libraries whose own code stands between the model and the compiler."""

@@ -1,0 +1,190 @@
+"""graph -> the same graph in plainer terms, so that the passes behind this one need to know fewer forms. In place.
+
+- An op that a library has registered (``register_decomposition``), such as an RMSNorm that writes to its arguments, becomes ATen ops.
+- An argument that a functional call writes to, and that is its base in another shape, becomes the base.
+- Where a library has registered ops: a residual that is added in float32 to a sum over the ranks, and rounded afterwards, is added in the
+  dtype of both, as vLLM's norms do it. A site adds in float32 in any case.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from ..compat import OpOverload, auto_functionalized, detect_fake_mode
+from .emit import Emit, Emitter
+from .find import is_sum, stays
+from .graph_utils import aten, calls, is_tensor, prims, same_shape, value
+from .rules.functional import BASES, EMPTY, given, written
+
+# (emit, name -> argument) -> name of an argument that the op writes to, or 0, 1, ... for its results -> its new value
+Decomposition = Callable[[Emit, dict[str, Any]], dict[str | int, Node] | None]
+_DECOMPOSITIONS: dict[OpOverload, Decomposition] = {}
+
+
+def register_decomposition(op: OpOverload, decomposition: Decomposition) -> None:
+    """Register how an op is made of ATen ops. All ranks must register the same.
+
+    decomposition: (emit, name -> argument) -> the new value of each argument that ``op`` writes to, by name, and of each result, by index.
+                   ``emit(target, *args)`` makes a call. It returns None where it does not cover the arguments
+    """
+    _DECOMPOSITIONS[op] = decomposition
+
+
+def decompositions() -> list[str]:
+    """The names of the ops that libraries have registered."""
+    return [str(op) for op in _DECOMPOSITIONS]
+
+
+def plain(graph: Graph) -> None:
+    """Write a graph in plainer terms, in place."""
+    tensor = next((value(node) for node in graph.nodes if is_tensor(node)), None)
+    if tensor is None:
+        return
+    emit = _Before(graph, detect_fake_mode([tensor]))
+    changed = [_decompose(emit, node) or _reshape_bases(emit, node) or _add_in_dtype(emit, node) for node in list(graph.nodes)]
+    if any(changed):
+        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or stays(node))
+        graph.lint()
+
+
+class _Before(Emitter):
+    """Adds calls before the node that is replaced, and finds the sizes of the graph among all nodes."""
+
+    def at(self, node: Node) -> "_Before":
+        self.like, self.sizes = node, {}
+        return self
+
+    def __call__(self, target: Callable, *args: Any, **kwargs: Any) -> Node:
+        with self.graph.inserting_before(self.like):
+            return super().__call__(target, *args, **kwargs)
+
+
+def _decompose(emit: _Before, node: Node) -> bool:
+    op = node.args[0] if calls(node, auto_functionalized) else node.target
+    decomposition = _DECOMPOSITIONS.get(op) if node.op == "call_function" else None
+    if decomposition is None:
+        return False
+    arguments = given(node)
+    if op is not node.target:
+        views = {name: _argument(emit.at(node), node, name) for name in written(op)}
+        if any(isinstance(view, _NotWhole) for view in views.values()):
+            return False
+        arguments |= views
+    new = decomposition(emit.at(node), arguments)
+    if new is None:
+        return False
+    results = len(op._schema.returns) or 1 if op is not node.target else 0  # a functional call of an op without results returns None first
+    names = {node.kwargs[f"_{name}_base_index"] + results: name for name in written(op)} if op is not node.target else {}
+    if op is node.target and len(op._schema.returns) == 1:
+        _replace(emit, node, new[0])
+        return True
+    for user in list(node.users):
+        assert calls(user, operator.getitem)
+        index = user.args[1]
+        _replace(emit, user, new[names.get(index, index)])
+    return True
+
+
+def _replace(emit: _Before, node: Node, new: Node) -> None:
+    if not same_shape(value(node).shape, value(new).shape):
+        new = emit(aten.reshape.default, new, _sizes(emit, value(node).shape))
+    node.replace_all_uses_with(new)
+
+
+def _sizes(emit: _Before, shape: Any) -> list:
+    """A shape as an argument of a reshape."""
+    symbolic = [size for size in shape if not isinstance(size, int)]
+    return [size if isinstance(size, int) else -1 if len(symbolic) == 1 else emit.size(size) for size in shape]
+
+
+class _NotWhole:
+    """Stands for an argument that is a part of its base."""
+
+
+def _argument(emit: _Before, node: Node, name: str) -> Any:
+    """An argument that a functional call writes to, of which the base has as many entries."""
+    index = node.kwargs[f"_{name}_base_index"]
+    if index is None:
+        return None
+    base = node.kwargs[BASES][index]
+    if f"_{name}_slice_dim" in node.kwargs:
+        return _NotWhole()
+    if f"_{name}_size" not in node.kwargs:
+        return base
+    size = node.kwargs[f"_{name}_size"]
+    return emit(aten.reshape.default, base, list(size)) if _is_reshape(node, name, base) else _NotWhole()
+
+
+def _is_reshape(node: Node, name: str, base: Node) -> bool:
+    """Whether an argument has all entries of its base in their order."""
+    size, stride = (_values(node.kwargs[f"_{name}_{what}"]) for what in ("size", "stride"))
+    whole = value(base)
+    with whole.fake_mode:
+        view = torch.as_strided(whole, size, stride, _values([node.kwargs[f"_{name}_storage_offset"]])[0])
+    return whole.is_contiguous() and view.is_contiguous() and _entries(view) == _entries(whole) and _offset(view) == _offset(whole)
+
+
+def _values(sizes: Any) -> list:
+    return [value(size) if isinstance(size, Node) else size for size in sizes]
+
+
+def _entries(tensor: torch.Tensor) -> str:
+    return str(tensor.numel())
+
+
+def _offset(tensor: torch.Tensor) -> str:
+    return str(tensor.storage_offset())
+
+
+def _reshape_bases(emit: _Before, node: Node) -> bool:
+    """Make arguments that are reshapes of their bases the bases."""
+    if not calls(node, auto_functionalized) or not isinstance(node.args[0], OpOverload):
+        return False
+    found = {node.kwargs[f"_{name}_base_index"]: name for name in written(node.args[0]) if f"_{name}_size" in node.kwargs}
+    once = [node.kwargs.get(f"_{name}_base_index") for name in written(node.args[0])]
+    bases, kwargs = list(node.kwargs[BASES]), dict(node.kwargs)
+    changed = {}
+    for index, name in found.items():
+        base = bases[index]
+        if once.count(index) > 1 or not _is_reshape(node, name, base):
+            continue
+        size = list(node.kwargs[f"_{name}_size"])
+        emit.at(node)
+        bases[index] = emit(EMPTY, size, **base.kwargs) if calls(base, EMPTY) else emit(aten.reshape.default, base, size)
+        view = [f"_{name}_{what}" for what in ("size", "stride", "storage_offset")]
+        kwargs = {key: argument for key, argument in kwargs.items() if key not in view}
+        changed[index] = base
+    if not changed:
+        return False
+    new = emit.at(node)(node.target, *node.args, **kwargs | {BASES: bases})
+    results = len(value(node)) - len(bases)
+    for user in list(node.users):
+        part = emit(operator.getitem, new, user.args[1])
+        base = changed.get(user.args[1] - results)
+        if base is not None:
+            part = emit(aten.reshape.default, part, _sizes(emit, value(base).shape))
+        user.replace_all_uses_with(part)
+    return True
+
+
+def _add_in_dtype(emit: _Before, node: Node) -> bool:
+    """float(a) + float(b), of which one is a sum over the ranks, becomes float(a + b)."""
+    casts = list(node.args[:2]) if calls(node, aten.add.Tensor) and not node.kwargs else []
+    if not casts or not all(calls(cast, prims.convert_element_type.default) and cast.args[1] == torch.float32 for cast in casts):
+        return False
+    a, b = (cast.args[0] for cast in casts)
+    dtype = value(a).dtype
+    rounded = [user for user in node.users if calls(user, prims.convert_element_type.default) and user.args[1] == dtype]
+    if not _DECOMPOSITIONS or not rounded:  # elsewhere the float32 sum may be what the model means
+        return False
+    if not (is_sum(a) or is_sum(b)) or dtype != value(b).dtype or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    total = emit.at(node)(aten.add.Tensor, a, b)
+    wide = emit(prims.convert_element_type.default, total, torch.float32)
+    for cast in rounded:
+        cast.replace_all_uses_with(total)
+    node.replace_all_uses_with(wide)
+    return True
