@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_weave import designed
 
 import tw_compile
 from tw_compile import backend
+from tw_compile.transports import choose
 from tw_compile.transports.process_group import ProcessGroup
 
 LAYERS, TOKENS = 2, 64
@@ -21,7 +23,10 @@ LAYERS, TOKENS = 2, 64
 
 @contextlib.contextmanager
 def logged():
-    """What the process group is asked for while this context is open, at run time: S and W with the slot."""
+    """What the process group is asked for while this context is open, at run time: S and W with the slot.
+
+    Our ops stay in the graph, as over symmetric memory.
+    """
     log, start, wait = [], ProcessGroup.start, ProcessGroup.wait
 
     def logging_start(self, site):
@@ -34,7 +39,8 @@ def logged():
 
     ProcessGroup.start, ProcessGroup.wait = logging_start, logging_wait
     try:
-        yield log
+        with mock.patch.object(choose, "is_over_process_group", return_value=False):
+            yield log
     finally:
         ProcessGroup.start, ProcessGroup.wait = start, wait
 
@@ -47,13 +53,13 @@ def inputs_and_reference(norm, batch):
         return ids, whole(LAYERS, norm).double()(ids)
 
 
-def forward(style, norm, dynamic, batch, codegen, mode):
-    """On a rank: (relative error, output, report, executed order)."""
+def forward(style, norm, dynamic, batch, codegen, mode, expanded=False):
+    """On a rank: (relative error, output, report, executed order). expanded: with PyTorch's own all-reduces, as over the process group"""
     torch._dynamo.reset()
     ids, reference = inputs_and_reference(norm, batch)
     model = parallel(style, LAYERS, norm)
     context = contextlib.nullcontext() if codegen else without_codegen()
-    with torch.no_grad(), context, logged() as log:
+    with torch.no_grad(), context, contextlib.nullcontext([]) if expanded else logged() as log:
         compiled = torch.compile(model, backend=backend.tokenweave, dynamic=dynamic, options={"tokenweave.mode": mode})
         out = compiled(ids)
     error = (out.double() - reference).norm() / reference.norm()
@@ -107,6 +113,17 @@ def test_llama(run, style, norm, dynamic, batch):
 def test_llama_through_inductor(run, style, norm, dynamic, batch):
     """With code generation: Inductor's own passes and scheduler leave the order as it is, and the error is Inductor's."""
     check(run, style, norm, dynamic, batch, codegen=True)
+
+
+@pytest.mark.parametrize("codegen", [False, True], ids=["as it is", "through Inductor"])
+@pytest.mark.parametrize("mode", ["fuse", "weave"])
+def test_llama_over_the_process_group(run, mode, codegen):
+    """With PyTorch's own all-reduces in the graph."""
+    arguments = ("in_place", "torch", False, 1, codegen)
+    (error, out, report, _), (_, other, _, _) = run(*arguments, mode, True)
+    assert (report.mode, report.transport) == (mode, "process_group") and not report.refusals
+    assert error <= 1.1 * error_of(run, *arguments, "off")
+    assert torch.equal(out, other), "the ranks have the same bits"
 
 
 def test_fused_only(run):
