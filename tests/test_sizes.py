@@ -146,7 +146,7 @@ def test_a_kill_switch_of_another_value_is_an_error(monkeypatch):
         run(compiled(mlp), 48)
 
 
-def test_what_cannot_be_compiled_is_left_to_inductor_with_the_reason(monkeypatch):
+def test_what_cannot_be_compiled_is_left_to_inductor_with_the_reason(unexpanded, monkeypatch):
     real = backend.compile_fx_inner
 
     def failing(gm, inputs, **kwargs):
