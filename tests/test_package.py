@@ -54,4 +54,4 @@ def test_what_is_installed_is_complete(wheel, tmp_path):
     command = [sys.executable, "-c", USED, str(tmp_path / "site")]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "('console_scripts', 'tw-compile'), ('torch_dynamo_backends', 'tokenweave')] 0.2.0" in done.stdout
+    assert "('torch_dynamo_backends', 'tokenweave'), ('vllm.general_plugins', 'tokenweave')] 0.2.0" in done.stdout

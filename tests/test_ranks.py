@@ -115,8 +115,7 @@ def test_llama_through_inductor(run, style, norm, dynamic, batch):
     check(run, style, norm, dynamic, batch, codegen=True)
 
 
-@pytest.mark.parametrize("codegen", [False, True], ids=["as it is", "through Inductor"])
-@pytest.mark.parametrize("mode", ["fuse", "weave"])
+@pytest.mark.parametrize("mode, codegen", [("fuse", False), ("weave", False), ("weave", True)])
 def test_llama_over_the_process_group(run, mode, codegen):
     """With PyTorch's own all-reduces in the graph."""
     arguments = ("in_place", "torch", False, 1, codegen)

@@ -158,7 +158,8 @@ class Outcome:
 
 def splits_embedding(model) -> bool:
     """Whether the embedding is over the ranks too, so that it ends in an all-reduce: not in the first versions of 5."""
-    return bool({"embed_tokens", "embed_in", "wte"} & set(model.base_model._tp_plan or {}))
+    plan = {**(model.base_model._tp_plan or {}), **(getattr(model, "_tp_plan", None) or {})}
+    return bool({"embed_tokens", "embed_in", "wte"} & {name.rpartition(".")[2] for name in plan})
 
 
 @functools.cache
