@@ -1,11 +1,14 @@
-"""What every test starts from: no caches, a fresh Dynamo, no reports left over, and a process group where one is asked for."""
+"""What every test starts from: no caches of graphs, a fresh Dynamo, no reports left over, and a process group where one is asked for."""
 
 import fcntl
 import os
 import tempfile
 
 # Before torch reads them. The ranks of a test share few cores: threads that wait for each other would take them.
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# Graphs are compiled anew in each test, while what the C++ compiler makes is kept by content: of equal kernels, one is built for all
+# ranks and all tests.
+for cache in ("TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE", "TORCH_DYNAMO_AUTOMATIC_DYNAMIC_LOCAL_PGO"):
+    os.environ.setdefault(cache, "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

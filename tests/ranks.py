@@ -1,7 +1,6 @@
 """Functions run on real ranks: processes that stay, so that the start-up is paid once."""
 
 import functools
-import os
 import tempfile
 import traceback
 
@@ -55,7 +54,6 @@ class Ranks:
 
 
 def _serve(rank, world, store, pipe):
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     # Every mesh makes groups, and every gloo group has threads that hardly sleep: one mesh of a kind will do.

@@ -192,6 +192,7 @@ def test_a_row_that_shared_memory_cannot_hold_is_refused():
 
 STAND_IN = r"""
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>
 #include <cmath>
@@ -234,7 +235,9 @@ struct Cta {
 struct Copy { u32 to; const void* from; };
 using Group = std::vector<Copy>;
 struct Fiber {
-  ucontext_t context;
+  ucontext_t beginning;
+  jmp_buf place;
+  bool begun;
   std::vector<char> stack;
   Cta* cta;
   u32 number;  // of the thread in the CTA
@@ -246,10 +249,20 @@ struct Fiber {
   bool done;
 };
 inline Fiber* self;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline bool trapped;
 inline std::mt19937 chance;
-inline void yield() { swapcontext(&self->context, &scheduler); }
+// swapcontext would do, but makes a system call each time.
+inline void yield() {
+  if (_setjmp(self->place) == 0) _longjmp(scheduler, 1);
+}
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  self = &fiber;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.beginning);
+}
 inline void pause() { if (chance() % 8 == 0) yield(); }
 inline void meet(Barrier& barrier, u32 count) {
   const u32 generation = barrier.generation;
@@ -435,13 +448,13 @@ struct Stream {
       for (u32 t = 0; t < threads; ++t) {
         cpu::Fiber& fiber = fibers[b * threads + t];
         fiber.stack.resize(48 * 1024);
-        fiber.cta = &cta, fiber.number = t, fiber.thread = {t % block.x, t / block.x, 0}, fiber.site = step.site, fiber.done = false;
+        fiber.cta = &cta, fiber.number = t, fiber.thread = {t % block.x, t / block.x, 0}, fiber.site = step.site, fiber.begun = fiber.done = false;
         fiber.kernel = kernels[step.kernel];
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, body, 0);
+        getcontext(&fiber.beginning);
+        fiber.beginning.uc_stack.ss_sp = fiber.stack.data();
+        fiber.beginning.uc_stack.ss_size = fiber.stack.size();
+        fiber.beginning.uc_link = nullptr;
+        makecontext(&fiber.beginning, body, 0);
         live.push_back(b * threads + t);
       }
     }
@@ -475,8 +488,7 @@ extern "C" int run(const Step* steps, u64 count, char** workspaces, u32 seed) {
         u32& stalled = stream.fibers[f].stalled;
         if (stalled == 0 && random() % 256 == 0) stalled = random() % 32;  // and so do threads
         if (stalled != 0 && stalled-- != 0) continue;
-        cpu::self = &stream.fibers[f];
-        swapcontext(&cpu::scheduler, &cpu::self->context);
+        cpu::resume(stream.fibers[f]);
         if (cpu::trapped) return 1;
       }
       std::erase_if(stream.live, [&](u32 f) { return stream.fibers[f].done; });
