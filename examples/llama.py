@@ -121,12 +121,12 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin):
         batch, tokens, _ = x.shape
         q, k, v = (
-            proj(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

@@ -41,7 +41,10 @@ class Case:
     @property
     def said(self):
         """What at least one rank is to say of it, where one runs something else."""
-        return rf"site {FAILS_AT} .* at that of site {FAILS_AT + 1}" if self.what == "other site" else "another number of tokens"
+        if self.what == "other site":
+            return rf"site {FAILS_AT} .* at that of site {FAILS_AT + 1}"
+        # Ranks in two workspaces do not meet, and can only say what may be the matter.
+        return "another (model or )?number of tokens"
 
 
 # By the rule, which on two ranks is one_shot for less than 32 rows, and two_shot for the rest.

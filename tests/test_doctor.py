@@ -104,8 +104,17 @@ def test_what_is_missing_comes_with_what_to_do(gpus, name, reason, advice, monke
 def test_a_driver_for_which_this_pytorch_is_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "_smi", lambda *arguments: "580.1\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     driver = found(doctor.examine())["driver"]
     assert driver.status == MISSING and "PyTorch sees no GPU" in driver.text
+
+
+def test_gpus_that_are_hidden_are_no_fault(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_smi", lambda *arguments: "580.1\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    driver = found(doctor.examine())["driver"]
+    assert driver.status == doctor.NOTE and "CUDA_VISIBLE_DEVICES is empty" in driver.text
 
 
 def test_a_probe_that_fails_is_a_line(monkeypatch):
@@ -134,7 +143,7 @@ def test_a_wrong_command_line(capsys):
 
 def torchrun(ranks):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "tw_compile", "doctor"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 

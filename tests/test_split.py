@@ -308,7 +308,7 @@ def test_a_value_of_every_token_from_outside_in_a_batch():
 
 
 def gathered(x, dim):
-    whole = c10d.wait_tensor(c10d.all_gather_into_tensor(x, 2, dist.group.WORLD.group_name))
+    whole = c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), 2, dist.group.WORLD.group_name))
     return torch.cat(whole.chunk(2), dim)
 
 
@@ -323,7 +323,7 @@ def test_a_gather_along_another_dimension_than_the_first(batch, dynamic):
 def test_a_gather_along_the_first_dimension_is_done_whole():
     between(lambda x: gathered(x, 0)[3:], unsplit=["_c10d_functional.all_gather_into_tensor.default"], tokens=(3, 6))
     between(
-        lambda x: torch.cat(c10d.wait_tensor(c10d.all_gather_into_tensor(x[..., :4], 2, dist.group.WORLD.group_name)).chunk(2)[::-1], -1)
+        lambda x: torch.cat(c10d.wait_tensor(c10d.all_gather_into_tensor(x[..., :4].contiguous(), 2, dist.group.WORLD.group_name)).chunk(2)[::-1], -1)
         @ torch.ones(8, H),
         unsplit=["_c10d_functional.all_gather_into_tensor.default"], tokens=(3, 6),
     )  # fmt: skip

@@ -105,6 +105,7 @@ is_traceable_wrapper_subclass = _name("torch.utils._python_dispatch.is_traceable
 guard_scalar = _name("torch.fx.experimental.symbolic_shapes.guard_scalar")
 free_unbacked_symbols = _name("torch.fx.experimental.symbolic_shapes.free_unbacked_symbols")
 ShapeEnv = _name("torch.fx.experimental.symbolic_shapes.ShapeEnv", ("_update_var_to_range",))
+symbolic_config = _name("torch.fx.experimental._config", ("patch", "backed_size_oblivious"))
 SymNode = _name("torch.fx.experimental.sym_node.SymNode")
 ValueRanges = _name("torch.utils._sympy.value_ranges.ValueRanges")
 int_oo = _name("torch.utils._sympy.numbers.int_oo")

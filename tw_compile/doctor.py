@@ -146,6 +146,8 @@ def _driver() -> Iterator[Finding]:
     versions = _smi("--query-gpu=driver_version", "--format=csv,noheader")
     if versions is None:
         yield Finding("driver", "no NVIDIA driver: nvidia-smi is missing, or fails", NOTE)
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        yield Finding("driver", f"NVIDIA {versions.splitlines()[0]}; CUDA_VISIBLE_DEVICES is empty, which hides the GPUs", NOTE)
     elif not torch.cuda.is_available():
         build = f"is for CUDA {torch.version.cuda}" if torch.version.cuda else "is for CPUs"
         text = f"NVIDIA {versions.splitlines()[0]}, but PyTorch sees no GPU: {torch.__version__} {build}"

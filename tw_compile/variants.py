@@ -25,6 +25,7 @@ from .compat import (
     disable_current_modes,
     enable_python_dispatcher,
     no_python_dispatcher,
+    symbolic_config,
     tracing,
 )
 from .compat import inductor_config as config
@@ -96,8 +97,9 @@ class Compiler:
     def _configured(self) -> Iterator[None]:
         now = config.get_config_copy()
         changes = {name: given for name, given in self.config.items() if now.get(name) != given}
-        # Fake tensors of symbolic sizes are decomposed in Python.
-        with outside(), enable_python_dispatcher(), config.patch(changes):
+        # Fake tensors of symbolic sizes are decomposed in Python. The symbols of a form have guards of their own: nothing is gained by
+        # being oblivious of their sizes, and with PyTorch 2.11 sizes of unknown value come of it.
+        with outside(), enable_python_dispatcher(), config.patch(changes), symbolic_config.patch(backed_size_oblivious=False):
             yield
 
     def compile(self, sized: ForSizes, new: passes.Rewritten, together: bool) -> Callable:
