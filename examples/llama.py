@@ -119,7 +119,6 @@ class Attention(nn.Module):
         self.o_proj = Row(config.heads * config.head_dim, config.hidden, tp)
 
     def forward(self, x, cos, sin):
-        batch, tokens, _ = x.shape
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)

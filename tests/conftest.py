@@ -7,8 +7,9 @@ import tempfile
 # Before torch reads them. The ranks of a test share few cores: threads that wait for each other would take them.
 # Graphs are compiled anew in each test, while what the C++ compiler makes is kept by content: of equal kernels, one is built for all
 # ranks and all tests.
-for cache in ("TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE", "TORCH_DYNAMO_AUTOMATIC_DYNAMIC_LOCAL_PGO"):
-    os.environ.setdefault(cache, "0")
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+os.environ.setdefault("TORCH_DYNAMO_AUTOMATIC_DYNAMIC_LOCAL_PGO", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -448,8 +448,8 @@ struct Stream {
       for (u32 t = 0; t < threads; ++t) {
         cpu::Fiber& fiber = fibers[b * threads + t];
         fiber.stack.resize(48 * 1024);
-        fiber.cta = &cta, fiber.number = t, fiber.thread = {t % block.x, t / block.x, 0}, fiber.site = step.site, fiber.begun = fiber.done = false;
-        fiber.kernel = kernels[step.kernel];
+        fiber.cta = &cta, fiber.number = t, fiber.thread = {t % block.x, t / block.x, 0}, fiber.site = step.site;
+        fiber.kernel = kernels[step.kernel], fiber.begun = fiber.done = false;
         getcontext(&fiber.beginning);
         fiber.beginning.uc_stack.ss_sp = fiber.stack.data();
         fiber.beginning.uc_stack.ss_size = fiber.stack.size();
