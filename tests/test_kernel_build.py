@@ -539,7 +539,8 @@ class Machine:
                 shutil.copy(path, directory)
             (directory / "ptx.cuh").write_text(STAND_IN)
             (directory / "driver.cpp").write_text(DRIVER)
-            command = ["g++", "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC", *defines, "driver.cpp", "-o", self.library]
+            options = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]  # fortified, longjmp stays on its stack
+            command = ["g++", *options, *defines, "driver.cpp", "-o", self.library]
             subprocess.run(command, check=True, cwd=directory)
         self.run_steps = ctypes.CDLL(str(self.library))
         self.run_steps.access_list.restype = ctypes.POINTER(Access)
