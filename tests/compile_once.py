@@ -1,5 +1,7 @@
-"""A process of its own that compiles one block for sizes on both sides of the threshold, some times over, and says each time what
-happened, as JSON."""
+"""A process of its own that compiles one block for sizes on both sides of the threshold, and says what happened, as JSON.
+
+    compile_once.py OPTIONS CONSTANT     the options as JSON; a constant of the graph
+"""
 
 import json
 import sys
@@ -16,22 +18,19 @@ if __name__ == "__main__":
     from tw_compile import backend
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    for _ in range(int(sys.argv[2])):
-        torch._dynamo.reset()
-        counters.clear()
-        before = len(tw_compile.reports())
-        torch.manual_seed(0)
-        compiled = torch.compile(mlp, backend=backend.tokenweave, options=json.loads(sys.argv[1]))
-        sums = []
-        for tokens in (48, 16, 64):
-            x, residual, *weights = mlp_inputs(tokens)
-            torch._dynamo.mark_dynamic(x, 0)
-            torch._dynamo.mark_dynamic(residual, 0)
-            sums.append(compiled(x, residual, *weights).sum().item())
-        said = {
-            "reports": [report.to_dict() for report in tw_compile.reports()[before:]],
-            "graph hits": counters["inductor"]["fxgraph_cache_hit"],
-            "autograd hits": counters["aot_autograd"]["autograd_cache_hit"],
-            "sums": sums,
-        }
-        print(json.dumps(said))
+    constant = float(sys.argv[2])
+    compiled = torch.compile(lambda x, *rest: mlp(x * constant, *rest), backend=backend.tokenweave, options=json.loads(sys.argv[1]))
+    torch.manual_seed(0)
+    sums = []
+    for tokens in (48, 16, 64):
+        x, residual, *weights = mlp_inputs(tokens)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(residual, 0)
+        sums.append(compiled(x, residual, *weights).sum().item())
+    said = {
+        "reports": [report.to_dict() for report in tw_compile.reports()],
+        "graph hits": counters["inductor"]["fxgraph_cache_hit"],
+        "autograd hits": counters["aot_autograd"]["autograd_cache_hit"],
+        "sums": sums,
+    }
+    print(json.dumps(said))
