@@ -23,7 +23,20 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from .graph_utils import RESHAPES, Ancestors, arguments, aten, calls, in_order, is_view, keeps_rows, prims, same_shape, value
+from .graph_utils import (
+    RESHAPES,
+    Ancestors,
+    arguments,
+    aten,
+    calls,
+    in_order,
+    is_view,
+    keeps_rows,
+    positional,
+    prims,
+    same_shape,
+    value,
+)
 from .rules.quantised import is_gemm
 from .rules.token_axis import is_pointwise
 
@@ -139,10 +152,8 @@ def _made_linear(graph: Graph, gemm: Node, site: _Site, before: Ancestors) -> No
 
 
 def _made_scaled_linear(graph: Graph, gemm: Node, site: _Site, before: Ancestors) -> None:
-    schema, op = gemm.target._schema.arguments, _SCALED[gemm.target]
-    given = {a.name: a.default_value for a in schema} | {a.name: v for a, v in zip(schema, gemm.args)} | gemm.kwargs
     with graph.inserting_before(gemm):
-        linear = graph.call_function(op, (*given.values(), site.slot, site.group, site.transport))
+        linear = graph.call_function(_SCALED[gemm.target], (*positional(gemm), site.slot, site.group, site.transport))
     linear.meta = {name: about for name, about in gemm.meta.items() if name != "eager_input_vals"}  # those are of the other op
     _take_the_place(graph, gemm, linear, site, before)
 

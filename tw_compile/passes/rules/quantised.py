@@ -84,10 +84,16 @@ register_token_rule(
 register_token_rule("torchao::da8w4_linear_cpu")(_Linear((1, 2)))
 
 
-def is_gemm(node: Node) -> bool:
-    """Whether a call is of an op above: a kernel that reads its inputs from memory."""
+def scales_of(node: Node) -> tuple | None:
+    """The places of the scales of the rows in a call of an op above, which reads its inputs from memory; None for another call."""
     name = node.target.name() if isinstance(node.target, OpOverload) else None
-    return isinstance(_RULES.get(node.target) or _RULES.get(name), _Linear)
+    rule = _RULES.get(node.target) or _RULES.get(name)
+    return rule.scales if isinstance(rule, _Linear) else None
+
+
+def is_gemm(node: Node) -> bool:
+    """Whether a call is of an op above."""
+    return scales_of(node) is not None
 
 
 @register_token_rule(aten._grouped_mm.default, aten._scaled_grouped_mm.default)
