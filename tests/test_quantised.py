@@ -99,7 +99,7 @@ def test_through_inductor(unexpanded, monkeypatch):
         for kind, weight in zip(kinds, weights):
             residual = residual + all_reduce(x)
             # The weight is transposed before it is quantised: its memory has rows of columns.
-            x = LINEARS[kind](hf_norm(residual, norm_weight), weight.t())
+            x = LINEARS[kind](torch.nn.functional.silu(LINEARS[kind](hf_norm(residual, norm_weight), weight.t())), weight.t())
         return hf_norm(residual + all_reduce(x), norm_weight)
 
     given = [values(*shape, dtype=torch.bfloat16) for shape in ((1, 12, H), (1, 12, H), (H,), (H, H), (H, H))]

@@ -45,7 +45,7 @@ _lib = torch.library.Library("tokenweave", "DEF")
 # Without flexible_layout, Inductor makes a copy of an unrealised pointwise value for each op that takes it.
 _tags = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 _lib.define(f"linear(Tensor a, Tensor b, Tensor? bias, int slot, {_WHERE}) -> Tensor", tags=_tags)
-_scaled_tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)  # b is column-major
+_scaled_tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _lib.define(
     f"scaled_linear(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, Tensor? scale_result, ScalarType? out_dtype, "
     f"bool use_fast_accum, int slot, {_WHERE}) -> Tensor",

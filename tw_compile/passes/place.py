@@ -23,6 +23,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
+from .emit import keep_strides
 from .graph_utils import (
     RESHAPES,
     Ancestors,
@@ -154,7 +155,8 @@ def _made_linear(graph: Graph, gemm: Node, site: _Site, before: Ancestors) -> No
 def _made_scaled_linear(graph: Graph, gemm: Node, site: _Site, before: Ancestors) -> None:
     with graph.inserting_before(gemm):
         linear = graph.call_function(_SCALED[gemm.target], (*positional(gemm), site.slot, site.group, site.transport))
-    linear.meta = {name: about for name, about in gemm.meta.items() if name != "eager_input_vals"}  # those are of the other op
+    linear.meta = dict(gemm.meta)
+    keep_strides(linear)
     _take_the_place(graph, gemm, linear, site, before)
 
 
