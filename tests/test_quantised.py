@@ -98,8 +98,7 @@ def test_through_inductor(unexpanded, monkeypatch):
     def run(x, residual, norm_weight, *weights):
         for kind, weight in zip(kinds, weights):
             residual = residual + all_reduce(x)
-            # The weight is transposed before it is quantised: its memory has rows of columns.
-            x = LINEARS[kind](torch.nn.functional.silu(LINEARS[kind](hf_norm(residual, norm_weight), weight.t())), weight.t())
+            x = LINEARS[kind](torch.nn.functional.silu(LINEARS[kind](hf_norm(residual, norm_weight), weight)), weight)
         return hf_norm(residual + all_reduce(x), norm_weight)
 
     given = [values(*shape, dtype=torch.bfloat16) for shape in ((1, 12, H), (1, 12, H), (H,), (H, H), (H, H))]
