@@ -139,7 +139,7 @@ def through_hugging_face(kind, path) -> Outcome:
 
 
 def check(kind, outcomes):
-    """All of it is woven, or fused with the reason, and nothing runs whole. The error is eager's, but for values at the edge of two numbers."""
+    """All of it is woven, or fused with the reason, and nothing runs whole. The error is eager's, but for values between two numbers."""
     first, second = outcomes
     assert first.report == second.report
     assert (first.report.mode, first.report.joins) == ("fuse" if KINDS[kind].not_woven else "weave", [])
