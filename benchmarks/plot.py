@@ -129,7 +129,8 @@ def speedups(result):
     axes.set_ylabel("times as fast as Inductor with NCCL")
     row, machine = result["rows"][0], result["machine"]
     where = f"{row['tp']} × {machine.get('gpu') or machine['cpu']}"
-    axes.set_title(f"{what}, {row['model']} shapes, {row['layers']} layers, {where}", fontsize=10)
+    quant = "" if row.get("quant", "none") == "none" else f" {row['quant']}"
+    axes.set_title(f"{what}, {row['model']}{quant} shapes, {row['layers']} layers, {where}", fontsize=10)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -1,6 +1,7 @@
 """Prefill time of a Llama's layers: tokenweave against Inductor with NCCL, and against the model without its all-reduces.
 
     torchrun --nproc-per-node 8 benchmarks/prefill.py --model 70B --layers 4 --tokens 512 1024 2048 4096 8192
+    torchrun --nproc-per-node 2 benchmarks/prefill.py --model 70B --quant fp8-row
 
 All sides run in one process, each as a CUDA graph, in turns. Writes benchmarks/results/prefill-*.json after each size, so that a run
 that is interrupted keeps its results. common.py describes the sides and the rows.
@@ -10,6 +11,7 @@ import argparse
 import itertools
 
 import common
+import quantised
 import torch
 import torch.distributed as dist
 import variants
@@ -28,6 +30,7 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="of each sequence")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
     parser.add_argument("--sides", nargs="+", choices=common.SIDES, default=list(common.SIDES))
+    quantised.add_option(parser)
     parser.add_argument("--samples", type=int, default=15)
     args = parser.parse_args()
 
@@ -37,11 +40,12 @@ def main():
     compiled_for = sizes[:1] + [(batch, tokens) for batch, tokens in sizes if batch * tokens >= LARGE][:1]
     with torch.no_grad():
         model, config = variants.build(args.model, args.layers, device)
+        quantised.quantised(model, args.quant)
         for batch, tokens in sizes:
             if (batch, tokens) in compiled_for:
                 torch._dynamo.reset()
-                sides = [common.Side(name, model) for name in args.sides]
-            size = {"model": args.model, "layers": args.layers, "batch": batch, "tokens": tokens}
+                sides = [common.Side(name, model) for name in quantised.able(args.sides, args.quant)]
+            size = {"model": args.model, "quant": args.quant, "layers": args.layers, "batch": batch, "tokens": tokens}
             # Tokens in the first rank's part of the vocabulary, as the side without all-reduces can look up only its own part.
             ids = torch.randint(config.vocab // ranks, (batch, tokens), device=device)
             able = [side for side in sides if side.name != "weave" or batch * tokens > 1]  # one token cannot be split
@@ -49,7 +53,7 @@ def main():
             common.show(size, measured)
             measured_rows += common.rows(size, measured, device)
             common.write(
-                f"prefill-{args.model}-tp{ranks}" + ("" if args.batch == [1] else "-batches"),
+                quantised.name("prefill", args.model, args.quant, ranks) + ("" if args.batch == [1] else "-batches"),
                 device,
                 "dynamic shapes; ms of a whole forward pass with embedding, last norm and the last token's logits",
                 measured_rows,

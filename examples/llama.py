@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 examples/llama.py
     torchrun --nproc-per-node 8 examples/llama.py --size 70B --layers 4 --tokens 4096
     torchrun --nproc-per-node 8 examples/llama.py --weights path/to/Meta-Llama-3-8B
+    torchrun --nproc-per-node 2 examples/llama.py --fp8
 
 It runs on as many GPUs as there are ranks, or else on the CPU. It prints the reports of the backend, the errors of the backend and of
 Inductor against eager PyTorch, and the times of both. The model is the first part; it does not depend on the backend.
@@ -200,6 +201,50 @@ def rope_frequencies(config):
     return frequencies * (kept + (1 - kept) / config.rope_scaling["factor"])
 
 
+# --- 8 bits ----------------------------------------------------------------------------------------------------------
+
+FP8 = torch.float8_e4m3fn
+
+
+def fp8_rows(x):
+    """(x in FP8, scale [..., 1] in float32): each row has its own scale."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / torch.finfo(FP8).max
+    return (x.float() / scale).to(FP8), scale
+
+
+def fp8_linear(x, weight, scale):
+    """A linear layer of which weight and input have 8 bits. weight: [outputs, inputs], scale: [outputs, 1], as ``fp8_rows`` makes them"""
+    rows, of_rows = fp8_rows(x.reshape(-1, x.shape[-1]))
+    y = torch._scaled_mm(rows, weight.t(), of_rows, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+class QuantisedColumn(Column):
+    def forward(self, x):
+        return self.linear(x, self.weight, self.scale)
+
+
+class QuantisedRow(Row):
+    def forward(self, x):
+        return all_reduce(self.linear(x, self.weight, self.scale), self.tp)
+
+
+QUANTISED = {Column: QuantisedColumn, Row: QuantisedRow}
+
+
+def quantise(model, rows=fp8_rows, linear=fp8_linear):
+    """Quantise the linear layers of a model's layers, in place. Returns the model.
+
+    rows: a weight -> (the quantised weight, its scale); linear: (x, quantised weight, its scale) -> y
+    """
+    for module in model.layers.modules():
+        if type(module) in QUANTISED:
+            weight, scale = rows(module.weight.detach())
+            module.weight, module.scale = nn.Parameter(weight, requires_grad=False), nn.Buffer(scale)
+            module.__class__, module.linear = QUANTISED[type(module)], linear
+    return model
+
+
 # --- the weights -----------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +366,7 @@ def cause(error):
 
 def command_line():
     parser = argparse.ArgumentParser(description='A tensor-parallel Llama, backend="tokenweave" against "inductor".')
+    parser.set_defaults(fp8=False)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="shapes of the random weights (default: tiny)")
     parser.add_argument("--weights", type=Path, help="folder with config.json and *.safetensors, instead of random ones")
     parser.add_argument("--layers", type=int, help="so many layers (default: all of the model)")
@@ -357,18 +403,20 @@ def literal(text):
 
 def compare(build, args):
     device, ranks = start()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" or args.fp8 else torch.float32
     config = read_config(args.weights) if args.weights else SIZES[args.size]
     config = replace(config, layers=args.layers or config.layers)
     check(config, ranks, args)
     say(
         f"Llama {args.weights or args.size}, {config.layers} layers, {args.batch} × {args.tokens} tokens, "
-        f"{str(dtype).removeprefix('torch.')}, on {ranks} {'GPUs' if device.type == 'cuda' else 'CPU ranks'}"
+        f"{'FP8, ' if args.fp8 else ''}{str(dtype).removeprefix('torch.')}, on {ranks} {'GPUs' if device.type == 'cuda' else 'CPU ranks'}"
     )
 
     with torch.device("meta"):
         model = build(config, device, args).to(dtype).eval()
     fill(model, config, device, args.weights)
+    if args.fp8:
+        quantise(model)
     ids = torch.randint(config.vocab, (args.batch, args.tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
     inductor_options = {name: value for name, value in args.option.items() if not name.startswith("tokenweave.")}
@@ -426,6 +474,8 @@ def check(config, ranks, args):
             raise Stop(f"{getattr(config, name)} {name} do not divide by {ranks} ranks")
     if args.batch * args.tokens < 2:
         raise Stop("one token cannot be split in two; give --tokens or --batch")
+    if args.fp8 and not torch.cuda.is_available() and torch.__version__ < "2.12":
+        raise Stop("--fp8: on CPUs, GEMMs with a scale for each row need PyTorch 2.12")
 
 
 def error(result, right):
@@ -471,4 +521,6 @@ def say(*text, **how):
 
 
 if __name__ == "__main__":
-    main(lambda config, device, args: Llama(config, tp=dist.group.WORLD), command_line())
+    parser = command_line()
+    parser.add_argument("--fp8", action="store_true", help="weights and inputs of the layers' linears in 8 bits, a scale for each row")
+    main(lambda config, device, args: Llama(config, tp=dist.group.WORLD), parser)

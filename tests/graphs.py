@@ -262,6 +262,15 @@ class Plain:
     def linear(self, a, b, bias, slot, group, transport):
         return a @ b if bias is None else a @ b + bias
 
+    def scaled_linear(self, *given):
+        return torch.ops.aten._scaled_mm.default(*given[:-3])
+
+    def scaled_linear_v2(self, *given):
+        return torch.ops.aten._scaled_mm_v2.default(*given[:-3])
+
+    def placed(self, x, slot, group, transport):
+        return x.contiguous()
+
     def start(self, *given):
         site = Site._make(given[:-2])
         assert site.slot not in self.pending, "a slot's site is started before its last one was waited for"
@@ -283,6 +292,9 @@ def fused(transport, *given):
     return transport.wait(None, *site[:5], None, site[10], *site[12:], in_workspace, group, name)
 
 
+OPS = "linear", "scaled_linear", "scaled_linear_v2", "placed", "start", "wait", "fused"
+
+
 class _Run(Interpreter):
     def __init__(self, graph, transport, emulated):
         super().__init__(GraphModule(graph.owning_module, graph))
@@ -290,10 +302,7 @@ class _Run(Interpreter):
             c10d.all_reduce.default: lambda x, *_: x * RANKS,
             c10d.wait_tensor.default: lambda x: x,
             c10d.all_gather_into_tensor.default: lambda x, ranks, _: torch.cat([x] * ranks),
-            ops.linear: transport.linear,
-            ops.start: transport.start,
-            ops.wait: transport.wait,
-            ops.fused: transport.fused,
+            **{getattr(ops, name): getattr(transport, name) for name in OPS},
             lowering.layer: lambda gm, written, *operands: _Run(gm.graph, transport, emulated).run(*operands),
             **emulated,
         }

@@ -69,6 +69,7 @@ passes.graph_utils
 
 autotune
 autotune.schedule
+autotune.operands
 autotune.plan
 
 ops.lowering

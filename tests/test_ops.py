@@ -94,13 +94,25 @@ def test_opcheck_linear(transport, bias):
     torch.library.opcheck(ops.linear, (values(6, H), values(H, 5), bias, 0, *where()))
 
 
+def test_opcheck_of_ops_that_write_in_the_workspace(transport):
+    torch.library.opcheck(ops.placed, (values(2, 3, H).transpose(0, 1), 0, *where()))
+    a, b, one = values(16, H).to(torch.float8_e4m3fn), values(32, H).to(torch.float8_e4m3fn).t(), torch.ones(())
+    scaled = a, b, one, one, None, None, torch.bfloat16, False
+    torch.library.opcheck(ops.scaled_linear, (*scaled, 0, *where()), test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
+    assert torch.equal(ops.scaled_linear(*scaled, 0, *where()), torch.ops.aten._scaled_mm(*scaled))
+    assert ops.scaled_linear(a[:0], *scaled[1:], 0, *where()).shape == (0, 32)
+
+
 @pytest.mark.parametrize("op", [ops.linear, ops.start, ops.wait, ops.fused], ids=str)
 def test_ops_take_buffers_as_they_are(op):
     """Without this tag Inductor copies a pointwise value for each op that takes it."""
     assert torch.Tag.flexible_layout in op.tags
 
 
-@pytest.mark.parametrize("op", [ops.linear, ops.start, ops.wait, ops.fused], ids=str)
+EVERY = ops.linear, ops.scaled_linear, ops.scaled_linear_v2, ops.placed, ops.partials, ops.start, ops.wait, ops.fused
+
+
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_ops_promise_no_aliases_and_no_mutation(op):
     assert not op._schema.is_mutable
     assert all(a.alias_info is None for a in [*op._schema.arguments, *op._schema.returns])

@@ -4,14 +4,17 @@ import functools
 
 import pytest
 import torch
+from graphs import OPS, trace_with_inputs
 from graphs import rewrite as rewrite_by
-from graphs import trace_with_inputs
-from quantised import FP8, LINEARS
+from graphs import run as run_graph
+from quantised import EMULATED, FP8, LINEARS
 from sites import H, all_reduce, hf_norm, values
+from workspace import Workspace
 
-from tw_compile import TokenWeaveError, passes
+from tw_compile import TokenWeaveError, backend, forms, ops, passes
 from tw_compile.options import Options
 from tw_compile.passes.cut import Cut
+from tw_compile.passes.graph_utils import arguments
 
 pytestmark = pytest.mark.usefixtures("world")
 rewrite = functools.partial(rewrite_by, by=trace_with_inputs)
@@ -57,6 +60,102 @@ def test_one_scale_for_all_tokens_is_fused_only(kind):
     is_close(new.outputs()[0], new.expected()[0])
     with pytest.raises(TokenWeaveError, match="one scale for all tokens"):
         rewrite(block(LINEARS[kind]), *inputs(), mode="weave")
+
+
+@pytest.mark.parametrize("mode", ["fuse", "weave"])
+@pytest.mark.parametrize("kind, written", [("int8 row", "placed"), ("int8 weight", "placed"), ("fp8 row", "scaled_linear")])
+def test_nothing_is_copied_between_sites(kind, written, mode):
+    """What is reduced is written in the workspace: by the GEMM, or by what scales its result. Norms are quantised from there."""
+    if kind not in LINEARS:
+        pytest.skip("the CPU kernel of this version of torch has no scales for rows")
+    new = rewrite(block(LINEARS[kind], 3), *inputs(), mode=mode, symmetric=True)
+    halves = 2 if mode == "weave" else 1
+    for order in [None, *range(5)]:
+        workspace = Workspace()
+        (got,) = new.outputs(workspace, order)
+        is_close(got, new.expected()[0])
+        # The last norm leaves the graph.
+        assert workspace.lent == {written: 2 * halves, "in_workspace": 2 * halves, "sharded_residual": 3 * halves, "linear": 0}
+
+
+def with_bias(x, weight, bias, version):
+    rows, w, one = x.reshape(-1, x.shape[-1]).to(FP8), weight.to(FP8), torch.ones(1, 1)
+    if version == 2:
+        product = torch.ops.aten._scaled_mm_v2(rows, w.t(), [one], [0], [0], [one], [0], [0], bias, torch.bfloat16)
+    else:
+        product = torch._scaled_mm(rows, w.t(), one, one, bias, out_dtype=torch.bfloat16)
+    return product.view(x.shape)
+
+
+def test_through_inductor(unexpanded, monkeypatch):
+    """The kernel that scales the product of a GEMM writes it in the workspace, and no kernel reads what is gone from there: it is NaN."""
+    workspace = Workspace()
+    for name in (*OPS, "partials"):
+        monkeypatch.setattr(ops.direct, name, getattr(workspace, name))
+    monkeypatch.setattr(forms.Forms, "_may_be_symmetric", lambda *_: True)
+    kinds = ["int8 row", *(["fp8 row"] if "fp8 row" in LINEARS else [])]
+
+    def run(x, residual, norm_weight, *weights):
+        for kind, weight in zip(kinds, weights):
+            residual = residual + all_reduce(x)
+            x = LINEARS[kind](torch.nn.functional.silu(LINEARS[kind](hf_norm(residual, norm_weight), weight)), weight)
+        return hf_norm(residual + all_reduce(x), norm_weight)
+
+    given = [values(*shape, dtype=torch.bfloat16) for shape in ((1, 12, H), (1, 12, H), (H,), (H, H), (H, H))]
+    for tensor in given:
+        torch._dynamo.mark_static(tensor, [0, 2] if tensor.dim() == 3 else None)
+    with torch.no_grad():
+        got = torch.compile(run, backend=backend.tokenweave, dynamic=True, options={"tokenweave.mode": "weave"})(*given)
+    assert (workspace.lent["placed"], workspace.lent["scaled_linear"]) == (2, 2 * (len(kinds) - 1))
+    is_close(got, rewrite(run, *given, mode="fuse").expected()[0])
+
+
+@pytest.mark.parametrize("version, op", [(1, ops.scaled_linear), (2, ops.scaled_linear_v2)])
+def test_a_scaled_gemm_with_a_bias_writes_in_the_workspace(version, op):
+    def run(x, residual, norm_weight, weight, bias):
+        return hf_norm(residual + all_reduce(with_bias(x, weight, bias, version)), norm_weight)
+
+    shapes = (1, 12, H), (1, 12, H), (H,), (H, H), (H,)
+    new = rewrite(run, *[values(*shape, dtype=torch.bfloat16) for shape in shapes], mode="fuse", symmetric=True)
+    assert new.count(op) == 1
+    is_close(new.outputs(Workspace())[0], run_graph(new.before, new.inputs, emulated=EMULATED)[0])
+
+
+def refused(between, symmetric=True):
+    """A rewritten graph: between(norm, GEMM of it) is what the second site reduces."""
+
+    def run(x, residual, norm_weight, weight):
+        residual = residual + all_reduce(x)
+        norm = hf_norm(residual, norm_weight)
+        return hf_norm(residual + all_reduce(between(norm, LINEARS["int8 row"](norm, weight))), norm_weight)
+
+    shapes = (1, 12, H), (1, 12, H), (H,), (H, H)
+    new = rewrite(run, *[values(*shape, dtype=torch.bfloat16) for shape in shapes], mode="fuse", symmetric=symmetric)
+    for order in [None, *range(5)]:
+        is_close(new.outputs(Workspace(), order)[0], new.expected()[0])
+    return new
+
+
+def test_a_norm_that_is_read_beside_the_chain_does_not_stay():
+    new = refused(lambda norm, y: y + norm)
+    fused = next(node for node in new.after.nodes if node.target is ops.fused)
+    assert new.count(ops.placed) == 1 and not arguments(fused)["in_workspace"]
+
+
+def test_a_norm_with_a_small_reduction_does_not_stay():
+    """Inductor computes it again where its result is read."""
+    new = refused(lambda norm, y: y * norm.view(1, 12, -1, 4).amax(-1).amax(-1, keepdim=True).sigmoid())
+    assert not any(arguments(node)["in_workspace"] for node in new.after.nodes if node.target is ops.fused)
+
+
+def test_a_chain_that_something_else_reads_is_not_placed():
+    def run(x, residual, norm_weight, weight):
+        y = LINEARS["int8 row"](x, weight)
+        return hf_norm(residual + all_reduce(y), norm_weight), y.sin()
+
+    shapes = (1, 12, H), (1, 12, H), (H,), (H, H)
+    new = rewrite(run, *[values(*shape, dtype=torch.bfloat16) for shape in shapes], mode="fuse", symmetric=True)
+    assert new.count(ops.placed) == 0
 
 
 @pytest.mark.parametrize("first, unsplit", [(128, ""), (64, "the cut is not at a multiple of them")])

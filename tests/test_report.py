@@ -58,7 +58,7 @@ tokenweave: weave (requested: mode=weave, split=512), transport peer, split 512 
         self.assertExpectedInline("\n".join(lines), """\
 woven from 1024 tokens on, with split ratio 0.625, 6 CTAs: 1.12 times as fast as fused at the most tokens
 not woven at any number of tokens; the best woven form is 0.90 times as fast as fused at the most tokens, with split ratio 0.5, 8 CTAs
-no, for lack of memory; a rule weaves from 2048 tokens on""")
+no, as a warning says; a rule weaves from 2048 tokens on""")
 
     def test_nothing_found(self):
         report = Report(requested={"mode": "auto"}, reasons=["it contains no all-reduce"])

@@ -10,9 +10,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from graphs import rewrite, without_codegen
+from graphs import rewrite, trace_with_inputs, without_codegen
 from models import HIDDEN, VOCAB, parallel, whole
+from quantised import LINEARS
 from sites import INNER, H, all_reduce, hf_norm
+from test_quantised import block
 from test_split import mlp, mlp_inputs
 
 import tw_compile
@@ -167,6 +169,61 @@ def test_ops_that_need_both_halves_are_told(world, monkeypatch):
     rewrite(with_unsplit_ops, *mlp_inputs(INNER), plan_of=lambda section, *_: seen.append(section))
     ((_, *ops),) = seen[0].phases
     assert ops == [("mm", H, INNER), ("unsplit",), ("unsplit", "mm", INNER, INNER), ("unsplit",), ("mm", INNER, H)]
+
+
+def sections_of(kind, monkeypatch, **options):
+    monkeypatch.setattr(schedule, "possible", lambda device: True)
+    monkeypatch.setattr(schedule, "SIZES", SIZES)
+    seen, shapes = [], ((1, 20, H), (1, 20, H), (H,), (H, H), (H, H))
+    given = [torch.randn(shape).to(torch.bfloat16) for shape in shapes]
+    rewrite(block(LINEARS[kind], 3), *given, plan_of=lambda section, *_: seen.append(section), by=trace_with_inputs, **options)
+    return seen
+
+
+ROWS, ROW_SCALES = ("tensor", "float8_e4m3fn", (-1, H), (0, 1)), ("tensor", "float32", (-1, 1), (0, 1))
+WEIGHT, SCALES = ("tensor", "float8_e4m3fn", (H, H), (1, 0)), ("tensor", "float32", (1, H), (0, 1))
+NONE = ("constant", None)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in LINEARS if "tensor" not in kind])
+def test_quantised_linears_are_tuned_as_they_are(world, monkeypatch, kind, dynamic):
+    (section,) = sections_of(kind, monkeypatch, dynamic=dynamic)
+    assert schedule.Section.from_dict(json.loads(json.dumps(asdict(section)))) == section
+    _, (_, first, second) = section.phases
+    if kind == "fp8 row":
+        fast = ("dtype", "bfloat16"), ("constant", False)
+        assert first == ("gemm", "aten::_scaled_mm", H, (ROWS, WEIGHT, ROW_SCALES, SCALES, NONE, NONE, *fast))
+    # They run, and the last one writes where it is told to.
+    stage = schedule.Stage(section, ProcessGroup(dist.group.WORLD.group_name, torch.device("cpu")), torch.device("cpu"))
+    assert stage.set() is None
+    for op, gemm in stage.gemms.items():
+        for tokens in (5, max(section.sizes)):
+            product, out = gemm(tokens), torch.full((tokens, op[2]), float("nan"), dtype=torch.bfloat16)
+            assert gemm(tokens, out) is out and torch.equal(out, product.to(torch.bfloat16)) and product.float().std() > 0
+    assert second[0] == ("mm" if "weight" in kind else "gemm") and second[2] == H
+
+
+def of_quantised(section):
+    """On a rank: whether a plan is measured."""
+    with tempfile.TemporaryDirectory() as folder, Rank(folder):
+        plan = schedule.agree_on(section, dist.group.WORLD.group_name, torch.device("cpu"), "auto", None)
+    return plan.gain is not None
+
+
+def test_a_plan_of_quantised_linears_is_measured(world, ranks, monkeypatch):
+    (section,) = sections_of("int8 row", monkeypatch)
+    assert ranks(of_quantised, section) == [True, True]
+
+
+def test_what_cannot_be_tuned_is_told(world, monkeypatch):
+    monkeypatch.setattr(schedule, "possible", lambda device: True)
+    graph = lambda x, r, w: hf_norm(r + all_reduce(hf_norm(r + all_reduce(x), w).cumsum(-1)), w)  # noqa: E731
+    given = [torch.randn(shape) for shape in ((1, 300, H), (1, 300, H), (H,))]
+    with without_codegen(), torch.no_grad():
+        torch.compile(graph, backend=backend.tokenweave, dynamic=False)(*given)
+    (report,) = tw_compile.reports()
+    assert any("is not the product of a GEMM that autotuning can run" in reason for reason in report.reasons)
 
 
 class Logged(ProcessGroup):

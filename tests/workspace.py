@@ -5,10 +5,13 @@ contract leaves undefined is NaN here: what stood in a slot before it was writte
 of the other ranks.
 """
 
+import functools
 import math
+from collections import Counter
 
 import torch
 from graphs import RANKS, fused
+from quantised import EMULATED
 
 from tw_compile.site import Site, add_norm
 
@@ -17,19 +20,39 @@ NAN = float("nan")
 
 
 class Workspace:
-    def __init__(self):
-        self.slots = {}
-        self.lent = {"linear": 0, "in_workspace": 0, "sharded_residual": 0}
+    def __init__(self, device="cpu", entries=ENTRIES):
+        self.slots, self.full = {}, functools.partial(torch.full, (entries,), NAN, device=device)
+        self.lent = Counter(linear=0, in_workspace=0, sharded_residual=0)
 
     def _slot(self, group, slot, dtype):
         key = group, slot, dtype
         if key not in self.slots:
-            self.slots[key] = _Slot(dtype)
+            self.slots[key] = _Slot(self.full(dtype=dtype), self.full())
         return self.slots[key]
 
     def linear(self, a, b, bias, slot, group, transport):
         self.lent["linear"] += 1
         return self._slot(group, slot, a.dtype).write(a @ b if bias is None else a @ b + bias)
+
+    def scaled_linear(self, *given):
+        return self._scaled(torch.ops.aten._scaled_mm.default, given)
+
+    def scaled_linear_v2(self, *given):
+        return self._scaled(torch.ops.aten._scaled_mm_v2.default, given)
+
+    def _scaled(self, gemm, given):
+        self.lent["scaled_linear"] += 1
+        *given, slot, group, _ = given
+        product = EMULATED.get(gemm, gemm)(*given)
+        return self._slot(group, slot, product.dtype).write(product)
+
+    def partials(self, shape, dtype, device, slot, group, transport):
+        self.lent["placed"] += 1
+        return self._slot(group, slot, dtype).buffer[: math.prod(shape)].view(shape)
+
+    def placed(self, x, slot, group, transport):
+        self.lent["placed"] += 1
+        return self._slot(group, slot, x.dtype).write(x)
 
     def start(self, *given):
         *site, group, _ = given
@@ -48,8 +71,8 @@ class Workspace:
 
 
 class _Slot:
-    def __init__(self, dtype):
-        self.buffer, self.own_rows = torch.full((ENTRIES,), NAN, dtype=dtype), torch.full((ENTRIES,), NAN)
+    def __init__(self, buffer, own_rows):
+        self.buffer, self.own_rows = buffer, own_rows
         self.every_row, self.pending = None, None  # every_row: of the sharded residual, as all ranks together have it
 
     def write(self, value):

@@ -127,15 +127,15 @@ def make(name: str, folder) -> str:
     return path
 
 
-def load(path: str, dtype=torch.float32, parallel=True):
-    """The checkpoint as users load it: over all ranks, or whole."""
+def load(path: str, dtype=torch.float32, parallel=True, **how):
+    """The checkpoint as users load it: over all ranks, or whole. how: further arguments of ``from_pretrained``"""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     place = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
     os.environ.update({key: str(number) for key, number in place.items()})  # as torchrun does
-    how = {"tp_plan": "auto"} if parallel else {}
+    how |= {"tp_plan": "auto"} if parallel else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how).eval()
     if torch.__version__ < "2.12":  # whose Dynamo does not trace through them; they are for training
         for module in model.modules():

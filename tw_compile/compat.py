@@ -99,6 +99,7 @@ def _release(version: str) -> tuple[int, int]:
 # torch.compile's wrapper of "inductor": its presets for a mode, and its errors for options.
 InductorWrapper = _name("torch._TorchCompileInductorWrapper")
 OpOverload = _name("torch._ops.OpOverload")
+get_layout_constraint_tag = _name("torch._library.utils.get_layout_constraint_tag")
 pytree = _name("torch.utils._pytree", ("tree_map", "tree_map_only"))
 FloorDiv = _name("torch.utils._sympy.functions.FloorDiv")
 is_traceable_wrapper_subclass = _name("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
@@ -171,7 +172,10 @@ reset_cudagraph_trees = _name("torch._inductor.cudagraph_trees.reset_cudagraph_t
 V = _name("torch._inductor.virtualized.V")
 ir = _name(
     "torch._inductor.ir",
-    ("_CollectiveKernel", "FallbackKernel", "InvokeSubgraph", "IRNode", "MutationOutput", "NoneLayout", "TensorBox"),
+    (
+        "_CollectiveKernel", "FallbackKernel", "InvokeSubgraph", "IRNode", "MutationLayoutSHOULDREMOVE", "MutationOutput", "NoneLayout",
+        "TensorBox",
+    ),
 )
 lowering = _name("torch._inductor.lowering", ("fallbacks", "lowerings", "register_lowering"))
 SubgraphPythonWrapperCodegen = _name("torch._inductor.codegen.wrapper.SubgraphPythonWrapperCodegen")

@@ -187,8 +187,9 @@ class Forms:
         seen: dict = {}
 
         def look(sites):
-            section = passes.section_of(sites, self.options, self.compiler.cuda_graphs) if self.plan is None else None
-            seen.update(batch=batch_of(sites), section=section, by_rule=plan_by_rule(sites))
+            section = passes.section_of(sites, self.options, self.compiler.cuda_graphs) if self.plan is None else ""
+            seen.update(batch=batch_of(sites), by_rule=plan_by_rule(sites))
+            seen.update(section=None, not_tuned=section) if isinstance(section, str) else seen.update(section=section, not_tuned="")
             return ""
 
         new, together = self._agreed(FUSE, sized, look)
@@ -205,6 +206,8 @@ class Forms:
                 plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, together)
             if plan is not None and seen["section"] is not None:
                 self.compiler.rehearsal = {"section": asdict(seen["section"]), "plan": asdict(plan)}
+            elif plan is None and seen["not_tuned"]:
+                self.compiler.not_tuned = seen["not_tuned"]
             self.plan = plan or seen["by_rule"]
         self.analyses.append(_Analysis(sized, new, seen["batch"], together))
         return self.analyses[-1]

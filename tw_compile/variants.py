@@ -76,6 +76,7 @@ class Compiler:
         self.broken = broken
         self.config, self.compile_id = config.get_config_copy(), logs.compile_id()
         self.rehearsal: dict | None = None
+        self.not_tuned = ""
 
     def for_sizes(self, values: Values, fixed: bool = False) -> ForSizes:
         """A copy of the graph with symbols of its own; the graph itself where it has no symbols. fixed: for these values only"""
@@ -145,6 +146,7 @@ class Compiler:
             report.transport = transport.name
             report.reasons += [why_not] if why_not else []
         report.rehearsal = self.rehearsal
+        report.reasons += [f"not autotuned: {self.not_tuned}"] if self.not_tuned else []
         self.record(report)
 
     def record(self, report: Report) -> None:

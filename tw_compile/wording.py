@@ -11,7 +11,7 @@ def short(source: str) -> str:
 def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None) -> str:
     """A Plan in words."""
     if gain is None:
-        return f"no, for lack of memory; a rule weaves from {min_tokens} tokens on"
+        return f"no, as a warning says; a rule weaves from {min_tokens} tokens on"
     cut = f"split ratio {split_ratio:g}" + (f", {ctas} CTAs" if ctas else "")
     if min_tokens is None:
         return f"not woven at any number of tokens; the best woven form is {gain:.2f} times as fast as fused at the most tokens, with {cut}"

@@ -29,6 +29,7 @@ from ..compat import cuda_sleep, missing_on_gpus, resolve_process_group
 from ..options import Options
 from ..site import Site
 from ..transports import agree, choose
+from .operands import Gemm, bytes_of, channels_of
 from .plan import SPLIT_RATIOS, Plan, by_rule, by_times, first_half, rule_of_cut
 
 log = logging.getLogger("tw_compile")
@@ -53,9 +54,10 @@ class Section:
     sizes:         the numbers of tokens to measure
     sequences:     the number of sequences that the tokens belong to; with several, the cut is between sequences
     ctas:          the number of CTAs that the user asked for; 0 for any
-    phases:        the ops before each site but the first: ("mm", rows, columns) with the shape of a GEMM's weight, where the last GEMM of
-                   a phase has ``hidden`` columns; ("attention", heads, heads of keys and values, channels of a head); ("others", number
-                   of other kernels); and ("unsplit", *op), an op that needs both halves: one of these, or without ``op`` another
+    phases:        the ops before each site but the first: ("mm", rows, columns) with the shape of a GEMM's weight; ("gemm", ...), a
+                   quantised one, as ``operands`` has it; ("attention", heads, heads of keys and values, channels of a head); ("others",
+                   number of other kernels); and ("unsplit", *op), an op that needs both halves: one of these, or without ``op`` another.
+                   The last GEMM of a phase has ``hidden`` columns
     cuda_graphs:   whether CUDA graphs run the graph, so that the host's time does not count
     """
 
@@ -70,8 +72,11 @@ class Section:
     @classmethod
     def from_dict(cls, data: dict) -> "Section":
         """The section that ``asdict`` has turned into ``data``, also with lists in place of tuples, as from JSON."""
-        phases = tuple(tuple(map(tuple, phase)) for phase in data["phases"])
-        return cls(**{**data, "sizes": tuple(data["sizes"]), "phases": phases})
+        return cls(**{name: _tuples(value) for name, value in data.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def possible(device: torch.device) -> bool:
@@ -157,12 +162,13 @@ class Stage:
     def __init__(self, section: Section, transport: Any, device: torch.device) -> None:
         self.section, self.transport, self.device, self.dtype = section, transport, device, getattr(torch, section.dtype)
         ops = {op[1:] if op[0] == "unsplit" else op for phase in section.phases for op in phase}
-        self.weights: dict[tuple[int, int], Any] = {op[1:]: None for op in sorted(ops) if op[:1] == ("mm",)}  # (rows, columns) -> tensor
+        self.weights: dict[tuple, Any] = {op[1:]: None for op in sorted(op for op in ops if op[:1] == ("mm",))}  # (rows, columns) -> tensor
+        self.gemms: dict[tuple, Any] = {op: None for op in ops if op[:1] == ("gemm",)}  # op -> Gemm
         self.channels = max(section.hidden, *map(_channels, ops))
-        self.columns = max(columns for _, columns in self.weights)
+        self.columns = max([columns for _, columns in self.weights] + [op[2] for op in self.gemms])
 
     def set(self) -> str | None:
-        """Make the tensors. Returns the reason if there is too little memory for them and for intermediate values, else None."""
+        """Make the tensors. Returns the reason if there is too little memory, or if a GEMM does not run; else None."""
         if lacking := self._lacks_memory():
             return lacking
         generator = torch.Generator(self.device).manual_seed(0)  # leaves the user's generator as it is
@@ -173,8 +179,15 @@ class Stage:
             self.values = draw(max(self.section.sizes) * self.channels)
             self.weight = torch.ones(self.section.hidden, device=self.device, dtype=self.dtype)
             self.small = torch.zeros(8, device=self.device, dtype=self.dtype)
+            for op in self.gemms:
+                self.gemms[op] = Gemm(op, max(self.section.sizes), draw)
         except torch.OutOfMemoryError as error:  # the free memory is fragmented
             return str(error)
+        try:
+            for gemm in self.gemms.values():
+                gemm(max(self.section.sizes))
+        except Exception as error:  # the ranks must know of any error
+            return f"{gemm.op} does not run with operands that are made for it: {type(error).__name__}: {error}"
         return None
 
     def _lacks_memory(self) -> str | None:
@@ -186,7 +199,7 @@ class Stage:
         elements = sum(k * n for k, n in self.weights) + tokens * (self.channels + 2 * self.columns + 12 * self.section.hidden)
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        needed = elements * self.dtype.itemsize
+        needed = elements * self.dtype.itemsize + sum(bytes_of(op, tokens) for op in self.gemms)
         return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else None
 
     def times(self, variants: list[tuple[int, float] | None], tokens: int) -> list[float]:
@@ -258,8 +271,7 @@ class Stage:
                 self.work_unsplit(ops, pieces, sequence)
             for slot in range(len(pieces)):
                 work(last, slot)
-                rows, columns = phase[-1][1:]
-                x = self.transport.linear(self._input(norms[slot], rows), self.weights[rows, columns], None, slot)
+                x = self._reduced(phase[-1], norms[slot], slot)
                 if woven:
                     self.transport.start(self._site(x, residuals[slot], ctas, slot, number))
                     begun.add(slot)
@@ -268,11 +280,22 @@ class Stage:
         for slot in [*begun]:
             wait(slot)
 
+    def _reduced(self, op: tuple, norm: Tensor, slot: int) -> Tensor:
+        """The product of the last GEMM of a phase, where its site reads it."""
+        if op in self.gemms:
+            tokens = norm.shape[0]
+            return self.gemms[op](tokens, self.transport.partials(slot, self.dtype, torch.Size((tokens, self.section.hidden))))
+        rows, columns = op[1:]
+        return self.transport.linear(self._input(norm, rows), self.weights[rows, columns], None, slot)
+
     def work(self, ops: list[tuple], norm: Tensor, sequence: int, before: int) -> None:
         """Run ops on the tokens of ``norm``, which follow ``before`` tokens of the same sequence."""
-        for kind, *sizes in filter(None, ops):
+        for op in filter(None, ops):
+            kind, *sizes = op
             if kind == "mm":
                 torch.mm(self._input(norm, sizes[0]), self.weights[tuple(sizes)])
+            elif kind == "gemm":
+                self.gemms[op](norm.shape[0])
             elif kind == "attention":
                 heads, kv_heads, channels = sizes
                 self._attend(heads, kv_heads, channels, norm.shape[0], sequence, before)
@@ -318,6 +341,8 @@ class Stage:
 def _channels(op: tuple) -> int:
     """The number of channels of an op's input."""
     kind, *sizes = op or ("unsplit",)
+    if kind == "gemm":
+        return channels_of(op)
     return {"mm": lambda: sizes[0], "attention": lambda: sizes[0] * sizes[2]}.get(kind, lambda: 0)()
 
 

@@ -4,6 +4,9 @@ The code that Inductor generates calls these functions directly. All other calle
 dispatcher: with this many arguments the dispatcher takes longer than the function itself.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,29 @@ _packed = tuple.__new__  # does the same as Site(), which is a function in Pytho
 def linear(a: Tensor, b: Tensor, bias: Tensor | None, slot: int, group: str, transport: str) -> Tensor:
     found, _ = chosen.get((group, a.device, transport)) or choose(transport, group, a.device)
     return found.linear(a, b, bias, slot)
+
+
+def partials(shape: Sequence[int], dtype: torch.dtype, device: torch.device, slot: int, group: str, transport: str) -> Tensor:
+    found, _ = chosen.get((group, device, transport)) or choose(transport, group, device)
+    return found.partials(slot, dtype, torch.Size(shape))
+
+
+def placed(x: Tensor, slot: int, group: str, transport: str) -> Tensor:
+    return partials(x.shape, x.dtype, x.device, slot, group, transport).copy_(x)
+
+
+def scaled_linear(*args: Any) -> Tensor:
+    return _written(torch.ops.aten._scaled_mm.out, args[6], *args)
+
+
+def scaled_linear_v2(*args: Any) -> Tensor:
+    return _written(torch.ops.aten._scaled_mm_v2.out, args[9], *args)
+
+
+def _written(gemm: Callable, dtype: torch.dtype | None, *args: Any) -> Tensor:
+    a, b, *others, slot, group, transport = args
+    out = partials((a.shape[0], b.shape[1]), dtype or a.dtype, a.device, slot, group, transport)
+    return gemm(a, b, *others, out=out) if out.numel() else out
 
 
 def start(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..compat import SubgraphPythonWrapperCodegen, V, detect_fake_mode, ir, is_collective, is_lowering, lowering, pytree
-from . import fused, linear, reduced, start, wait
+from . import fused, linear, partials, placed, reduced, scaled_linear, scaled_linear_v2, start, wait
 
 
 class _Direct(ir.FallbackKernel):
@@ -84,11 +84,20 @@ def register() -> None:
     """
     if linear in lowering.lowerings:
         return
-    _register(linear, _Direct, lambda args: (True,))
+    for op in (linear, scaled_linear, scaled_linear_v2, partials):
+        _register(op, _Direct, lambda args: (True,))
     _register(start, _Site, lambda args: (True,))  # all calls return the same token
     _register(wait, _Direct, lambda args: (args[-3], args[-4]))  # in_workspace: the norm, sharded_residual: the residual
     _register(fused, _Site, lambda args: (args[-3], args[-4]))
     lowering.register_lowering(reduced, type_promotion_kind=None)(_wait_after)
+    lowering.register_lowering(placed, type_promotion_kind=None)(_realized_in_workspace)
+
+
+def _realized_in_workspace(x: Any, slot: int, group: str, transport: str) -> Any:
+    """The lowering of ``placed``: the kernel that computes x writes it to the workspace."""
+    out = lowering.lowerings[partials](x.get_size(), x.get_dtype(), x.get_device(), slot, group, transport)
+    ir.MutationLayoutSHOULDREMOVE.realize_into(x, out)
+    return out
 
 
 def _wait_after(total: Any, after: Any) -> Any:

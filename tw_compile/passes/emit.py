@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from ..compat import FloorDiv
+from ..compat import FloorDiv, OpOverload, get_layout_constraint_tag
 from .graph_utils import aten, value
 
 # Adds a call to a graph: (target, *args, **kwargs) -> Node.
@@ -39,6 +39,7 @@ class Emitter:
         with self.fake_mode:
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         node.meta["half"] = self.half
+        keep_strides(node)
         return node
 
     def size(self, size: int | torch.SymInt | sympy.Expr) -> int | Node:
@@ -68,6 +69,12 @@ class Emitter:
                 first = self(operator.add if size.is_Add else operator.mul, first, other)
             return first
         raise KeyError(f"cannot compute the size {size}")
+
+
+def keep_strides(node: Node) -> None:
+    """Let Inductor give a call of an op that needs it the strides of its inputs that they have in the graph, as AOTAutograd does."""
+    if isinstance(node.target, OpOverload) and get_layout_constraint_tag(node.target) == torch.Tag.needs_exact_strides:
+        node.meta["eager_input_vals"] = map_arg((node.args, node.kwargs), value)
 
 
 def size_of(emit: Emit, node: Node, dim: int) -> int | Node:

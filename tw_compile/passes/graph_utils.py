@@ -67,6 +67,13 @@ def arguments(call: Node) -> dict[str, Any]:
     return {a.name: given for a, given in zip(call.target._schema.arguments, call.args, strict=True)}
 
 
+def positional(call: Node) -> tuple:
+    """All arguments of a call of an op by position, with those that are keywords, and those that have their default."""
+    schema = call.target._schema.arguments
+    given = {a.name: v for a, v in zip(schema, call.args)} | call.kwargs
+    return tuple(given.get(a.name, a.default_value) for a in schema)
+
+
 def in_order(op: Any, named: dict[str, Any]) -> tuple:
     """The positional arguments of a call of ``op``. named: name -> argument; names that ``op`` does not take are ignored"""
     return tuple(named[a.name] for a in op._schema.arguments)

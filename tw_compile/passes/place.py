@@ -6,8 +6,10 @@ Over symmetric memory a site reads its input and writes its norm in the workspac
 copied in, and the norm is copied out. The pass finds, by the graph alone, where a copy is not needed:
 
 linear            The row-parallel GEMM writes to the workspace. Only the site reads the result, and the GEMM runs after the
-                  slot's previous site. A GEMM that adds to the result of another one adds in the workspace.
-in_workspace      The norm stays in the workspace. Only GEMMs read it, and all of them run before the next write to the slot.
+                  slot's previous site. A GEMM that adds to the result of another one adds in the workspace. Scales may follow a GEMM
+                  of 8 bits: then the last of the ops that Inductor compiles into one kernel is ``placed``, which writes there.
+in_workspace      The norm stays in the workspace. Only GEMMs read it, or what quantises it for them, and all of them run before the
+                  next write to the slot.
 sharded_residual  A float32 residual stays in the workspace. Each rank has its own rows.
 
 "Before" and "after" are by data flow, so they hold in any order that Inductor may choose.
@@ -15,19 +17,39 @@ sharded_residual  A float32 residual stays in the workspace. Each rank has its o
 
 import itertools
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from .graph_utils import RESHAPES, Ancestors, arguments, aten, calls, in_order, is_view, keeps_rows, same_shape, value
+from .emit import keep_strides
+from .graph_utils import (
+    RESHAPES,
+    Ancestors,
+    arguments,
+    aten,
+    calls,
+    in_order,
+    is_view,
+    keeps_rows,
+    positional,
+    prims,
+    same_shape,
+    value,
+)
+from .rules.quantised import is_gemm
+from .rules.token_axis import is_pointwise
 
-_GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear)
+_GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, ops.linear, ops.scaled_linear, ops.scaled_linear_v2)
+_SCALED = {aten._scaled_mm.default: ops.scaled_linear, aten._scaled_mm_v2.default: ops.scaled_linear_v2}
+# Reductions that Inductor computes in a kernel, once, and does not compute again where they are read. With fewer elements it does.
+_REDUCTIONS = (aten.amax.default, aten.amin.default, aten.sum.dim_IntList, aten.mean.dim)
+_REDUCED = 16
 
 
 def place(graph: Graph, workspace: bool, gathered: Collection[int] = ()) -> None:
-    """Set the flags of all sites, and make the GEMMs before them ``linear``, where this is safe. In place.
+    """Set the flags of all sites, and let what they reduce be written in the workspace, where this is safe. In place.
 
     workspace: whether there may be a workspace; without one only ``fp32_residual`` is set
     gathered:  numbers of the sites whose residual must be whole, as another rank needs it
@@ -42,7 +64,7 @@ def place(graph: Graph, workspace: bool, gathered: Collection[int] = ()) -> None
             continue  # sites that may run in either order would overwrite each other's values in the slot
         if workspace:
             for previous, site in zip([None, *chain], chain):
-                _use_linear(graph, previous, site, before)
+                _use_workspace(graph, previous, site, before)
         for site, following in zip(chain, [*chain[1:], None]):
             fp32 = site.number not in gathered and _only_carried(site, following)
             site.set_flags(fp32, workspace and fp32, workspace and _can_stay(site, following, before))
@@ -56,7 +78,8 @@ class _Site:
         self.node = node
         self.done = node if calls(node, ops.fused) else next(u for u in node.users if calls(u, ops.wait) and u.args[0] is node)
         self.group, self.transport, self.slot, self.number = map(arguments(node).get, ("group", "transport", "slot", "site"))
-        self.writer = node  # the first to write to the slot: the site, which copies its input, or its linear
+        # The first to write to the slot: the site, which copies its input; its linear; or a GEMM before what is placed.
+        self.writer = node
 
     def result(self, index: int) -> Node | None:
         return next((u for u in self.done.users if calls(u, operator.getitem) and u.args[1] == index), None)
@@ -77,20 +100,33 @@ class _Site:
                 result.meta["val"] = residual
 
 
-def _use_linear(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors) -> None:
-    """Make the GEMM before a site ``linear``, which writes to the slot's workspace, if that is safe."""
-    gemm = site.node.args[0]
-    if not _only_read_by(gemm, site) or gemm is site.node.args[1]:
+def _use_workspace(graph: Graph, previous: _Site | None, site: _Site, before: Ancestors) -> None:
+    """Let the GEMM before a site, or the ops behind it, write to the slot's workspace, if that is safe."""
+    last = site.node.args[0]
+    if not _only_read_by(last, site) or last is site.node.args[1]:
         return
-    while calls(gemm, *RESHAPES) and keeps_rows(gemm) and len(gemm.args[0].users) == 1:
-        gemm = gemm.args[0]
-    if not _is_linear(gemm) or (previous is not None and not before(previous.done, gemm)):
+    while calls(last, *RESHAPES) and keeps_rows(last) and len(last.args[0].users) == 1:
+        last = last.args[0]
+
+    def is_later(node: Node) -> bool:
+        return previous is None or before(previous.done, node)
+
+    if not is_later(last):
         return
-    linear = _made_linear(graph, gemm, site, before)
+    if calls(last, *_SCALED):
+        _made_scaled_linear(graph, last, site, before)
+        return
+    if not _is_linear(last):
+        gemm = max(filter(is_later, _gemms_behind(last)), key=before.bit.__getitem__, default=None)  # as many as possible run before
+        if gemm not in (None, last) and not is_view(last.target):
+            _place(graph, last, site)
+            site.writer = gemm
+        return
+    linear = _made_linear(graph, last, site, before)
     # A GEMM that another one accumulates writes there first, unless the norm of the previous site would have to leave the workspace.
     onto = linear.args[2]
     first = calls(onto, aten.mm.default, aten.addmm.default) and _is_linear(onto) and len(onto.users) == 1
-    if first and (previous is None or before(previous.done, onto)):
+    if first and is_later(onto):
         stays = previous is not None and _can_stay(previous, site, before)
         site.writer = onto
         if previous is not None and stays and not _can_stay(previous, site, before):
@@ -112,11 +148,50 @@ def _made_linear(graph: Graph, gemm: Node, site: _Site, before: Ancestors) -> No
     with graph.inserting_before(gemm):
         linear = graph.call_function(ops.linear, (a, b, *(bias or [None]), site.slot, site.group, site.transport))
     linear.meta = dict(gemm.meta)
+    _take_the_place(graph, gemm, linear, site, before)
+    return linear
+
+
+def _made_scaled_linear(graph: Graph, gemm: Node, site: _Site, before: Ancestors) -> None:
+    with graph.inserting_before(gemm):
+        linear = graph.call_function(_SCALED[gemm.target], (*positional(gemm), site.slot, site.group, site.transport))
+    linear.meta = dict(gemm.meta)
+    keep_strides(linear)
+    _take_the_place(graph, gemm, linear, site, before)
+
+
+def _take_the_place(graph: Graph, gemm: Node, linear: Node, site: _Site, before: Ancestors) -> None:
     before.replace(gemm, linear)
     gemm.replace_all_uses_with(linear)
     graph.erase_node(gemm)
     site.writer = linear
-    return linear
+
+
+def _gemms_behind(last: Node) -> Iterator[Node]:
+    """The GEMMs whose results go into a value, where Inductor computes it in a kernel of its own."""
+    seen, left = {last}, [last]
+    while left:
+        node = left.pop()
+        if calls(node, *_GEMMS) or is_gemm(node):
+            yield node
+        elif _is_compiled(node):
+            new = [a for a in node.all_input_nodes if a not in seen]
+            seen.update(new)
+            left += new
+
+
+def _is_compiled(node: Node) -> bool:
+    """Whether Inductor computes a call where its result is read, or in a kernel with other calls."""
+    if node.op != "call_function":
+        return False
+    return calls(node, prims.convert_element_type.default, *_REDUCTIONS) or is_pointwise(node.target) or is_view(node.target)
+
+
+def _place(graph: Graph, last: Node, site: _Site) -> None:
+    with graph.inserting_after(last):
+        placed = graph.call_function(ops.placed, (last, site.slot, site.group, site.transport))
+    placed.meta = dict(last.meta)
+    last.replace_all_uses_with(placed, delete_user_cb=lambda user: user is not placed)
 
 
 def _only_read_by(node: Node, site: _Site) -> bool:
@@ -126,14 +201,27 @@ def _only_read_by(node: Node, site: _Site) -> bool:
 def _can_stay(site: _Site, following: _Site | None, before: Ancestors) -> bool:
     """Whether the norm can stay in the workspace."""
     norm = site.result(0)
-    readers = list(norm.users) if norm is not None else []
-    while readers:
-        reader = readers.pop()
-        if reader.op == "call_function" and (is_view(reader.target) or reader.target is operator.getitem):
-            readers.extend(reader.users)
-        elif not calls(reader, *_GEMMS) or not (following is None or before(reader, following.writer)):
+    left = list(norm.users) if norm is not None else []
+    seen = set(left)
+    while left:
+        reader = left.pop()
+        if calls(reader, *_GEMMS) or is_gemm(reader) or (calls(reader, *_REDUCTIONS) and _is_of_many(reader)):
+            if following is not None and not before(reader, following.writer):
+                return False
+        elif calls(reader, operator.getitem) or _is_compiled(reader):
+            new = [user for user in reader.users if user not in seen]
+            seen.update(new)
+            left += new
+        else:
             return False
     return True
+
+
+def _is_of_many(reduction: Node) -> bool:
+    """Whether a reduction is of rows with so many elements that Inductor does not compute it again."""
+    x, dims = reduction.args[:2]
+    sizes = [value(x).shape[dim] for dim in dims]
+    return any(isinstance(size, int) and size >= _REDUCED for size in sizes)
 
 
 def _only_carried(site: _Site, following: _Site | None) -> bool:

@@ -4,31 +4,34 @@ import logging
 import math
 import operator
 from collections.abc import Container
+from typing import Any
 
+import torch
 from torch.fx import Node
 
 from ..autotune import schedule
 from ..options import Options
 from .cut import Cut
-from .graph_utils import aten, calls, is_one, is_tensor, is_view, value
+from .graph_utils import aten, calls, is_one, is_tensor, is_view, positional, source_of, value
 from .rules.attention import SIGNATURES
-from .rules.quantised import one_scale
+from .rules.quantised import is_gemm, one_scale, scales_of
+from .rules.token_axis import expr
 from .split import split
 
 log = logging.getLogger("tw_compile")
 
 
-def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedule.Section | None:
-    """The section of a graph that autotuning runs; None if it cannot be run, or if the options leave nothing to decide.
+def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedule.Section | str:
+    """The section of a graph that autotuning runs; why it cannot be run, or '' if there is nothing to decide.
 
     sites:       the ``fused`` calls of the graph
     cuda_graphs: whether the graph runs in CUDA graphs
     """
     x = value(sites[0].args[0])
     if options.fused_only or not schedule.possible(x.device):
-        return None
+        return ""
     if options.min_tokens != "auto" and options.split != "auto" and options.ctas != "auto":
-        return None
+        return ""
     *batch, hidden = x.shape
     tokens = math.prod(batch)
     sequences = batch[0] if len(batch) > 1 and isinstance(batch[0], int) else 1
@@ -37,18 +40,21 @@ def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedu
     sizes = tuple(dict.fromkeys(min(size, most) for size in wanted if size >= least))
     first = sites[: 1 + schedule.PHASES]
     dim = next((i for i, size in enumerate(batch) if not is_one(size)), None)
-    if dim is None or not sizes:
-        return None
+    if dim is None or not sizes or len(first) < 2:
+        return ""
     try:
         _, _, unsplit, _, whole = split(sites[0].graph, first, Cut(dim, batch[dim], batch[dim] // 2))
     except Exception as error:  # a graph that cannot be cut can still be fused
         log.warning("a schedule is not autotuned: the graph cannot be cut: %s: %s", type(error).__name__, error)
-        return None
+        return ""
     if one_scale(unsplit):
-        return None
-    phases = [_phase(site, hidden, unsplit, whole) for site in first[1:]]
-    if None in phases or not phases:
-        return None
+        return ""
+    phases = []
+    for site in first[1:]:
+        phase = _phase(site, hidden, unsplit, whole)
+        if phase is None:
+            return f"what a site reduces is not the product of a GEMM that autotuning can run ({source_of(site) or site})"
+        phases.append(phase)
     ctas = options.ctas if isinstance(options.ctas, int) else 0
     return schedule.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases), cuda_graphs)
 
@@ -71,8 +77,8 @@ def _phase(site: Node, hidden: int, unsplit: Container[Node], whole: Container[N
     *ops, last = ops
     if last[0] == "unsplit":  # x is cut after the GEMM: the section runs the GEMM for each half, after all that it needs
         ops, last = [*ops, ("unsplit",)], last[1:]
-    sizes = [size for op in (*ops, last) for size in op if not isinstance(size, str)]
-    if last[:1] != ("mm",) or last[2] != hidden or not all(isinstance(size, int) for size in sizes):
+    sizes = [size for op in (*ops, last) for size in op if not isinstance(size, (str, tuple))]
+    if last[:1] not in (("mm",), ("gemm",)) or last[2] != hidden or not all(isinstance(size, int) for size in sizes):
         return None
     return ("others", _others(nodes)), *ops, last
 
@@ -84,7 +90,46 @@ def _op(node: Node) -> tuple | None:
     if calls(node, *SIGNATURES):
         query, key = (value(a) for a in node.args[:2])
         return "attention", query.shape[1], key.shape[1], query.shape[3]
-    return None
+    return _gemm(node) if is_gemm(node) else None
+
+
+def _gemm(node: Node) -> tuple | None:
+    """The entry of a quantised linear, as ``autotune.operands`` has it; None if it is not described by sizes alone."""
+    rows, product, scales = node.args[0], value(node), scales_of(node)
+    assert scales is not None
+    if not is_tensor(node) or product.dim() != 2 or value(rows).dim() != 2:
+        return None
+    tokens = value(rows).shape[0]
+
+    def described(place: object, argument: Any) -> tuple:
+        if isinstance(argument, Node):
+            tensor = value(argument)
+            shape = tuple(tensor.shape)
+            if place == 0 or place in scales:
+                shape = tuple(_per_token(size, tokens) for size in shape[:1]) + shape[1:]
+            order = sorted(range(tensor.dim()), key=lambda dim: (-_hint(tensor.stride(dim)), dim))
+            return "tensor", str(tensor.dtype).removeprefix("torch."), shape, tuple(order)
+        if isinstance(argument, (list, tuple)):
+            return "list", *(described((place, i), item) for i, item in enumerate(argument))
+        return ("dtype", str(argument).removeprefix("torch.")) if isinstance(argument, torch.dtype) else ("constant", argument)
+
+    arguments = tuple(described(place, argument) for place, argument in enumerate(positional(node)))
+    return ("gemm", node.target.name(), product.shape[1], arguments) if _is_plain(arguments) else None
+
+
+def _per_token(size: Any, tokens: Any) -> Any:
+    """-n for a size that has one entry for n tokens; another size as it is."""
+    if is_one(size) and not is_one(tokens):
+        return size
+    return next((-n for n in (1, 128) if expr(size) * n == expr(tokens)), size)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else size.node.hint or 1
+
+
+def _is_plain(entry: Any) -> bool:
+    return all(map(_is_plain, entry)) if isinstance(entry, tuple) else entry is None or isinstance(entry, (bool, int, float, str))
 
 
 def _others(nodes: list[Node]) -> int:

@@ -48,6 +48,9 @@ class ProcessGroup:
     def prepare(self, calls: Iterable[tuple]) -> None:
         """Does nothing: there are no workspaces and kernels to make."""
 
+    def partials(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
     def linear(self, a: Tensor, b: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from ...compat import OpOverload
 from ..graph_utils import aten, calls, is_one, is_view, prims, same_size, source_of, value
-from .token_axis import Split, TokenAxis, expr, expr_of, is_pointwise, places, register_token_rule, same_axis
+from .token_axis import _RULES, Split, TokenAxis, expr, expr_of, is_pointwise, places, register_token_rule, same_axis
 
 # Rows that one scale, or one tile of swizzled scales, is for.
 _BLOCK = 128
@@ -81,6 +82,18 @@ register_token_rule(
     "fbgemm::f8f8bf16_rowwise", "fbgemm::f8i4bf16_rowwise", "fbgemm::f8i4bf16_shuffled",
 )(_Linear((2,)))  # fmt: skip
 register_token_rule("torchao::da8w4_linear_cpu")(_Linear((1, 2)))
+
+
+def scales_of(node: Node) -> tuple | None:
+    """The places of the scales of the rows in a call of an op above, which reads its inputs from memory; None for another call."""
+    name = node.target.name() if isinstance(node.target, OpOverload) else None
+    rule = _RULES.get(node.target) or _RULES.get(name)
+    return rule.scales if isinstance(rule, _Linear) else None
+
+
+def is_gemm(node: Node) -> bool:
+    """Whether a call is of an op above."""
+    return scales_of(node) is not None
 
 
 @register_token_rule(aten._grouped_mm.default, aten._scaled_grouped_mm.default)

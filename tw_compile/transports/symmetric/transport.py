@@ -124,11 +124,11 @@ class Symmetric:
     def __exit__(self, *error: object) -> None:
         try:
             self._depth -= 1
-            if not self._depth:
+            if not self._depth or any(error):
                 for slot in [*self._pending]:
                     self._abandon(slot)
-                if self._external:
-                    self._leave()
+            if not self._depth and self._external:
+                self._leave()
         finally:
             self.lock.release()
 
@@ -150,22 +150,21 @@ class Symmetric:
 
     # ---- The ops
 
+    def partials(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """Memory [..., H] in the workspace for x of the slot's next site, which then needs no copy. It is written after the last site."""
+        stream = self._current()
+        if stream != self._on:
+            self._follow(stream)
+        return torch.empty(shape, dtype=dtype, device=self.device) if 0 in shape else self._call(slot, dtype, shape).partials
+
     def linear(self, a: Tensor, b: Tensor, bias: Tensor | None, slot: int) -> Tensor:
-        """a @ b, or a @ b + bias, in the workspace, so that start() and fused() of the slot need no copy.
+        """a @ b, or a @ b + bias, in the workspace.
 
         a: [M, K]; b: [K, H]; bias: [H], [M, H], or None; it may be the result of the slot's last linear()
         Returns [M, H], valid until the next use of the slot.
         """
         try:
-            stream = self._current()
-            if stream != self._on:
-                self._follow(stream)
-            if slot in self._pending:
-                self._abandon(slot)
-            shape = torch.Size((a.shape[0], b.shape[1]))
-            if 0 in shape:
-                return a.new_empty(shape)
-            out = self._call(slot, a.dtype, shape).partials
+            out = self.partials(slot, a.dtype, torch.Size((a.shape[0], b.shape[1])))
             return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
         except RuntimeError as error:
             self.raise_if_lost(error)
