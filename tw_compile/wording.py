@@ -8,13 +8,14 @@ def short(source: str) -> str:
     return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
 
 
-def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None) -> str:
+def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None, experts_from: int | None = None) -> str:
     """A Plan in words."""
     if gain is None:
         return f"no, for lack of memory; a rule weaves from {min_tokens} tokens on"
     cut = f"split ratio {split_ratio:g}" + (f", {ctas} CTAs" if ctas else "")
     if min_tokens is None:
         return f"not woven at any number of tokens; the best woven form is {gain:.2f} times as fast as fused at the most tokens, with {cut}"
+    cut += f", experts cut from {max(experts_from, min_tokens)} tokens on" if experts_from else ""
     return f"woven from {min_tokens} tokens on, with {cut}: {gain:.2f} times as fast as fused at the most tokens"
 
 
