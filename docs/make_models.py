@@ -90,7 +90,6 @@ NOTES = {
     "goes to q, k, v and the first residual, and there is no norm to fuse it with",
     "aten.sort.default": "with so few tokens experts run on all of them: a half would read the weights of all experts for too few rows. "
     "From more tokens on each half sorts its own. Attention, router and both communications are cut in either form",
-    "aten.repeat.default": "each expert gets a copy of all tokens, one copy after the other, so experts run on all tokens",
     "aten.convolution.default": "the linear attention of one sequence reads the tokens before each token. A batch is cut between sequences",
 }  # fmt: skip
 

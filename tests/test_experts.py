@@ -109,12 +109,12 @@ PUT = {  # name -> (how rows are put back, why experts are not cut)
     ),
     "index_add": (lambda rows, order, k, x: x.index_add(0, order // k, rows), ""),
     "scatter_add": (lambda rows, order, k, x: torch.zeros_like(x).scatter_add(0, (order // k)[:, None].expand(-1, H), rows), ""),
-    "as they are": (lambda rows, order, k, x: rows.view(-1, k, H).sum(1), "its rows are in the order of the experts"),
+    "as they are": (lambda rows, order, k, x: rows.view(-1, k, H).sum(1), "not in the order of the tokens"),
     "after a running sum": (lambda rows, order, k, x: rows.cumsum(0)[order.argsort()].view(-1, k, H).sum(1), "does not cover"),
-    "beside tokens": (lambda rows, order, k, x: (rows + x.repeat(k, 1))[order.argsort()].view(-1, k, H).sum(1), "in the order"),
-    "their places": (lambda rows, order, k, x: (rows * order[:, None])[order.argsort()].view(-1, k, H).sum(1), "in the order of"),
-    "in another order": (lambda rows, order, k, x: rows[order].view(-1, k, H).sum(1), "in the order of"),
-    "of one choice": (lambda rows, order, k, x: torch.zeros_like(x).index_put((order // k,), rows), "in the order"),
+    "beside tokens": (lambda rows, order, k, x: (rows + x.repeat(k, 1))[order.argsort()].view(-1, k, H).sum(1), "not in the order"),
+    "their places": (lambda rows, order, k, x: (rows * order[:, None])[order.argsort()].view(-1, k, H).sum(1), "not in the order of"),
+    "in another order": (lambda rows, order, k, x: rows[order].view(-1, k, H).sum(1), "not in the order of"),
+    "of one choice": (lambda rows, order, k, x: torch.zeros_like(x).index_put((order // k,), rows), "not in the order"),
 }  # fmt: skip
 
 

@@ -54,8 +54,10 @@ passes.plain
 passes.rules
 passes.rules.algebra
 passes.rules.arrange
+passes.rules.copies
 passes.rules.experts
 passes.rules.index
+passes.rules.rows
 passes.rules.paged
 passes.rules.functional
 passes.rules.attention

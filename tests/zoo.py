@@ -101,7 +101,7 @@ MODELS = {
     "Llama 4": Model(
         "Llama4TextConfig",
         dict(head_dim=16, intermediate_size_mlp=96, num_local_experts=4, interleave_moe_layer_step=1, attention_chunk_size=16),
-        all_reduces=3 * LAYERS, merged=LAYERS, unsplit={"aten.repeat.default": LAYERS, "aten.reshape.default": LAYERS},
+        all_reduces=3 * LAYERS, merged=LAYERS,
     ),
     "Granite MoE shared": Model(
         "GraniteMoeSharedConfig", dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32),

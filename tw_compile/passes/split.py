@@ -20,7 +20,7 @@ from .emit import Emit, Emitter
 from .find import collectives, communicates
 from .graph_utils import WAIT, Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
 from .halves import Check, Halves
-from .rules import algebra, arrange, attention, experts  # noqa: F401  # they register rules
+from .rules import algebra, arrange, attention, copies, experts  # noqa: F401  # they register rules
 from .rules.cache import Write, put_entries, view_of, write_of
 from .rules.functional import EMPTY, fresh, name_of
 from .rules.gather import GATHER, gather_along, side_by_side
@@ -164,6 +164,8 @@ class _Splitter:
         axes = self._cut_inputs(node)
         if experts.is_routed(node, axes):
             return self._by_rule(node, experts.routed_rule(node, axes))
+        if copies.is_copied(node, axes):
+            return self._by_rule(node, copies.copied_rule(node, axes))
         if calls(node, GATHER) and axes[node.args[0]].dim == 0 and (found := side_by_side(node)):
             self._gather(node, *found)
             return self.check.fault(found[0], self.env[found[0]])
@@ -367,7 +369,8 @@ class _Splitter:
         known = self.env[old]
         if not isinstance(known, Halves):
             return known
-        if old not in self.joined and experts.orders_of(known.axis):
+        axes = known.axis if isinstance(known.axis, tuple) else (known.axis,)
+        if old not in self.joined and any(axis.order for axis in axes):
             self._need_in_order(known.axis, "what comes behind the last site needs its rows in one order")
             self.joined[old] = self.emit.graph.node_copy(old, self._join)  # the halves have other orders
         if old not in self.joined:

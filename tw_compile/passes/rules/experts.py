@@ -22,13 +22,12 @@ from typing import Any
 import sympy
 from torch.fx import Graph, Node
 
-from ..find import communicates
 from ..graph_utils import RESHAPES, aten, calls, is_tensor, prims, value
 from ..norms import is_number
 from .functional import given
 from .index import INTEGERS
-from .per_half import PerHalf
-from .token_axis import FROM_START, Split, TokenAxis, equal, expr, expr_of, map_places, same_axis, split_rule
+from .rows import OTHER_ORDER, each_row
+from .token_axis import FROM_START, Split, TokenAxis, equal, expr, expr_of, same_axis
 
 KEYS, ROWS, PLACES, INVERSE, COUNTS, ENDS = "keys", "rows", "places", "inverse", "counts", "ends"
 _SORTS = (aten.sort.default, aten.sort.stable)
@@ -58,12 +57,12 @@ class Order:
 
 def is_routed(node: Node, axes: Mapping[Node, TokenAxis]) -> bool:
     """Whether a call is between the sort of experts' keys and the inverse of its permutation, or is that sort."""
-    return any(axis.order for axis in axes.values()) or _sorts(node, axes) or _counted(node) is not None
+    return any(isinstance(axis.order, Order) for axis in axes.values()) or _sorts(node, axes) or _counted(node) is not None
 
 
 def orders_of(axis: Any) -> list[Order]:
     """What values have of the order of a sort. axis: a TokenAxis, or a tuple of them"""
-    return [each.order for each in (axis if isinstance(axis, tuple) else (axis,)) if each.order]
+    return [each.order for each in (axis if isinstance(axis, tuple) else (axis,)) if isinstance(each.order, Order)]
 
 
 def routed_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
@@ -74,9 +73,9 @@ def routed_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
         return Split(tuple(TokenAxis(0, axis.unit, each) for each in order))
     if (sort := _counted(node)) is not None and set(axes) == set(node.all_input_nodes):
         return Split(TokenAxis(0, None, Order(sort, COUNTS, node.args[1])))
-    sorts = {axis.order.sort for axis in axes.values() if axis.order}
+    sorts = {axis.order.sort if isinstance(axis.order, Order) else axis.order for axis in axes.values() if axis.order}
     if len(sorts) != 1:
-        return "its inputs have the orders of several sorts, or none"
+        return OTHER_ORDER
     name = node.target if node.target in _RULES else getattr(node.target, "name", str)()
     answer = _RULES[name](node, axes) if name in _RULES else None
     return answer or _row_by_row(node, axes, sorts.pop())
@@ -131,7 +130,8 @@ def key_sorts(graph: Graph) -> list[Node]:
 def _what(axes: Mapping[Node, TokenAxis], a: Any, what: str) -> Order | None:
     """The order of an input, if it is ``what``, along its first dimension."""
     axis = axes.get(a) if isinstance(a, Node) else None
-    return axis.order if axis is not None and axis.order and axis.order.what == what and axis.dim == 0 else None
+    order = axis.order if axis is not None and axis.dim == 0 else None
+    return order if isinstance(order, Order) and order.what == what else None
 
 
 def _quotient(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | None:
@@ -248,30 +248,13 @@ _RULES: dict[object, Callable[[Node, Mapping[Node, TokenAxis]], Split | str | No
 
 def _row_by_row(node: Node, axes: Mapping[Node, TokenAxis], sort: Node) -> Split | str:
     """The rule of an op that makes each row of its result of the same rows of its inputs."""
-    whats = {axis.order.what if axis.order else "" for axis in axes.values()}
+    whats = {axis.order.what if isinstance(axis.order, Order) else "" for axis in axes.values()}
     keeps = calls(node, *_LAYOUT) and len(whats) == 1
     if keeps and whats <= {COUNTS, ENDS} and is_tensor(node) and value(node).dim() == 1:
         return Split(next(iter(axes.values())))
     places = keeps and whats == {PLACES} and value(node).dtype in INTEGERS
-    if not (whats <= {KEYS, ROWS} or places) or communicates(node):
-        return "its inputs are in the order of the experts, each half's in its own"
-    rule = split_rule(node, {a: TokenAxis(axis.dim, axis.unit) for a, axis in axes.items()})
-    if isinstance(rule, str):
-        return rule
-    several = isinstance(rule.axis, tuple)
-    units = [axis.unit for axis in axes.values()]
-    results = rule.axis if isinstance(rule.axis, tuple) else (rule.axis,)
-    alike = all(equal(expr_of(axis.unit), expr_of(units[0])) for axis in results)
-    if rule.slices or rule.whole or rule.agrees or _differs(rule) or not alike:
-        return "its rows are in the order of the experts, each half's in its own, and it does more than to change each row"
+    if not (whats <= {KEYS, ROWS} or places):
+        return OTHER_ORDER
     first = next(axis.order for axis in axes.values() if axis.order)
-    order = first if keeps and value(node).dtype in (*INTEGERS, value(node.args[0]).dtype) else Order(sort, ROWS)
-    ordered = tuple(replace(axis, order=order) for axis in results)
-    return replace(rule, axis=ordered if several else ordered[0])
-
-
-def _differs(rule: Split) -> bool:
-    """Whether the arguments of the calls for the halves differ in more than the inputs."""
-    found: list[object] = []
-    map_places(lambda _, a: found.append(a), rule.args or (), rule.kwargs or {})
-    return any(isinstance(a, PerHalf) for a in found)
+    kept = keeps and value(node).dtype in (*INTEGERS, value(node.args[0]).dtype)
+    return each_row(node, axes, first if kept else Order(sort, ROWS))
