@@ -20,6 +20,6 @@ def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float
 
 
 def form_of(norm: str, residual: bool, merged: int = 1) -> str:
-    """The steps of a site, in words. residual: whether one is added; merged: the number of all-reduces that it does in one"""
+    """The steps of a site, in words. norm: '' for none; residual: whether one is added; merged: how many all-reduces it does in one"""
     reduced = f"{merged} all-reduces in one" if merged > 1 else "all-reduce"
-    return f"{reduced} + add + {norm}" if residual else f"{reduced} + {norm}"
+    return " + ".join(filter(None, [reduced, "add" if residual else "", norm]))

@@ -103,6 +103,9 @@ def rewrite(
         report.reasons.append(options.off or _nothing(kinds))
         return new
 
+    if (ends := sum(match.norm.kind == "" for match in matches)):
+        said = "sites end before their norm, which is in the next graph: compile the whole model instead of each layer"
+        report.reasons.append(f"{ends} {said}")
     device = value(matches[0].total).device  # read now, as the passes below replace the node
     ctas = options.ctas if isinstance(options.ctas, int) else 0
     sites = fuse(work, matches, options.transport, ctas)
