@@ -286,7 +286,7 @@ class Stage:
         for slot in [*begun]:
             wait(slot)
 
-    def work(self, ops: list[tuple], norm: Tensor, sequence: int, before: int, skewed: bool) -> None:
+    def work(self, ops: list[tuple], norm: Tensor, sequence: int, before: int, skewed: bool = False) -> None:
         """Run ops on the tokens of ``norm``, which follow ``before`` tokens of the same sequence. skewed: see ``_ends``"""
         for kind, *sizes in filter(None, ops):
             if kind == "mm":
