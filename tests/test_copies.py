@@ -31,7 +31,7 @@ WAYS = {  # name -> (how, how many of the ops need all tokens)
     "two of each": (lambda x, up, scores: (x.repeat(E, 2).sin().view(E, *x.shape[:-1], 2, H) * 0.5).sum(0)[..., 0, :], 0),
     "in another order": (lambda x, up, scores: x + x.repeat(E, 1).view(-1, E, H)[:, 0], 1),
     "summed": (lambda x, up, scores: x + x.repeat(E, 1).sin().sum(0), 1),
-    "beside tokens": (lambda x, up, scores: x + (x.repeat(E, 1) * x.repeat_interleave(E, 0))[: len(x)], 2),
+    "beside tokens": (lambda x, up, scores: x + (x.repeat(E, 1) * x.repeat_interleave(E, 0))[: len(x)], 1),
 }
 
 

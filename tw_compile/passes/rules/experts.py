@@ -22,6 +22,7 @@ from typing import Any
 import sympy
 from torch.fx import Graph, Node
 
+from ...compat import OpOverload
 from ..graph_utils import RESHAPES, aten, calls, is_tensor, prims, value
 from ..norms import is_number
 from .functional import given
@@ -76,9 +77,8 @@ def routed_rule(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | str:
     sorts = {axis.order.sort if isinstance(axis.order, Order) else axis.order for axis in axes.values() if axis.order}
     if len(sorts) != 1:
         return OTHER_ORDER
-    name = node.target if node.target in _RULES else getattr(node.target, "name", str)()
-    answer = _RULES[name](node, axes) if name in _RULES else None
-    return answer or _row_by_row(node, axes, sorts.pop())
+    rule = _RULES.get(node.target) or _RULES.get(_name(node))
+    return (rule(node, axes) if rule else None) or _row_by_row(node, axes, sorts.pop())
 
 
 def _sorts(node: Node, axes: Mapping[Node, TokenAxis]) -> bool:
@@ -102,10 +102,13 @@ def _counted(node: Node) -> Node | None:
     return sorts[0] if len(sorts) == 1 else None
 
 
+def _name(node: Node) -> str:
+    return node.target.name() if isinstance(node.target, OpOverload) else ""
+
+
 def groups(node: Node) -> int | None:
     """The number of experts whose weights a grouped GEMM of rows has; None for other calls."""
-    name = node.target if node.target in _GROUPED else getattr(node.target, "name", str)()
-    if node.op != "call_function" or name not in _GROUPED:
+    if not calls(node, aten._grouped_mm.default) and _name(node) not in _GROUPED:
         return None
     rows, weight = map(value, node.args[:2])
     number = weight.shape[0]
@@ -172,10 +175,14 @@ def _of_tokens(axes: Mapping[Node, TokenAxis], a: Node, axis: TokenAxis) -> dict
 
 def _put(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | None:
     """Rows are written to their places, or added there. Numbers from 0 on at their places are the inverse."""
-    base, dim, places, rows = node.args[:4] if len(node.args) > 3 else (node.args[0], 0, node.args[1][0], node.args[2])
+    if calls(node, aten.index_put.default):
+        (base, (places, *others), rows), dim, at = node.args[:3], 0, 2
+        if others or places is None or value(places).dim() > 1:
+            return None
+    else:
+        (base, dim, places, rows), at = node.args[:4], 3
     order = _what(axes, places, PLACES)
-    several = calls(node, aten.index_put.default) and (len(node.args[1]) > 1 or value(places).dim() > 1)
-    if order is None or dim % value(base).dim() != 0 or several:
+    if order is None or dim % value(base).dim() != 0:
         return None
     adds = given(node).get("accumulate", node.target in _ADDS)
     axis, target = axes[places], TokenAxis(0, order.of)
@@ -187,7 +194,7 @@ def _put(node: Node, axes: Mapping[Node, TokenAxis]) -> Split | None:
     counts = calls(rows, prims.iota.default) and rows.kwargs["start"] == 0 and rows.kwargs["step"] == 1
     if adds or not counts:
         return None
-    numbers = {len(node.args[:4]) - 1: TokenAxis(0, axis.unit, FROM_START)}
+    numbers = {at: TokenAxis(0, axis.unit, FROM_START)}
     return Split(replace(axis, order=Order(order.sort, INVERSE)), slices=slices | numbers)
 
 
@@ -227,7 +234,7 @@ def _is_choice(keys: Any) -> bool:
     if calls(keys, aten.full.default):
         return is_number(keys.args[1]) and keys.args[1] >= 0
     if calls(keys, *_LAYOUT, aten.slice.Tensor, aten.select.int, aten.permute.default):
-        return _is_choice(keys.args[0])
+        return value(keys).dtype in INTEGERS and _is_choice(keys.args[0])
     of = keys.args[0] if isinstance(keys, Node) and len(keys.args) == 2 and keys.args[1] == 1 else None
     return calls(keys, aten.argmax.default) or calls(of, aten.topk.default, *_SORTS, aten.max.dim)
 
