@@ -45,7 +45,7 @@ def layer(form, k, biases=True, between=experts):
 
     def block(x, r, w, routing, up, down, *bias):
         h = hf_norm(all_reduce(x) + r, w)
-        shares, choices = (routing + h[:, :1] * 0).topk(k)
+        shares, choices = (routing + h[:, :1] * 1e-30).topk(k)
         out = between(form, h.to(up.dtype), choices, shares.to(up.dtype), up, down, bias if biases else ())
         return hf_norm(all_reduce(out.float()) + h, w), out
 
