@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from torch.fx import Graph, Node
 
 from ...compat import OpOverload
@@ -116,9 +117,10 @@ def groups(node: Node) -> int | None:
 
 
 def choices_of(node: Node, tokens: Any) -> int | None:
-    """How many rows a grouped GEMM has for each token; None if that is not a number, or for other calls."""
-    choices = sympy.simplify(expr(value(node.args[0]).shape[0]) / expr(tokens)) if groups(node) else sympy.nan
-    return int(choices) if choices.is_Integer and choices > 0 else None
+    """How many rows a grouped GEMM has for each token, where the graph is compiled; None if that is not known, or for other calls."""
+    sizes = value(node.args[0]).shape[0] if groups(node) else None, tokens
+    rows, tokens = (size.node.hint if isinstance(size, torch.SymInt) else size for size in sizes)
+    return rows // tokens if rows and tokens and rows % tokens == 0 else None
 
 
 def key_sorts(graph: Graph) -> list[Node]:
