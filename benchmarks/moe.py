@@ -19,7 +19,6 @@ from variants import llama
 
 SIDES = "eager", "inductor", "fuse", "weave", "auto"
 LARGE = 1024  # as in prefill.py
-torch._inductor.config.force_disable_caches = True
 
 # name -> type of the model, its shapes
 MODELS = {
@@ -43,12 +42,16 @@ MODELS = {
 }  # fmt: skip
 
 
-def build(name, layers, device):
-    """(a function of token ids that returns the last token's logits, its vocabulary)"""
+def config_of(name, layers):
     kind, shapes = MODELS[name]
-    config = transformers.CONFIG_MAPPING[kind](
+    return transformers.CONFIG_MAPPING[kind](
         **shapes, num_hidden_layers=layers, vocab_size=32768, max_position_embeddings=32768, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
+
+
+def build(name, layers, device):
+    """(a function of token ids that returns the last token's logits, its vocabulary)"""
+    config = config_of(name, layers)
     where = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(where)
     if dist.get_rank() == 0:
@@ -75,6 +78,7 @@ def main():
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["inductor", "fuse", "auto"])
     parser.add_argument("--samples", type=int, default=15)
     args = parser.parse_args()
+    torch._inductor.config.force_disable_caches = True
 
     device, ranks = llama.start()
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))

@@ -88,9 +88,8 @@ have it in the table above, add it to `MODELS` in `tests/zoo.py`, with what you 
 NOTES = {
     "the reduced value has 4 users": "their norms stand behind attention and MLP, not before them: the sum of the embedding "
     "goes to q, k, v and the first residual, and there is no norm to fuse it with",
-    "aten.sort.default": "tokens are sorted by expert, and then taken from there by index: an entry of the sorted ones may come from "
-    "either half, so experts run on all tokens. Attention, router and both communications stay cut",
-    "aten.repeat.default": "each expert gets a copy of all tokens, one copy after the other, so experts run on all tokens",
+    "aten.sort.default": "with so few tokens experts run on all of them: a half would read the weights of all experts for too few rows. "
+    "From more tokens on each half sorts its own. Attention, router and both communications are cut in either form",
     "aten.convolution.default": "the linear attention of one sequence reads the tokens before each token. A batch is cut between sequences",
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -68,6 +69,20 @@ def test_inner_layer():
         assert Counter(row["kind"] for row in rows) == {"all-reduce + norm": 4, "GEMM": 4, "elementwise": 4}
         assert rows[0]["start"] == 0 and rows[-1]["start"] + rows[-1]["us"] == 4 * 21
         assert {row["lane"] for row in rows if row["kind"] == "all-reduce + norm"} == {"communication"}
+
+
+# --- models of experts -----------------------------------------------------------------------------------------------
+
+
+def test_the_models_of_moe_are_models_with_a_plan():
+    """Made without weights."""
+    transformers = pytest.importorskip("transformers", "5.0")
+    import moe
+
+    for name in moe.MODELS:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(moe.config_of(name, layers=1), dtype=torch.bfloat16)
+        assert model.base_model._tp_plan and len(model.base_model.layers) == 1
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from graphs import all_reduces, capture, text
+from graphs import all_reduces, capture, rewrite, text
 from sites import LAYER_NORMS, NORMS, H, all_reduce, hf_norm, in_place, layer_norm, torch_norm, values
 
 from tw_compile.passes import find
@@ -396,6 +396,22 @@ def test_refused_a_layer_that_is_compiled_alone():
         "the graph returns the sum with its residual before a norm: compile the whole model instead of each layer",
         lambda x, r: r + all_reduce(x), values(8, H), values(8, H),
     )  # fmt: skip
+
+
+def test_a_layer_that_is_compiled_alone_ends_in_a_site_without_a_norm():
+    """Its residual is that of a site of the graph, so all ranks are known to have the same."""
+
+    def layer(x, y, r, w):
+        total = r + all_reduce(x)
+        return all_reduce(hf_norm(total, w) * y) + total
+
+    given = values(8, H), values(8, H), values(8, H), values(H)
+    for how in ({}, {"symmetric": True}, {"mode": "weave", "split": 4, "symmetric": True}):
+        new = rewrite(layer, *given, **how)
+        assert [(site.residual, site.norm) for site in new.report.sites] == [(True, "RMSNorm"), (True, "")]
+        assert "1 sites end before their norm, which is in the next graph" in new.report.reasons[0]
+        new.check()
+    assert "all-reduce + add\n" in f"{new.report}\n"
 
 
 def test_refused_no_norm_and_no_residual():

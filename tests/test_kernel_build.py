@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tw_compile.site import all_reduce_add_norm
+from tw_compile.site import WITHOUT_NORM, all_reduce_add_norm
 from tw_compile.transports.symmetric import nvrtc
 from tw_compile.transports.symmetric.arguments import Arguments
 from tw_compile.transports.symmetric.arguments import macros as all_macros
@@ -696,6 +696,17 @@ def test_numbers(machine, world, dtype):
             (result,) = kernels.run([call], seed, whole=whole)
             assert kernels.status == 0
             assert_right(result, call, world, whole, by_rule(world).kernel_of(rows) == "one_shot")
+
+
+@needs_gxx
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot"])
+def test_a_site_without_a_norm_gives_the_residual_in_the_dtype_of_the_model(machine, kernel):
+    kernels = machine(torch.bfloat16, 64, 3, "peer")
+    call = example(torch.bfloat16, 64, 3, 7, weight=None) | {"eps": WITHOUT_NORM}
+    (result,) = kernels.run([call], kernel=kernel, ctas=2)
+    assert kernels.status == 0
+    assert_right(result, call, 3)
+    assert all(torch.equal(norm, residual) for norm, residual in result)
 
 
 @needs_gxx

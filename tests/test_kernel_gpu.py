@@ -23,7 +23,7 @@ import torch
 import torch.distributed._symmetric_memory as symm_mem
 
 from tw_compile import files
-from tw_compile.site import Site
+from tw_compile.site import WITHOUT_NORM, Site
 from tw_compile.transports import agree
 from tw_compile.transports.symmetric import gemms, nvrtc, transport
 from tw_compile.transports.symmetric.arguments import macros
@@ -261,6 +261,21 @@ def test_numbers(dtype, hidden, world):
 @pytest.mark.parametrize("dtype, hidden, world", LAYER_NORM_SIZES, ids=str)
 def test_numbers_of_a_layer_norm(dtype, hidden, world):
     check_numbers(dtype, hidden, world, True)
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32), ids=str)
+def test_a_site_without_a_norm(dtype):
+    """At the end of a layer that is compiled alone: the residual in the dtype of the model, the same bits on all ranks."""
+    group, d = ranks(2), data(dtype, 5120, 2)
+    for rows in (1, 31, 100):
+        _, r = expected(d["x"][:, :rows], d["residual"][:rows], None, None)
+        for run in (group.fused, group.overlapped):
+            group.workspaces(dtype, 5120, rows, 2 if run == group.fused else 0, False)
+            group.poison()
+            results = run(d["x"][:, :rows], d["residual"][:rows], None, None, eps=WITHOUT_NORM)
+            assert_close(results[0][0], r)
+            assert_same(results[0][0], results[0][1])
+            assert_same(results[0][0], results[1][0])
 
 
 def check_numbers(dtype, hidden, world, center):

@@ -44,6 +44,7 @@ passes.place
 passes.weave
 passes.conform
 passes.split
+passes.halves
 passes.cut
 passes.unshard
 passes.merge
@@ -53,6 +54,10 @@ passes.plain
 passes.rules
 passes.rules.algebra
 passes.rules.arrange
+passes.rules.copies
+passes.rules.experts
+passes.rules.index
+passes.rules.rows
 passes.rules.paged
 passes.rules.functional
 passes.rules.attention

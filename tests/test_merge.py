@@ -281,6 +281,34 @@ def test_refused_a_factor_that_a_later_collective_makes():
     stay(block, *given(n=3), reasons=["its factor depends on all_reduce_1, a later collective", none])
 
 
+def test_a_factor_that_is_a_sum_itself():
+    def block(x, y, z, r, w):
+        total = all_reduce(x) + all_reduce(y) + r
+        second = all_reduce(z) * total + hf_norm(total, w)
+        return hf_norm(all_reduce(hf_norm(second, w)) + second, w)
+
+    fused = rewrite(block, *given(), by=trace_with_inputs)
+    assert [site.merged for site in fused.report.sites] == [2, 1, 1]
+    fused.check()
+
+
+def test_the_residual_of_a_single_token_is_a_residual():
+    """It has the shape of a bias."""
+    fused = check(lambda x, y, r, w: hf_norm(all_reduce(x) + all_reduce(y) + r, w), *given(1, H, n=3))
+    (call,) = [node for node in fused.after.nodes if node.target is ops.fused]
+    assert call.args[1] is not None and call.args[3] is None
+
+
+def test_refused_rows_that_a_number_given_to_the_graph_picks():
+    """It may be another one on each rank. The number of tokens is the same."""
+
+    def block(x, r, w, n):
+        return hf_norm(all_reduce(x)[n.shape[0] :] + r[n.shape[0] :], w)
+
+    inputs = values(8, H), values(8, H), values(H), values(3)
+    stay(block, *inputs, reasons=["a number that may differ between ranks picks its rows"], dynamic=True)
+
+
 def test_a_sum_that_no_norm_reads_stays():
     fused = rewrite(lambda x, y, r: all_reduce(x) + all_reduce(y) + r, *given(n=3)[:3])
     assert fused.after is not None and len(fused.report.refusals) == 2 and not fused.report.sites
@@ -341,6 +369,16 @@ def test_a_value_that_is_cut_and_joined_is_one_value(dynamic):
 def test_refused_a_value_that_is_joined_in_another_way(cat):
     fused = rewrite(lambda x, r: layer_norm(cat(r + all_reduce(x))), values(8, H), values(8, H), by=trace_with_inputs)
     assert not fused.report.sites
+
+
+def test_what_is_returned_keeps_its_own_memory():
+    def block(x, r, w):
+        total = r + all_reduce(x)
+        return hf_norm(total, w), torch.cat([r[:3], r[3:]]).view(-1), torch.cat([total[:3], total[3:]])
+
+    fused = rewrite(block, *given(n=2), mode="fuse", by=trace_with_inputs)
+    (_, second, third) = next(iter(reversed(fused.after.nodes))).args[0]
+    assert second.args[0].target is third.target is torch.ops.aten.cat.default
 
 
 def test_the_sites_of_most_tokens_are_cut():

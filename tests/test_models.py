@@ -59,6 +59,13 @@ def test_a_batch_in_bfloat16_on_two_ranks(ranks, checkpoint, name):
     assert outcome.error <= 1.1 * outcome.eager_error < 0.03
 
 
+def test_experts_are_cut_with_many_tokens(ranks, checkpoint):
+    for outcome in ranks(zoo.with_experts_cut, checkpoint("Qwen3-MoE")):
+        (report,) = outcome.reports
+        assert report.mode == "weave" and not report.joins
+        assert outcome.difference < 2e-6 and outcome.error < 2e-6
+
+
 def test_dynamic_shapes(ranks, checkpoint):
     outcome = check_forward(ranks, checkpoint("Llama"), "Llama", 1, 33, True)
     assert outcome.difference < 2e-6

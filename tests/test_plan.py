@@ -15,8 +15,11 @@ from tw_compile.autotune.plan import (
     min_tokens,
     place_of_cut,
     rule_of_cut,
+    why_experts_are_whole,
 )
 from tw_compile.options import Options
+
+SIZES, FUSED = (256, 512, 1024), [1.0, 2.0, 4.0]
 
 
 def test_by_rule_each_half_fills_the_gpu():
@@ -27,6 +30,30 @@ def test_by_rule_each_half_fills_the_gpu():
     assert all(by_rule(hidden, 132).min_tokens % (2 * TILE) == 0 for hidden in range(64, 32768, 8))
 
 
+def test_by_rule_each_expert_of_a_half_has_rows_enough():
+    """Mixtral, Qwen3-30B-A3B."""
+    assert by_rule(8192, 132, [(8, 2)] * 4).experts_from == 1648
+    assert by_rule(8192, None, [(128, 8), (8, 2)]).experts_from == 6592
+
+
+@pytest.mark.parametrize("cut, experts_from, gain", [
+    ([2.0, 2.0, 2.0], 256, 2.0), ([9.0, 2.5, 2.0], 512, 2.0), ([1.0, 1.0, 3.5], None, 1.333), ([9.0, 9.0, 9.0], None, 1.333),
+])  # fmt: skip
+def test_by_times_experts_are_cut_from_where_on_that_is_faster(cut, experts_from, gain):
+    plan = by_times(SIZES, FUSED, {(4, 0.5): [3.0, 3.0, 3.0]}, {(4, 0.5): cut})
+    assert (plan.min_tokens, plan.experts_from, plan.gain) == (1024, experts_from, gain)
+
+
+@pytest.mark.parametrize("plan, experts", [(Plan(8), False), (Plan(8, experts_from=64), True), (Plan(8, experts_from=65), False)])
+def test_the_number_of_tokens_decides_whether_experts_are_cut(plan, experts):
+    assert place_of_cut([1, 64], Options(), plan) == Place(1, "half", experts)
+
+
+def test_why_experts_are_whole():
+    reasons = [why_experts_are_whole(plan) for plan in (Plan(8, 0, 0.5, 1.1, 64), Plan(8, 0, 0.5, 1.1), Plan(8, experts_from=64))]
+    assert reasons[0] == f"with fewer than 64 tokens: {reasons[1]}" and reasons[2].startswith("with fewer than 64 tokens: each half")
+
+
 @pytest.mark.parametrize("plan", [Plan(512), Plan(None)])
 def test_what_the_user_says_of_the_threshold_goes_before_a_plan(plan):
     assert min_tokens(Options(), plan) == plan.min_tokens
@@ -34,9 +61,6 @@ def test_what_the_user_says_of_the_threshold_goes_before_a_plan(plan):
     assert min_tokens(Options(min_tokens=100), plan) == 100
     assert min_tokens(Options(mode="weave", min_tokens=100), plan) == 100
     assert min_tokens(Options(min_tokens=1), plan) == 2, "one token cannot be split"
-
-
-SIZES, FUSED = (256, 512, 1024), [1.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize("woven, plan", [

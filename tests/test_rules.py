@@ -199,6 +199,12 @@ SAMPLES = {
     aten.embedding.default: lambda u: [
         u(aten.embedding.default, u.m, u.index), *(u(aten.embedding.default, x, u.index) for x in squares(u))
     ],
+    aten.index.Tensor: lambda u: [
+        u(aten.index.Tensor, u.m, [u.index]), u(aten.index.Tensor, u.m, [None, u.index]), u(aten.index.Tensor, u.n, [u.zeros]),
+        *(u(aten.index.Tensor, u.n, [*[None] * d, u(aten.argmax.default, u.m, -1)]) for d in u.dims if u.shape[d] == H),
+        u(aten.index.Tensor, u.n, [*[None] * (u.rank - 1), u(aten.argmax.default, u.m, -1, True)]),
+        u(aten.index.Tensor, u.m, [u(aten.squeeze.dim, u.index, -1), u(aten.squeeze.dim, u.index, -1)]),
+    ],
     aten.gather.default: lambda u: [
         u(aten.gather.default, u.n, -1, u.index), u(aten.gather.default, u.same, -1, u.index),
         *(

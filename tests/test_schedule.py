@@ -13,7 +13,7 @@ import torch.distributed as dist
 from graphs import rewrite, trace_with_inputs, without_codegen
 from models import HIDDEN, VOCAB, parallel, whole
 from quantised import LINEARS
-from sites import INNER, H, all_reduce, hf_norm
+from sites import INNER, H, all_reduce, hf_norm, values
 from test_quantised import block
 from test_split import mlp, mlp_inputs
 
@@ -145,7 +145,7 @@ def starts_of_a_batch(batch):
     stage.set()
     starts, start = [], stage.transport.start
     stage.transport.start = lambda site: (starts.append(len(site.x)), start(site))
-    assert len(stage.times([None, (0, 4)], batch * 16)) == 2
+    assert len(stage.times([None, (0, 4, False)], batch * 16)) == 2
     return starts
 
 
@@ -224,6 +224,59 @@ def test_what_cannot_be_tuned_is_told(world, monkeypatch):
         torch.compile(graph, backend=backend.tokenweave, dynamic=False)(*given)
     (report,) = tw_compile.reports()
     assert any("is not the product of a GEMM that autotuning can run" in reason for reason in report.reasons)
+
+
+def experts(x, residual, weight, router, up, down):
+    """Two sites, and experts between them."""
+    residual = residual + all_reduce(x)
+    norm = hf_norm(residual, weight)
+    shares, choices = (norm @ router).topk(2)
+    keys, order = choices.view(-1).sort()
+    ends = torch.histc(keys.float(), 4, 0, 3).cumsum(0, dtype=torch.int32)
+    rows = torch._grouped_mm(torch._grouped_mm(norm[order // 2], up, ends).sin(), down, ends) * shares.view(-1)[order].unsqueeze(-1)
+    residual = residual + all_reduce(rows[order.argsort()].view(-1, 2, H).sum(1))
+    return hf_norm(residual, weight)
+
+
+def expert_inputs(tokens):
+    shapes = (tokens, H), (tokens, H), (H,), (H, 4), (4, H, INNER), (4, INNER, H)
+    return [values(*shape, dtype=torch.bfloat16) for shape in shapes]
+
+
+EXPERTS = ("mm", H, 4), ("experts", 4, 2, H, INNER), ("experts", 4, 2, INNER, H)
+
+
+def test_experts_are_tuned_cut_and_whole(world, monkeypatch):
+    """A plan has the number of tokens from which they are cut."""
+    monkeypatch.setattr(schedule, "possible", lambda device: True)
+    monkeypatch.setattr(schedule, "SIZES", SIZES)
+    seen = []
+    for experts_from, unsplit in ((20, 0), (21, 1)):
+        plan = Plan(8, 0, 0.5, 1.1, experts_from)
+        new = rewrite(experts, *expert_inputs(20), plan_of=lambda section, plan=plan: seen.append(section) or plan, mode="weave")
+        assert sum(each.op == "aten.sort.default" for each in new.report.joins) == unsplit
+    ((_, *ops),) = seen[0].phases
+    assert seen[0] == seen[1] and tuple(ops) == EXPERTS and seen[0].experts == [(4, 2)] * 2
+
+
+def times_of_experts():
+    """On a rank: a plan of a section with experts, and what ran in its forms: (rows, whether they are skewed)."""
+    section = schedule.Section(H, "bfloat16", SIZES, 1, 0, ((("others", 1), *EXPERTS),) * schedule.PHASES, False)
+    seen = []
+
+    def grouped(rows, weight, ends):
+        shares = ends.diff(prepend=ends.new_zeros(1))
+        seen.append((len(rows), int(ends[-1]), int(shares.max() - shares.min()) > 1))
+        return rows @ weight[0]
+
+    with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(torch, "_grouped_mm", grouped):
+        plan = schedule.agree_on(section, dist.group.WORLD.group_name, torch.device("cpu"), "auto", None)
+    return plan.gain, sorted({rows for rows, _, _ in seen}), all(rows == last for rows, last, _ in seen), {skewed for *_, skewed in seen}
+
+
+def test_both_forms_of_experts_run_with_both_routings(ranks):
+    for gain, rows, right, skewed in ranks(times_of_experts):
+        assert gain > 0 and rows == [16, 32, 64] and right and skewed == {False, True}
 
 
 class Logged(ProcessGroup):

@@ -5,6 +5,7 @@ import functools
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from graphs import without_codegen
 
 import tw_compile
 from tw_compile import backend
+from tw_compile.autotune import plan
 
 VOCAB, LAYERS = 128, 2
 SMALL = dict(
@@ -101,7 +103,7 @@ MODELS = {
     "Llama 4": Model(
         "Llama4TextConfig",
         dict(head_dim=16, intermediate_size_mlp=96, num_local_experts=4, interleave_moe_layer_step=1, attention_chunk_size=16),
-        all_reduces=3 * LAYERS, merged=LAYERS, unsplit={"aten.repeat.default": LAYERS, "aten.reshape.default": LAYERS},
+        all_reduces=3 * LAYERS, merged=LAYERS,
     ),
     "Granite MoE shared": Model(
         "GraniteMoeSharedConfig", dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32),
@@ -158,14 +160,20 @@ class Outcome:
 
 def splits_embedding(model) -> bool:
     """Whether the embedding is over the ranks too, so that it ends in an all-reduce: not in the first versions of 5."""
-    plan = {**(model.base_model._tp_plan or {}), **(getattr(model, "_tp_plan", None) or {})}
-    return bool({"embed_tokens", "embed_in", "wte"} & {name.rpartition(".")[2] for name in plan})
+    parts = {**(model.base_model._tp_plan or {}), **(getattr(model, "_tp_plan", None) or {})}
+    return bool({"embed_tokens", "embed_in", "wte"} & {name.rpartition(".")[2] for name in parts})
 
 
 @functools.cache
 def loaded(path, dtype, device):
     """The parallel model, and the same one in float64 on one rank."""
     return load(path, dtype).to(device), load(path, torch.float64, parallel=False).to(device)
+
+
+def with_experts_cut(path) -> Outcome:
+    """On a rank: as with so many tokens that the rule cuts experts."""
+    with mock.patch.object(plan, "EXPERT_ROWS", 0):
+        return forward(path)
 
 
 def forward(path, batch=1, tokens=32, dynamic=False, dtype=torch.float32, codegen=False, device="cpu") -> Outcome:

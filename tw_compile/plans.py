@@ -159,6 +159,7 @@ def _check_plan(key: dict[str, Any], value: dict[str, Any]) -> None:
     _expect("ctas", plan.ctas, _is_number(plan.ctas, 0))
     _expect("split_ratio", plan.split_ratio, type(plan.split_ratio) is float and 0 < plan.split_ratio < 1)
     _expect("gain", plan.gain, _is_positive(plan.gain))
+    _expect("experts_from", plan.experts_from, plan.experts_from is None or _is_number(plan.experts_from, 1))
 
 
 def _check_tuning(key: dict[str, Any], value: dict[str, Any]) -> None:

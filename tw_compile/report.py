@@ -22,7 +22,7 @@ class Site:
     shape:      shape of the reduced value; symbolic sizes as text
     dtype:      dtype of the reduced value, such as ``bfloat16``
     residual:   whether a residual is added
-    norm:       ``RMSNorm`` or ``LayerNorm``
+    norm:       ``RMSNorm``, ``LayerNorm``, or '' where the graph ends before the norm
     woven:      whether the site is cut into two halves
     merged:     the number of all-reduces of the model that the site does in one
     """

@@ -11,6 +11,9 @@ SLOT_WHOLE = 2
 # A number of a site that stands for the number after that of the slot's last site. With it, equal layers make the same calls.
 NEXT_SITE = -1
 
+# The eps of a site without a norm: its norm is the new residual, in the dtype of x.
+WITHOUT_NORM = -1.0
+
 
 class Site(NamedTuple):
     """The arguments of a site. The ops take the same, in this order.
@@ -20,7 +23,7 @@ class Site(NamedTuple):
     weight:           [H], in the dtype of x or float32; or None for ones. The norm is multiplied by ``weight + offset``
     bias:             [H], in the dtype of x; or None. It is added to the sum, and the result is multiplied by ``scale``
     shift:            [H], in the dtype of x or float32; or None. It is added to the norm, and only allowed with ``center``
-    eps:              is added to the mean of squares
+    eps:              is added to the mean of squares; WITHOUT_NORM for no norm, also without weight and center
     center:           True for a LayerNorm, False for an RMSNorm
     ctas:             the number of CTAs of the kernel; 0 leaves the choice to the transport
     slot:             0 or 1 for a woven half, SLOT_WHOLE for values that are not split
@@ -75,6 +78,7 @@ def add_norm(
     bias:     [H] or None, is added to the sum
     shift:    [H] or None, is added to the norm; only with ``center``
     scale:    multiplies the sum after the bias is added
+    eps:      see ``Site``
     center:   True for a LayerNorm, which subtracts the mean of each row; False for an RMSNorm
     Returns (norm, residual), both [..., H] in float32. A site rounds each of them once, to the dtype of the model.
     """
@@ -85,6 +89,8 @@ def add_norm(
         r = r * scale
     if residual is not None:
         r = r + residual.float()
+    if eps == WITHOUT_NORM:
+        return r, r
     row = r - r.mean(-1, keepdim=True) if center else r
     norm = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + eps)
     if weight is not None:

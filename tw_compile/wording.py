@@ -8,17 +8,18 @@ def short(source: str) -> str:
     return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
 
 
-def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None) -> str:
+def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None, experts_from: int | None = None) -> str:
     """A Plan in words."""
     if gain is None:
         return f"no, as a warning says; a rule weaves from {min_tokens} tokens on"
     cut = f"split ratio {split_ratio:g}" + (f", {ctas} CTAs" if ctas else "")
     if min_tokens is None:
         return f"not woven at any number of tokens; the best woven form is {gain:.2f} times as fast as fused at the most tokens, with {cut}"
+    cut += f", experts cut from {max(experts_from, min_tokens)} tokens on" if experts_from else ""
     return f"woven from {min_tokens} tokens on, with {cut}: {gain:.2f} times as fast as fused at the most tokens"
 
 
 def form_of(norm: str, residual: bool, merged: int = 1) -> str:
-    """The steps of a site, in words. residual: whether one is added; merged: the number of all-reduces that it does in one"""
+    """The steps of a site, in words. norm: '' for none; residual: whether one is added; merged: how many all-reduces it does in one"""
     reduced = f"{merged} all-reduces in one" if merged > 1 else "all-reduce"
-    return f"{reduced} + add + {norm}" if residual else f"{reduced} + {norm}"
+    return " + ".join(filter(None, [reduced, "add" if residual else "", norm]))

@@ -14,6 +14,7 @@ import gc
 import itertools
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -55,9 +56,9 @@ class Section:
     sequences:     the number of sequences that the tokens belong to; with several, the cut is between sequences
     ctas:          the number of CTAs that the user asked for; 0 for any
     phases:        the ops before each site but the first: ("mm", rows, columns) with the shape of a GEMM's weight; ("gemm", ...), a
-                   quantised one, as ``operands`` has it; ("attention", heads, heads of keys and values, channels of a head); ("others",
-                   number of other kernels); and ("unsplit", *op), an op that needs both halves: one of these, or without ``op`` another.
-                   The last GEMM of a phase has ``hidden`` columns
+                   quantised one, as ``operands`` has it; ("attention", heads, heads of keys and values, channels of a head); ("experts",
+                   experts, choices of a token, rows, columns), a grouped GEMM; ("others", number of other kernels); and ("unsplit", *op),
+                   an op that needs both halves: one of these, or without ``op`` another. The last GEMM of a phase has ``hidden`` columns
     cuda_graphs:   whether CUDA graphs run the graph, so that the host's time does not count
     """
 
@@ -68,6 +69,11 @@ class Section:
     ctas: int
     phases: tuple
     cuda_graphs: bool
+
+    @property
+    def experts(self) -> list[tuple[int, int]]:
+        """(experts, choices of a token) of each grouped GEMM that can be cut."""
+        return [op[1:3] for phase in self.phases for op in phase if op[0] == "experts"]
 
     @classmethod
     def from_dict(cls, data: dict) -> "Section":
@@ -136,18 +142,20 @@ def _tune_schedule(section: Section, group: str, device: torch.device, requested
     stage = Stage(section, transport, device)
     lacking = agree.exchange(group, "the autotuning of a schedule", stage.set() or "")
     if any(lacking):
-        plan = by_rule(section.hidden, sms_of(device))
+        plan = by_rule(section.hidden, sms_of(device), section.experts)
         log.warning("a schedule is not autotuned; a rule weaves from %d tokens on: %s", plan.min_tokens, max(lacking))
         return plan
     ctas = (section.ctas,) if section.ctas or transport.name == "process_group" else CTAS
 
     def plan_of(variants: list[tuple[int, float]]) -> Plan:
-        times = [stage.times([None, *variants], tokens) for tokens in section.sizes]
+        forms = [(*variant, experts) for experts in ((False, True) if section.experts else (False,)) for variant in variants]
+        times = [stage.times([None, *forms], tokens) for tokens in section.sizes]
         said = agree.exchange(group, "the end of the autotuning of a schedule", json.dumps(times))
         slowest = [list(map(max, *at_size)) for at_size in zip(*map(json.loads, said))]
-        fused, *woven = ([*of_variant] for of_variant in zip(*slowest))
-        log.info("schedule, %s tokens: fused %s s; (CTAs, split ratio) %s", section.sizes, fused, dict(zip(variants, woven)))
-        return by_times(section.sizes, fused, dict(zip(variants, woven)))
+        fused, *woven = ([*of_form] for of_form in zip(*slowest))
+        log.info("schedule, %s tokens: fused %s s; (CTAs, split ratio, experts cut) %s", section.sizes, fused, dict(zip(forms, woven)))
+        cut = woven[len(variants) :]
+        return by_times(section.sizes, fused, dict(zip(variants, woven)), dict(zip(variants, cut)) if cut else None)
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         even = plan_of([(c, 0.5) for c in ctas])
@@ -161,11 +169,13 @@ class Stage:
 
     def __init__(self, section: Section, transport: Any, device: torch.device) -> None:
         self.section, self.transport, self.device, self.dtype = section, transport, device, getattr(torch, section.dtype)
-        ops = {op[1:] if op[0] == "unsplit" else op for phase in section.phases for op in phase}
-        self.weights: dict[tuple, Any] = {op[1:]: None for op in sorted(op for op in ops if op[:1] == ("mm",))}  # (rows, columns) -> tensor
+        ops = dict.fromkeys(op[1:] if op[0] == "unsplit" else op for phase in section.phases for op in phase)
+        # ([experts,] rows, columns) -> tensor
+        self.weights: dict[tuple[int, ...], Any] = {key: None for op in ops if (key := _weight(op))}
         self.gemms: dict[tuple, Any] = {op: None for op in ops if op[:1] == ("gemm",)}  # op -> Gemm
         self.channels = max(section.hidden, *map(_channels, ops))
-        self.columns = max([columns for _, columns in self.weights] + [op[2] for op in self.gemms])
+        self.columns = max(map(_columns, ops))
+        self.ends = functools.cache(functools.partial(_ends, device))
 
     def set(self) -> str | None:
         """Make the tensors. Returns the reason if there is too little memory, or if a GEMM does not run; else None."""
@@ -175,7 +185,7 @@ class Stage:
         draw = functools.partial(torch.randn, generator=generator, device=self.device, dtype=self.dtype)
         try:
             # Transposed, as in models. Random, as GEMMs of zeros take less power and so are faster.
-            self.weights = {(k, n): draw(n, k).mul_(k**-0.5).t() for k, n in self.weights}
+            self.weights = {(*of, k, n): draw(*of, n, k).mul_(k**-0.5).transpose(-1, -2) for *of, k, n in self.weights}
             self.values = draw(max(self.section.sizes) * self.channels)
             self.weight = torch.ones(self.section.hidden, device=self.device, dtype=self.dtype)
             self.small = torch.zeros(8, device=self.device, dtype=self.dtype)
@@ -196,26 +206,26 @@ class Stage:
             return None
         tokens = max(self.section.sizes)
         # An input and an output; the workspaces of three slots: sums and residuals, also in float32.
-        elements = sum(k * n for k, n in self.weights) + tokens * (self.channels + 2 * self.columns + 12 * self.section.hidden)
+        elements = sum(map(math.prod, self.weights)) + tokens * (self.channels + 2 * self.columns + 12 * self.section.hidden)
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         needed = elements * self.dtype.itemsize + sum(bytes_of(op, tokens) for op in self.gemms)
         return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else None
 
-    def times(self, variants: list[tuple[int, float] | None], tokens: int) -> list[float]:
+    def times(self, variants: list[tuple[int, float, bool] | None], tokens: int) -> list[float]:
         """Seconds of each variant on this rank: the median of samples that are taken in turns.
 
-        variants: None for fused, or (ctas, split_ratio) for woven
+        variants: None for fused, or (ctas, split_ratio, whether experts are cut) for woven
         tokens:   the number of tokens
         """
         runs = []
         for variant in variants:
             sequence, sequences = tokens // self.section.sequences, self.section.sequences
-            ctas, split_ratio = variant or (0, 0.5)
+            ctas, split_ratio, experts = variant or (0, 0.5, False)
             length, step = (tokens, 1) if sequences == 1 else (sequences, sequence)
             first = first_half(length, rule_of_cut(length, step, Options(), split_ratio), split_ratio) * step
             pieces = [first, sequence * sequences - first] if variant else [sequence * sequences]
-            runs.append(functools.partial(self.run, pieces, sequence, ctas))
+            runs.append(functools.partial(self.run, pieces, sequence, ctas, experts))
         taken = [[self._seconds(run) for run in runs] for _ in range(SAMPLES + 1)]
         return [statistics.median(samples) for samples in zip(*taken[1:])]
 
@@ -239,12 +249,13 @@ class Stage:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    def run(self, pieces: list[int], sequence: int, ctas: int) -> None:
+    def run(self, pieces: list[int], sequence: int, ctas: int, experts: bool = False) -> None:
         """Run all phases once.
 
         pieces:   [tokens] for the fused form, [tokens of the first half, tokens of the second half] for the woven form
         sequence: tokens of each sequence
         ctas:     CTAs of each communication kernel; 0 leaves the number to the kernel
+        experts:  whether experts are cut
         """
         norms, residuals = [self.value(tokens, self.section.hidden) for tokens in pieces], [None] * len(pieces)
         woven = len(pieces) > 1
@@ -257,10 +268,14 @@ class Stage:
 
         def work(ops: list[tuple], slot: int) -> None:
             wait(slot)
-            self.work(ops, norms[slot], sequence, sum(pieces[:slot]) % sequence)
+            self.work(ops, norms[slot], sequence, sum(pieces[:slot]) % sequence, skewed)
 
         for number, phase in enumerate(self.section.phases):
-            *before, last = _segments(phase[:-1]) if woven else [[op[1:] if op[0] == "unsplit" else op for op in phase[:-1]]]
+            skewed = number % PHASES >= PHASES // 2  # the experts of one layer get as many rows each, those of the next do not
+            inner = phase if phase[-1][0] == "experts" else phase[:-1]
+            if not experts:
+                inner = tuple(("unsplit", *op) if op[0] == "experts" else op for op in inner)
+            *before, last = _segments(inner) if woven else [[op[1:] if op[0] == "unsplit" else op for op in inner]]
             for ops in before:
                 if ops[0][0] != "unsplit":
                     for slot in range(len(pieces)):
@@ -268,10 +283,10 @@ class Stage:
                     continue
                 for slot in range(len(pieces)):
                     wait(slot)
-                self.work_unsplit(ops, pieces, sequence)
+                self.work_unsplit(ops, pieces, sequence, skewed)
             for slot in range(len(pieces)):
                 work(last, slot)
-                x = self._reduced(phase[-1], norms[slot], slot)
+                x = self._reduced(phase[-1], pieces[slot], norms[slot], slot)
                 if woven:
                     self.transport.start(self._site(x, residuals[slot], ctas, slot, number))
                     begun.add(slot)
@@ -280,16 +295,17 @@ class Stage:
         for slot in [*begun]:
             wait(slot)
 
-    def _reduced(self, op: tuple, norm: Tensor, slot: int) -> Tensor:
-        """The product of the last GEMM of a phase, where its site reads it."""
-        if op in self.gemms:
-            tokens = norm.shape[0]
+    def _reduced(self, op: tuple, tokens: int, norm: Tensor, slot: int) -> Tensor:
+        """What the last op of a phase gives to its site, where the site reads it."""
+        kind, *sizes = op
+        if kind == "experts":  # their rows are added up behind the GEMM
+            return self.value(tokens, self.section.hidden)
+        if kind == "gemm":
             return self.gemms[op](tokens, self.transport.partials(slot, self.dtype, torch.Size((tokens, self.section.hidden))))
-        rows, columns = op[1:]
-        return self.transport.linear(self._input(norm, rows), self.weights[rows, columns], None, slot)
+        return self.transport.linear(self._input(norm, sizes[0]), self.weights[tuple(sizes)], None, slot)
 
-    def work(self, ops: list[tuple], norm: Tensor, sequence: int, before: int) -> None:
-        """Run ops on the tokens of ``norm``, which follow ``before`` tokens of the same sequence."""
+    def work(self, ops: list[tuple], norm: Tensor, sequence: int, before: int, skewed: bool = False) -> None:
+        """Run ops on the tokens of ``norm``, which follow ``before`` tokens of the same sequence. skewed: see ``_ends``"""
         for op in filter(None, ops):
             kind, *sizes = op
             if kind == "mm":
@@ -299,15 +315,19 @@ class Stage:
             elif kind == "attention":
                 heads, kv_heads, channels = sizes
                 self._attend(heads, kv_heads, channels, norm.shape[0], sequence, before)
+            elif kind == "experts":
+                experts, choices, channels, _ = sizes
+                rows, weight = norm.shape[0] * choices, self.weights[_weight((kind, *sizes))]
+                torch._grouped_mm(self.value(rows, channels), weight, self.ends(experts, rows, skewed))
             elif not self.section.cuda_graphs:
                 for _ in range(sizes[0]):
                     self.small.add_(1)
 
-    def work_unsplit(self, ops: list[tuple], pieces: list[int], sequence: int) -> None:
+    def work_unsplit(self, ops: list[tuple], pieces: list[int], sequence: int, skewed: bool) -> None:
         """Run unsplit ops as a woven graph does: concatenate the halves of the input, and run the op on all tokens."""
         for op in filter(None, (op[1:] for op in ops)):
             torch.cat([self.value(tokens, _channels(op)) for tokens in pieces])
-            self.work([op], self.value(sum(pieces), self.section.hidden), sequence, 0)
+            self.work([op], self.value(sum(pieces), self.section.hidden), sequence, 0, skewed)
 
     def _attend(self, heads: int, kv_heads: int, channels: int, tokens: int, sequence: int, before: int) -> None:
         """Causal attention. Behind a cut within a sequence it is in two parts, as in passes/rules/attention.py."""
@@ -343,7 +363,26 @@ def _channels(op: tuple) -> int:
     kind, *sizes = op or ("unsplit",)
     if kind == "gemm":
         return channels_of(op)
-    return {"mm": lambda: sizes[0], "attention": lambda: sizes[0] * sizes[2]}.get(kind, lambda: 0)()
+    return {"mm": lambda: sizes[0], "attention": lambda: sizes[0] * sizes[2], "experts": lambda: sizes[1] * sizes[2]}.get(kind, lambda: 0)()
+
+
+def _columns(op: tuple) -> int:
+    """The number of channels of an op's product, for a token."""
+    kind, *sizes = op or ("unsplit",)
+    return {"mm": lambda: sizes[1], "gemm": lambda: sizes[1], "experts": lambda: sizes[1] * sizes[3]}.get(kind, lambda: 0)()
+
+
+def _weight(op: tuple) -> tuple[int, ...]:
+    """The key of an op's weight in ``Stage.weights``; () if it has none."""
+    kind, *sizes = op or ("unsplit",)
+    return {"mm": lambda: (*sizes,), "experts": lambda: (sizes[0], *sizes[2:])}.get(kind, lambda: ())()
+
+
+def _ends(device: torch.device, experts: int, rows: int, skewed: bool) -> Tensor:
+    """Where the rows of each expert end: all have as many; or skewed, the expert i has as many as 1 / (i + 1) of the first one's."""
+    shares = [1 / (i + 1) if skewed else 1.0 for i in range(experts)]
+    ends = [round(rows * part / sum(shares)) for part in itertools.accumulate(shares)]
+    return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 def _segments(ops: tuple) -> list[list[tuple]]:

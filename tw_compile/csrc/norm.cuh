@@ -166,7 +166,8 @@ class Rows {
   template <class Store>
   __device__ __forceinline__ void normalise(Store store) {
     if constexpr (Norm::kCenters) sum_ = center(row_mean(sum_));
-    const float factor = ptx::rsqrt(__fadd_rn(row_mean(sum_), site_.eps));
+    const float spread = row_mean(sum_);
+    const float factor = site_.eps < 0.0f ? 1.0f : ptx::rsqrt(__fadd_rn(spread, site_.eps));  // see site.cuh
 #pragma unroll 1
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
 #pragma unroll

@@ -31,7 +31,7 @@ struct Site {
   // A carried residual goes from site to site in float32. With two_shot it has only this rank's own rows, at the front.
   u32 takes_carried;   // whether residual is a carried one
   u32 whole_residual;  // the new residual is rounded and not carried. two_shot writes it to the workspaces of all ranks
-  float eps, scale, offset;
+  float eps, scale, offset;  // a negative eps: the norm is r, rounded
 
   // For a LayerNorm.
   u32 shift_is_float;

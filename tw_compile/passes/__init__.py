@@ -16,6 +16,7 @@ from .merge import Merged, merge
 from .outline import outline
 from .place import place
 from .plain import plain
+from .rules.experts import key_sorts
 from .rules.quantised import one_scale
 from .section import section_of
 from .split import split
@@ -102,6 +103,9 @@ def rewrite(
         report.reasons.append(options.off or _nothing(kinds))
         return new
 
+    if (ends := sum(match.norm.kind == "" for match in matches)):
+        said = "sites end before their norm, which is in the next graph: compile the whole model instead of each layer"
+        report.reasons.append(f"{ends} {said}")
     device = value(matches[0].total).device  # read now, as the passes below replace the node
     ctas = options.ctas if isinstance(options.ctas, int) else 0
     sites = fuse(work, matches, options.transport, ctas)
@@ -117,6 +121,7 @@ def rewrite(
             report.reasons.append(f"{len(sites) - len(alike)} sites are not cut: they have other numbers of tokens than most")
         others = numbered(work, without=sites)
         unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
+        unsplit |= dict.fromkeys(key_sorts(work), cut.experts) if cut.experts else {}
         halves, cut_sites, unsplit_ops, *_ = split(work, may_be_cut, cut, unsplit)
         if reason := one_scale(unsplit_ops):
             cut = reason

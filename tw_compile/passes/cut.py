@@ -8,25 +8,28 @@ import torch
 from torch.fx import Node
 
 from ..autotune import schedule
-from ..autotune.plan import Place, Plan, by_rule, first_half, place_of_cut
+from ..autotune.plan import Place, Plan, by_rule, first_half, place_of_cut, why_experts_are_whole
 from ..options import Options
 from .graph_utils import value
+from .rules.experts import choices_of, groups
 
 
 @dataclass(frozen=True)
 class Cut:
     """Where all sites of a graph are cut.
 
-    dim:    the dimension of the reduced values that is cut
-    length: its number of entries, int or SymInt
-    first:  the number of entries in the first half, int or SymInt
-    ctas:   CTAs of a communication kernel; 0 leaves the number to the kernel
+    dim:     the dimension of the reduced values that is cut
+    length:  its number of entries, int or SymInt
+    first:   the number of entries in the first half, int or SymInt
+    ctas:    CTAs of a communication kernel; 0 leaves the number to the kernel
+    experts: why experts are not cut, or ''
     """
 
     dim: int
     length: Any
     first: Any
     ctas: int = 0
+    experts: str = ""
 
     @property
     def halves(self) -> tuple:
@@ -46,10 +49,17 @@ def batch_of(sites: list[Node]) -> list:
     return list(value(sites[0].args[0]).shape[:-1])
 
 
+def experts_of(sites: list[Node]) -> list[tuple[int, int]]:
+    """(experts, choices of a token) of each grouped GEMM of a graph whose experts may be cut."""
+    tokens = math.prod(batch_of(sites))
+    found = [(groups(node), choices_of(node, tokens)) for node in sites[0].graph.nodes]
+    return [(number, choices) for number, choices in found if number and choices]
+
+
 def plan_by_rule(sites: list[Node]) -> Plan:
     """The plan of a graph that is not tuned."""
     x = value(sites[0].args[0])
-    return by_rule(x.shape[-1], schedule.sms_of(x.device))
+    return by_rule(x.shape[-1], schedule.sms_of(x.device), experts_of(sites))
 
 
 def choose_cut(sites: list[Node], options: Options, plan: Plan | None = None) -> Cut | str:
@@ -67,7 +77,8 @@ def choose_cut(sites: list[Node], options: Options, plan: Plan | None = None) ->
 
 def cut_at(batch: list, at: Place, plan: Plan) -> Cut:
     """The cut of values with this shape at this place. batch: see ``batch_of``"""
-    return Cut(at.dim, batch[at.dim], first_half(batch[at.dim], at.rule, plan.split_ratio), plan.ctas)
+    whole = "" if at.experts else why_experts_are_whole(plan)
+    return Cut(at.dim, batch[at.dim], first_half(batch[at.dim], at.rule, plan.split_ratio), plan.ctas, whole)
 
 
 def number(size: int | torch.SymInt) -> int | None:

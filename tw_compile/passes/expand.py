@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..compat import detect_fake_mode
+from ..site import WITHOUT_NORM
 from .emit import Emitter
 from .graph_utils import WAIT, aten, c10d, calls, prims, value
 from .graph_utils import arguments as named
@@ -74,6 +75,8 @@ def _add_norm(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, 
         r = emit(aten.mul.Tensor, r, given["scale"])
     if given["residual"] is not None:
         r = emit(aten.add.Tensor, r, cast(given["residual"], torch.float32))
+    if given["eps"] == WITHOUT_NORM:
+        return cast(r, dtype), cast(r, dtype)
     row = emit(aten.sub.Tensor, r, mean(r)) if given["center"] else r
     square = emit(aten.mul.Tensor, row, row)
     norm = emit(aten.mul.Tensor, row, emit(aten.rsqrt.default, emit(aten.add.Tensor, mean(square), given["eps"])))

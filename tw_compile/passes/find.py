@@ -8,11 +8,11 @@ A reshape, or a product with a scalar tensor, gives the same on each rank's part
 ``unshard`` gives sequence-parallel sites this form.
 
 The residual may be either operand of the add. There may be no residual, as in the norm after a vocabulary-parallel embedding. norms.py
-recognises the norms.
+recognises the norms. Where a graph ends at the residual, as a layer that is compiled alone, the site ends there too.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -39,7 +39,7 @@ from .graph_utils import (
     subgraphs,
     value,
 )
-from .norms import NO_NORM, Norm, has_row_length, is_number, match_norm
+from .norms import NO_NORM, Norm, has_row_length, is_number, match_norm, without_norm
 
 # Limits of the kernels.
 MAX_HIDDEN = 32768
@@ -203,14 +203,16 @@ def find(graph: Graph, refused: Mapping[str, str] = MappingProxyType({})) -> lis
     refused: names of all-reduces that some rank refuses -> the reason
     """
     found: list[Match | Refusal] = []
+    totals: set[Node] = set()
     order = collectives(graph)
     before = Ancestors(graph if order else Graph())
     for node in graph.nodes:
         if calls(node, *_ALL_REDUCES, *_REFUSED):
-            match = Refusal(str(node), source_of(node), refused[node.name]) if node.name in refused else _match(node)
+            match = Refusal(str(node), source_of(node), refused[node.name]) if node.name in refused else _match(node, totals)
             if isinstance(match, Match) and (late := overtaken(match, order, before)):
                 match = Refusal(str(node), source_of(node), late)
             found.append(match)
+            totals |= {match.total} if isinstance(match, Match) else set()
     for name, inner in subgraphs(graph):
         reason = f"inside {name}, the graph of a higher-order op"
         found += [Refusal(str(node), source_of(node), reason) for node in inner.nodes if calls(node, *_ALL_REDUCES, *_REFUSED)]
@@ -232,21 +234,24 @@ def overtaken(match: Match, order: list[Node], before: Ancestors) -> str | None:
     return None
 
 
-def _match(node: Node) -> Match | Refusal:
+def _match(node: Node, totals: Collection[Node]) -> Match | Refusal:
     if node.target in _REFUSED:
         return Refusal(str(node), source_of(node), _REFUSED[node.target])
-    return match_site(node, _ALL_REDUCES[node.target](node))
+    return match_site(node, _ALL_REDUCES[node.target](node), totals)
 
 
-def match_site(node: Node, call: AllReduce) -> Match | Refusal:
-    """The site that begins with ``node``, the sum over the ranks that ``call`` describes; or why it is not one."""
+def match_site(node: Node, call: AllReduce, totals: Collection[Node] = ()) -> Match | Refusal:
+    """The site that begins with ``node``, the sum over the ranks that ``call`` describes; or why it is not one.
+
+    totals: those of sites before it. A site without a norm adds one of them, as all ranks are known to have the same
+    """
     try:
-        return _site(node, call)
+        return _site(node, call, totals)
     except _Refused as refused:
         return Refusal(str(node), source_of(node), str(refused))
 
 
-def _site(node: Node, call: AllReduce) -> Match:
+def _site(node: Node, call: AllReduce, totals: Collection[Node]) -> Match:
     if call.reduce_op != "sum":
         raise _Refused(f"reduce op {call.reduce_op!r}, not 'sum'")
     group = _name_of(call.group)
@@ -266,6 +271,8 @@ def _site(node: Node, call: AllReduce) -> Match:
         if isinstance(norm, Norm):
             return Match(node, call.x, group, tuple(linear), bias, scale, residual, total, norm)
         if residual is not None and norm is NO_NORM and any(user.op == "output" for user in total.users):
+            if residual in totals:
+                return Match(node, call.x, group, tuple(linear), bias, scale, residual, total, without_norm(total))
             raise _Refused("the graph returns the sum with its residual before a norm: compile the whole model instead of each layer")
         if residual is not None or norm is not NO_NORM:
             raise _Refused(norm)

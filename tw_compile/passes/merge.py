@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
 from torch.fx import Graph, Node
 
 from ..compat import detect_fake_mode
@@ -45,7 +44,7 @@ from .graph_utils import (
 )
 from .norms import is_number
 from .replicated import own_values
-from .rules.token_axis import equal, expr
+from .rules.token_axis import expr
 
 # Ops that pick or arrange whole rows: the same is done to the rows of each rank.
 _SHAPES = (*RESHAPES, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
@@ -86,14 +85,9 @@ def merge(graph: Graph, alone: Collection[str] = (), skip: Collection[str] = ())
     """
     if not any(map(all_reduce_of, graph.nodes)):
         return graph, [], {}
-    copy = copied_graph(graph)
-    joined = {node: whole for node in copy.nodes if (whole := _cut_and_joined(node))}
-    for node, whole in joined.items():
-        node.replace_all_uses_with(whole)  # so that one call reads the whole
-    sort_and_clean(copy, stays)
-    merger = _Merger(copy, alone)
+    merger = _Merger(copied_graph(graph), alone)
     merged = merger.run(skip)
-    return merger.graph if merged or joined else graph, merged, merger.why
+    return merger.graph if merged else graph, merged, merger.why
 
 
 class _Merger:
@@ -143,7 +137,7 @@ class _Merger:
         if calls(node, WAIT):
             return sums
         if calls(node, *_SHAPES) or (calls(node, *_ROWS) and node.args[1] % value(first).dim() < value(first).dim() - 1):
-            return sums if keeps_rows(node) else []
+            return sums if keeps_rows(node) and self._are_equal_rows(node, sums) else []
         if calls(node, aten.cat.default):
             along_rows = (node.args[1] if len(node.args) > 1 else 0) % value(node).dim() < value(node).dim() - 1
             return sums if along_rows and sums == first == self._of_one_group(sums) else []
@@ -180,6 +174,15 @@ class _Merger:
         if own := self.owns[group].get(factor):
             self.why |= dict.fromkeys((r.name for r in self.sums[sums[0]]), f"its factor may differ between ranks: it is made of {own}")
         return not own
+
+    def _are_equal_rows(self, node: Node, sums: list[Node]) -> bool:
+        """Whether a call takes the same rows on all ranks, or rows that ``_rows`` tells apart; notes why not."""
+        bounds = [expr(value(a) if isinstance(a, Node) else a) for a in node.args[2:]] if calls(node, *_ROWS) else []
+        sizes = {symbol for size in value(node.args[0]).shape for symbol in expr(size).free_symbols}
+        equal_ = all(bound.free_symbols <= sizes for bound in bounds)
+        if not equal_:
+            self.why |= dict.fromkeys((r.name for r in self.sums[sums[0]]), "a number that may differ between ranks picks its rows")
+        return equal_
 
     def _has_addends(self, sum_: Node) -> bool:
         return any(calls(node, aten.add.Tensor) and len(self.parts[node]) == 1 for node in self._steps(sum_))
@@ -229,6 +232,7 @@ class _Merger:
         if form.rest is not None:
             total = self._whole(root, aten.add.Tensor, total, self._expanded(form.rest, root))
         root.replace_all_uses_with(total)
+        self.before.replace(root, total)
         return reduce, total
 
     def _form(self, node: Node) -> _Form:
@@ -364,27 +368,11 @@ class _Merger:
         return "; ".join(f"{op} of {[*map(show, x.shape)]} at {[*map(show, bounds)]}" for op, x, bounds in taken)
 
 
-def _cut_and_joined(cat: Node) -> Node | None:
-    """The value whose parts along a dimension, one after the other, a call joins again."""
-    parts = cat.args[0] if calls(cat, aten.cat.default) else []
-    whole = parts[0].args[0] if parts and calls(parts[0], aten.slice.Tensor) else None
-    if whole is None or not same_shape(value(whole).shape, value(cat).shape):
-        return None
-    dim, at = (cat.args[1] if len(cat.args) > 1 else 0) % value(cat).dim(), sympy.Integer(0)
-    for part in parts:
-        if not calls(part, aten.slice.Tensor) or part.args[0] is not whole or len(part.args) != 4:
-            return None
-        _, of, first, _ = part.args
-        if of % value(cat).dim() != dim or not equal(expr(value(first) if isinstance(first, Node) else first), at):
-            return None
-        at += expr(value(part).shape[dim])
-    return whole
-
-
 def _is_vector(x: Node, total: Node) -> bool:
-    """Whether it is one row, that is added to all rows of ``total``."""
-    shape = value(x).shape
-    return value(total).dim() > 1 and len(shape) > 0 and all(map(is_one, shape[:-1])) and same_size(shape[-1], value(total).shape[-1])
+    """Whether it is one row, that is added to all rows of ``total``. That of a single token is its residual."""
+    shape, whole = value(x).shape, value(total).shape
+    is_row = len(shape) > 0 and all(map(is_one, shape[:-1])) and same_size(shape[-1], whole[-1])
+    return is_row and not same_shape(shape, whole)
 
 
 def _is_scalar(factor: Any) -> bool:

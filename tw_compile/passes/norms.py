@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from ..site import WITHOUT_NORM
 from .graph_utils import RESHAPES, aten, calls, is_one, is_tensor, keeps_rows, other_operand, prims, same_size, value
 
 NO_NORM = "no RMSNorm or LayerNorm follows"
@@ -42,7 +43,12 @@ class Norm:
 
     @property
     def kind(self) -> str:
-        return "LayerNorm" if self.center else "RMSNorm"
+        return "" if self.eps == WITHOUT_NORM else "LayerNorm" if self.center else "RMSNorm"
+
+
+def without_norm(total: Node) -> Norm:
+    """What stands for the norm of a residual that no norm of the graph reads."""
+    return Norm(total, None, None, WITHOUT_NORM, 0.0, False)
 
 
 def match_norm(total: Node) -> Norm | str:
@@ -138,7 +144,7 @@ def _normalised(rows: list[Node], spread: Node, what: str, total: Node, center: 
     if calls(reduction, aten.var.correction, aten.var_mean.correction) and reduction.kwargs.get("correction") != 0:
         return "the variance is divided by H - 1, not by H (unbiased=False)"
     shifted = next((u for column in _as_column(spread) if (u := _one(column, aten.add.Tensor, aten.add.Scalar))), None)
-    if not shifted or not is_number(shifted.args[1]) or shifted.kwargs:
+    if not shifted or not is_number(shifted.args[1]) or shifted.args[1] < 0 or shifted.kwargs:
         return f"the {what} is not followed by + eps"
     scaled = _divided(rows, shifted)
     if not scaled:

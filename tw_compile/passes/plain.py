@@ -4,20 +4,23 @@
 - An argument that a functional call writes to, and that is its base in another shape, becomes the base.
 - Where a library has registered ops: a residual that is added in float32 to a sum over the ranks, and rounded afterwards, is added in the
   dtype of both, as vLLM's norms do it. A site adds in float32 in any case.
+- A concatenation of all slices of a value, in their order, becomes the value.
 """
 
 import operator
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, Node
 
 from ..compat import OpOverload, auto_functionalized, detect_fake_mode
 from .emit import Emit, Emitter
 from .find import is_sum, stays
-from .graph_utils import aten, calls, is_tensor, prims, same_shape, value
+from .graph_utils import aten, calls, is_tensor, is_view, prims, same_shape, value
 from .rules.functional import BASES, EMPTY, given, written
+from .rules.token_axis import equal, expr
 
 # (emit, name -> argument) -> name of an argument that the op writes to, or 0, 1, ... for its results -> its new value
 Decomposition = Callable[[Emit, dict[str, Any]], dict[str | int, Node] | None]
@@ -44,7 +47,8 @@ def plain(graph: Graph) -> None:
     if tensor is None:
         return
     emit = _Before(graph, detect_fake_mode([tensor]))
-    changed = [_decompose(emit, node) or _reshape_bases(emit, node) or _add_in_dtype(emit, node) for node in list(graph.nodes)]
+    steps = _decompose, _reshape_bases, _add_in_dtype, _join
+    changed = [any(step(emit, node) for step in steps) for node in list(graph.nodes)]
     if any(changed):
         graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or stays(node))
         graph.lint()
@@ -188,3 +192,33 @@ def _add_in_dtype(emit: _Before, node: Node) -> bool:
         cast.replace_all_uses_with(total)
     node.replace_all_uses_with(wide)
     return True
+
+
+def _join(emit: _Before, node: Node) -> bool:
+    """The parts of a value, one after the other, become the value, so that one call reads it."""
+    whole = _cut_and_joined(node)
+    if whole is not None:
+        node.replace_all_uses_with(whole)
+    return whole is not None
+
+
+def _cut_and_joined(cat: Node) -> Node | None:
+    """The value whose parts along a dimension, one after the other, a call joins again."""
+    parts = cat.args[0] if calls(cat, aten.cat.default) else []
+    whole = parts[0].args[0] if parts and calls(parts[0], aten.slice.Tensor) else None
+    if whole is None or not same_shape(value(whole).shape, value(cat).shape) or _is_returned(cat):
+        return None
+    dim, at = (cat.args[1] if len(cat.args) > 1 else 0) % value(cat).dim(), sympy.Integer(0)
+    for part in parts:
+        if not calls(part, aten.slice.Tensor) or part.args[0] is not whole or len(part.args) != 4:
+            return None
+        _, of, first, _ = part.args
+        if of % value(cat).dim() != dim or not equal(expr(value(first) if isinstance(first, Node) else first), at):
+            return None
+        at += expr(value(part).shape[dim])
+    return whole
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether the graph returns a value, or a view of it: it must have memory of its own."""
+    return any(user.op == "output" or (is_view(user.target) and _is_returned(user)) for user in node.users)

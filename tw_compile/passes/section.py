@@ -14,6 +14,7 @@ from ..options import Options
 from .cut import Cut
 from .graph_utils import aten, calls, is_one, is_tensor, is_view, positional, source_of, value
 from .rules.attention import SIGNATURES
+from .rules.experts import choices_of, groups
 from .rules.quantised import is_gemm, one_scale, scales_of
 from .rules.token_axis import expr
 from .split import split
@@ -51,16 +52,18 @@ def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedu
         return ""
     phases = []
     for site in first[1:]:
-        phase = _phase(site, hidden, unsplit, whole)
+        phase = _phase(site, hidden, tokens, unsplit, whole)
         if phase is None:
             return f"what a site reduces is not the product of a GEMM that autotuning can run ({source_of(site) or site})"
         phases.append(phase)
+    if x.dtype != torch.bfloat16 and any("experts" in op for phase in phases for op in phase):
+        return f"grouped GEMMs of experts in {x.dtype} are not autotuned: PyTorch has them in bfloat16 only"
     ctas = options.ctas if isinstance(options.ctas, int) else 0
     return schedule.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases), cuda_graphs)
 
 
-def _phase(site: Node, hidden: int, unsplit: Container[Node], whole: Container[Node]) -> tuple | None:
-    """The phase of a Section that leads from the site before to this one; None if it does not end in a GEMM."""
+def _phase(site: Node, hidden: int, tokens: Any, unsplit: Container[Node], whole: Container[Node]) -> tuple | None:
+    """The phase of a Section that leads from the site before to this one; None if it does not end in a GEMM or in experts."""
     nodes, node = [], site.prev
     while not calls(node, site.target) and node.op != "root":
         nodes.append(node)
@@ -68,7 +71,7 @@ def _phase(site: Node, hidden: int, unsplit: Container[Node], whole: Container[N
     nodes.reverse()
     ops = []
     for node in nodes:
-        if op := _op(node):
+        if op := _op(node, tokens):
             ops.append(("unsplit", *op) if node in whole else op)
         elif node in unsplit and ops[-1:] != [("unsplit",)]:
             ops.append(("unsplit",))
@@ -78,18 +81,22 @@ def _phase(site: Node, hidden: int, unsplit: Container[Node], whole: Container[N
     if last[0] == "unsplit":  # x is cut after the GEMM: the section runs the GEMM for each half, after all that it needs
         ops, last = [*ops, ("unsplit",)], last[1:]
     sizes = [size for op in (*ops, last) for size in op if not isinstance(size, (str, tuple))]
-    if last[:1] not in (("mm",), ("gemm",)) or last[2] != hidden or not all(isinstance(size, int) for size in sizes):
+    columns = last[2] if last[:1] == ("gemm",) else last[-1]
+    if last[:1] not in (("mm",), ("gemm",), ("experts",)) or columns != hidden or not all(isinstance(size, int) for size in sizes):
         return None
-    return ("others", _others(nodes)), *ops, last
+    return ("others", _others(nodes, tokens)), *ops, last
 
 
-def _op(node: Node) -> tuple | None:
-    """The entry of a Section for a GEMM or an attention; None for other calls."""
+def _op(node: Node, tokens: Any) -> tuple | None:
+    """The entry of a Section for a GEMM, an attention or a grouped GEMM of experts; None for other calls."""
     if calls(node, aten.mm.default, aten.addmm.default):
         return "mm", *value(node.args[-1]).shape
     if calls(node, *SIGNATURES):
         query, key = (value(a) for a in node.args[:2])
         return "attention", query.shape[1], key.shape[1], query.shape[3]
+    if calls(node, aten._grouped_mm.default):
+        choices = choices_of(node, tokens)
+        return ("experts", groups(node), choices, *value(node.args[1]).shape[1:]) if choices else None
     return _gemm(node) if is_gemm(node) else None
 
 
@@ -132,11 +139,11 @@ def _is_plain(entry: Any) -> bool:
     return all(map(_is_plain, entry)) if isinstance(entry, tuple) else entry is None or isinstance(entry, (bool, int, float, str))
 
 
-def _others(nodes: list[Node]) -> int:
+def _others(nodes: list[Node], tokens: Any) -> int:
     """An estimate of the number of other kernels: Inductor fuses calls that use each other's results."""
     kernel: dict[Node, Node] = {}  # a call -> the last call of its kernel
     for node in nodes:
-        if node.op != "call_function" or not is_tensor(node) or is_view(node.target) or _op(node) or calls(node, operator.getitem):
+        if node.op != "call_function" or not is_tensor(node) or is_view(node.target) or _op(node, tokens) or calls(node, operator.getitem):
             continue
         found = {kernel[a] for a in node.all_input_nodes if a in kernel}
         kernel |= {n: node for n, of in kernel.items() if of in found} | {node: node}

@@ -6,7 +6,6 @@ token-axis rule needs them whole, and after the last site.
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,29 +13,19 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..compat import detect_fake_mode, free_unbacked_symbols, statically_known_true
+from ..compat import detect_fake_mode, free_unbacked_symbols
 from ..report import UnsplitOp
 from .cut import Cut
 from .emit import Emit, Emitter
 from .find import collectives, communicates
 from .graph_utils import WAIT, Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
-from .rules import algebra, arrange, attention  # noqa: F401  # they register rules
+from .halves import Check, Halves
+from .rules import algebra, arrange, attention, copies, experts  # noqa: F401  # they register rules
 from .rules.cache import Write, put_entries, view_of, write_of
 from .rules.functional import EMPTY, fresh, name_of
 from .rules.gather import GATHER, gather_along, side_by_side
 from .rules.per_half import PerHalf
-from .rules.token_axis import Split, TokenAxis, equal, expr, expr_of, map_places, same_axis, split_rule
-
-
-@dataclass(frozen=True)
-class Halves:
-    """A value in two halves.
-
-    axis: the TokenAxis along which they are joined; for a tuple of values, a tuple of them
-    """
-
-    nodes: tuple[Node, Node]
-    axis: Any
+from .rules.token_axis import FROM_START, Split, TokenAxis, expr, expr_of, map_places, same_axis, split_rule
 
 
 def split(
@@ -53,7 +42,13 @@ def split(
         the nodes of ``graph`` that are made once, for all tokens
     ).
     """
-    return _Splitter(graph, sites, cut, keep_whole or {}).run()
+    whole = dict(keep_whole or {})
+    while True:
+        splitter = _Splitter(graph, sites, cut, whole)
+        made = splitter.run()
+        if not splitter.unroutable.keys() - whole.keys():
+            return made
+        whole = splitter.unroutable | whole
 
 
 def _chain(sites: list[Node], before: Ancestors) -> list[Node]:
@@ -77,12 +72,14 @@ class _Splitter:
         self.before = Ancestors(graph)
         self.sites = _chain([s for s in sites if same_shape(value(s.args[0]).shape[:-1], shape[:-1])], self.before)
         self.emit = Emitter(Graph(graph.owning_module), detect_fake_mode([value(sites[0].args[0])]))
+        self.check = Check(cut, self.emit.fake_mode)
         self.env: dict[Node, Node | Halves] = {}
         self.joined: dict[Node, Node] = {}  # a value that is cut -> the value joined
         self.cuts: dict[tuple[Node, TokenAxis], tuple[Node, Node]] = {}  # (a whole value, an axis) -> its halves
         self.written: dict[Node, Write] = {}  # a whole value, to which each half's rows are written in turn
         self.firsts: dict[Node, Node] = {}  # such a value -> the value before the second half's rows are written
         self.unsplit_ops: dict[Node, UnsplitOp] = {}
+        self.unroutable: dict[Node, str] = {}  # a sort of experts' rows that is needed for all tokens -> why: see rules/experts.py
         self.done: dict[Node, str] = {node: "whole" for node in collectives(graph) if not calls(node, ops.fused)}
 
     def run(self) -> tuple[Graph, list[Node], dict[Node, UnsplitOp], dict[Node, str], set[Node]]:
@@ -138,6 +135,8 @@ class _Splitter:
             self._whole(node)
         elif reason := self.keep_whole.get(node) or self._attempt(node):
             self.unsplit_ops[node] = UnsplitOp(name_of(node), source_of(node), reason)
+            for axis in self._cut_inputs(node).values():
+                self._need_in_order(axis, f"{name_of(node)} needs its rows in one order: {reason}")
             self._whole(node)
         elif node in self.done:
             self.done[node] = "cut"
@@ -163,24 +162,36 @@ class _Splitter:
     def _in_halves(self, node: Node) -> str | None:
         """Make a call once for each half, or return why that is not possible."""
         axes = self._cut_inputs(node)
+        if experts.is_routed(node, axes):
+            return self._by_rule(node, experts.routed_rule(node, axes))
+        if copies.is_copied(node, axes):
+            return self._by_rule(node, copies.copied_rule(node, axes))
         if calls(node, GATHER) and axes[node.args[0]].dim == 0 and (found := side_by_side(node)):
             self._gather(node, *found)
-            return self._fault(found[0], self.env[found[0]])
+            return self.check.fault(found[0], self.env[found[0]])
         if write := write_of(node, axes):
             return self._write(node, write)
         if node.target in attention.SIGNATURES and any(map(_may_be_zero, self.cut.halves)):
             return "a half may have no tokens, and attention needs at least one"
         rule = split_rule(node, axes)
-        if isinstance(rule, str):
-            return rule
+        if not isinstance(rule, str) and attention.is_cut_causally(node, axes, self._rows):
+            return self._lacking(node, rule) or self._causal_attention(node, rule)
+        return self._by_rule(node, rule)
+
+    def _lacking(self, node: Node, rule: Split) -> str | None:
+        """Why an input that a rule slices cannot be sliced; None if it can be."""
         for axis, a in self._sliced(node, rule):
             needed = expr(self.cut.length) * expr_of(axis.unit)
             if (expr(self.cut.first) * expr_of(axis.unit)).is_integer is False:
                 return f"an input has one entry for {1 / expr_of(axis.unit)} tokens, and the cut is not at a multiple of them"
-            if not self._is(value(a).shape[axis.dim], needed) and not (rule.agrees and value(a).dim() == 1):
+            if not self.check.is_size(value(a).shape[axis.dim], needed) and not (rule.agrees and value(a).dim() == 1):
                 return f"an input has {value(a).shape[axis.dim]} entries along the token axis, not {needed}"
-        if attention.is_cut_causally(node, axes, self._rows):
-            return self._causal_attention(node, rule)
+        return None
+
+    def _by_rule(self, node: Node, rule: Split | str) -> str | None:
+        """Make a call once for each half by its rule, or return why that is not possible."""
+        if isinstance(rule, str) or (lacking := self._lacking(node, rule)):
+            return rule if isinstance(rule, str) else lacking
         self._read_written(node)
 
         def of_input(half: int, place: object, a: Node) -> Node:
@@ -188,16 +199,7 @@ class _Splitter:
 
         made = Halves(tuple(self._again(node, rule, half, partial(of_input, half)) for half in (0, 1)), rule.axis)
         self.env[node] = made
-        return self._fault(node, made)
-
-    def _is(self, size: Any, wanted: Any) -> bool:
-        """Whether a size is known to equal a sympy expression, also by the guards that exist."""
-        env = self.emit.fake_mode.shape_env
-        if equal(expr(size), wanted):
-            return True
-        if env is None or (wanted.is_number and isinstance(size, int)) or not wanted.is_integer:
-            return False
-        return statically_known_true(size == (int(wanted) if wanted.is_number else env.create_symintnode(wanted, hint=None)))
+        return self.check.fault(node, made)
 
     def _again(self, node: Node, rule: Split, half: int, of_input: Callable[[Any, Node], Node]) -> Node:
         """Make a call for a half by its rule. of_input: (place, input in the old graph) -> the argument"""
@@ -223,34 +225,6 @@ class _Splitter:
 
         map_places(look, *rule.arguments(node))
         return found
-
-    def _fault(self, node: Node, made: Halves) -> str | None:
-        """Why the halves that a rule makes of a call are not halves of its result; None if they are."""
-        whole, parts = value(node), [value(part) for part in made.nodes]
-        if isinstance(whole, torch.Tensor):
-            return self._fault_of_one(whole, parts, made.axis)
-        has_axes = isinstance(whole, (tuple, list)) and isinstance(made.axis, tuple)
-        if not has_axes or not all(calls(user, operator.getitem) for user in node.users):
-            return "its token-axis rule does not give the token axis of each result"
-        if any(len(results) != len(whole) for results in (made.axis, *parts)):
-            return f"its token-axis rule gives a number of results other than {len(whole)}"
-        used = {user.args[1] for user in node.users}
-        faults = (self._fault_of_one(whole[i], [part[i] for part in parts], made.axis[i]) for i in sorted(used))
-        return next(filter(None, faults), None)
-
-    def _fault_of_one(self, whole: torch.Tensor, parts: list, axis: object) -> str | None:
-        """The same for a single result."""
-        if not isinstance(axis, TokenAxis) or not 0 <= axis.dim < whole.dim():
-            return f"its token-axis rule returns {axis!r}, which is not an axis of the result"
-        unit, shape = expr_of(axis.unit), [expr(size) for size in whole.shape]
-        lengths = [expr(n) * unit for n in (self.cut.length, *self.cut.halves)]
-        for tensor, length in zip((whole, *parts), lengths):
-            wanted = [*shape[: axis.dim], length, *shape[axis.dim + 1 :]]
-            if not isinstance(tensor, torch.Tensor) or tensor.dtype != whole.dtype or tensor.dim() != len(wanted):
-                return "its token-axis rule gives halves whose dtype or number of dimensions is not that of the result"
-            if not all(map(self._is, tensor.shape, wanted)):
-                return f"its token-axis rule gives a part of shape {list(tensor.shape)}, not {wanted}"
-        return None
 
     def _site(self, node: Node) -> None:
         """Make a ``fused`` call for each half, with its results."""
@@ -291,7 +265,7 @@ class _Splitter:
             results = attention.masked_halves(emit, node, queries, keys, values, rows)
         made = Halves(results, self.env[node.args[0]].axis)
         self.env |= dict.fromkeys(node.users, made)  # by the rule only the first result has users
-        return self._fault_of_one(value(node)[0], [value(result) for result in results], made.axis)
+        return self.check.fault_of_one(value(node)[0], [value(result) for result in results], made.axis)
 
     # --- writes to a cache -------------------------------------------------------------------------------------------
 
@@ -300,7 +274,7 @@ class _Splitter:
         before, rows = [self._join(a) for a in write.before], self.env[write.rows].nodes
         if write.axis.dim != write.dim:
             self._write_entries(node, write, *before)
-            return self._fault(node, self.env[node])
+            return self.check.fault(node, self.env[node])
         if write.positions is None:
             self.env[node] = self.emit(aten.cat.default, [*before, *rows], write.dim)
         else:
@@ -384,8 +358,9 @@ class _Splitter:
             if calls(known, EMPTY):
                 pair = [fresh(emit, known, axis.dim, self.emit.size(expr(n) * unit)) for emit, n in zip(in_half, self.cut.halves)]
             else:
-                at = [0, *(self.emit.size(expr(n) * unit) for n in (self.cut.first, self.cut.length))]
-                pair = [emit(aten.slice.Tensor, known, axis.dim, *at[h : h + 2]) for h, emit in enumerate(in_half)]
+                ends = [(0, self.cut.halves[0]), (0, self.cut.halves[1]) if axis.order == FROM_START else (self.cut.first, self.cut.length)]
+                at = [[self.emit.size(expr(n) * unit) for n in bounds] for bounds in ends]
+                pair = [emit(aten.slice.Tensor, known, axis.dim, *bounds) for emit, bounds in zip(in_half, at)]
             self.cuts[known, axis] = pair[0], pair[1]
         return self.cuts[known, axis][half]
 
@@ -394,7 +369,17 @@ class _Splitter:
         known = self.env[old]
         if not isinstance(known, Halves):
             return known
+        axes = known.axis if isinstance(known.axis, tuple) else (known.axis,)
+        if old not in self.joined and any(axis.order for axis in axes):
+            self._need_in_order(known.axis, "what comes behind the last site needs its rows in one order")
+            self.joined[old] = self.emit.graph.node_copy(old, self._join)  # the halves have other orders
         if old not in self.joined:
             self.joined[old] = whole = self.emit(aten.cat.default, list(known.nodes), known.axis.dim)
             self.cuts[whole, known.axis] = known.nodes  # a later cut takes the halves
         return self.joined[old]
+
+    def _need_in_order(self, axis: Any, reason: str) -> None:
+        """Note why experts' rows are needed in the order of all tokens. Their counts are counted again."""
+        for order in experts.orders_of(axis):
+            if order.what not in (experts.COUNTS, experts.ENDS):
+                self.unroutable.setdefault(order.sort, reason)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from .. import compat
 from ..compat import resolve_process_group
 from ..options import TokenWeaveError
-from ..site import Site, add_norm
+from ..site import WITHOUT_NORM, Site, add_norm
 from . import agree
 from .process_group import ProcessGroup
 from .symmetric import tuning
@@ -243,7 +243,7 @@ def _difference(transport, chains: list["_Chain"], group) -> str:
 
 
 class _Chain:
-    """Three sites in a row, and their correct results. x of the second site is the output of a GEMM."""
+    """Sites in a row, and their correct results. x of the second site is the output of a GEMM."""
 
     def __init__(self, group, device, dtype, center, rows):
         self.dtype, self.center, self.rows = dtype, center, rows
@@ -253,11 +253,14 @@ class _Chain:
         self.xs = [draw(own, rows, _TEST_HIDDEN), self.a @ self.b, draw(own, rows, _TEST_HIDDEN)]
         self.residual = draw(everybodys, rows, _TEST_HIDDEN)
         vector = functools.partial(draw, everybodys, _TEST_HIDDEN)
-        # The arguments of the three sites: a weight in float32 only; everything; a weight only.
+        # The arguments of the first three sites: a weight in float32 only; everything; a weight only.
         none, shift = (None, 1e-5, 1.0, 0.0, center), vector() if center else None
-        self.numerics = (
+        self.numerics: tuple[tuple, ...] = (
             (vector().float(), None, *none), (vector(), vector(), shift, 1e-6, 0.5, 1.0, center), (vector(), None, *none)
         )  # fmt: skip
+        if not center:  # a site without a norm
+            self.xs.append(draw(own, rows, _TEST_HIDDEN))
+            self.numerics += ((None, None, None, WITHOUT_NORM, 1.0, 0.0, False),)
         self.got: list[tuple[int, torch.Tensor]] = []
         self.right: list[torch.Tensor] = []
 

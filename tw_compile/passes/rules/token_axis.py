@@ -25,8 +25,9 @@ c10d = torch.ops._c10d_functional
 class TokenAxis:
     """Where the tokens of a value are.
 
-    dim:  the dimension of the tokens, from 0 on
-    unit: entries of this dimension for each entry of the axis that is cut: an int, a SymInt or a sympy expression
+    dim:   the dimension of the tokens, from 0 on
+    unit:  entries of this dimension for each entry of the axis that is cut: an int, a SymInt or a sympy expression
+    order: None if the entries are in the order of the tokens. Rules that users register get and return no others: see experts.py
 
     For example, if a batch of B sequences of T tokens is cut between sequences, [B, T, H] has TokenAxis(0, 1), and [B·T, H] has
     TokenAxis(0, T).
@@ -34,6 +35,11 @@ class TokenAxis:
 
     dim: int
     unit: Any = 1
+    order: Any = field(default=None, repr=False)
+
+
+# The order of a value of which each half takes the first entries, as many as it has, such as 0, 1, 2, ...
+FROM_START = "start"
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ def product(sizes: Iterable[int | torch.SymInt]) -> sympy.Expr:
 
 
 def same_axis(a: TokenAxis, b: TokenAxis) -> bool:
-    return a.dim == b.dim and equal(expr_of(a.unit), expr_of(b.unit))
+    return (a.dim, a.order) == (b.dim, b.order) and (a.unit is b.unit or equal(expr_of(a.unit), expr_of(b.unit)))
 
 
 def expr_of(unit: int | torch.SymInt | sympy.Expr) -> sympy.Expr:
@@ -368,21 +374,6 @@ def _reduction(node, axes):
     gone = 0 if outputs[0].dim() == rank else sum(d < axis.dim for d in dims)
     axis = TokenAxis(axis.dim - gone, axis.unit)
     return Split(axis if isinstance(value(node), torch.Tensor) else (axis,) * len(outputs))
-
-
-@register_token_rule(aten.embedding.default)
-def _embedding(node, axes):
-    table, ids = node.args[:2]
-    return Split(axes[ids]) if ids in axes and table not in axes else None
-
-
-@register_token_rule(aten.gather.default)
-def _gather(node, axes):
-    source, dim, index = node.args[:3]
-    found = list(axes.values())
-    if dim % value(node).dim() == found[0].dim or not all(same_axis(found[0], other) for other in found):
-        return None
-    return Split(found[0], slices={i: found[0] for i, a in ((0, source), (2, index)) if a not in axes})
 
 
 @register_token_rule(aten.constant_pad_nd.default)
