@@ -98,7 +98,8 @@ $(VENV)/package: $(VENV)/torch $(SOURCES)
 	@rm -rf .venv-vllm
 	@$(PYTHON) -m venv .venv-vllm
 	@echo "installing vLLM"
-	@$(VLLM_PIP) install --retries 1 --timeout 60 --extra-index-url $(CPU_INDEX) $(VLLM) pytest pytest-timeout expecttest
+	@$(VLLM_PIP) install $(VLLM) pytest pytest-timeout expecttest 2>/dev/null \
+	    || $(VLLM_PIP) install --extra-index-url $(CPU_INDEX) $(VLLM) pytest pytest-timeout expecttest
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 

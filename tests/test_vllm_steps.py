@@ -1,8 +1,9 @@
-"""Metadata of vLLM's attention backends, and rules of its ops, without kernels: ``make test-vllm``. Elsewhere these tests skip themselves."""
+"""Halves of the metadata of vLLM's attention backends, without their kernels: ``make test-vllm``. Elsewhere the tests skip themselves."""
 
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,11 @@ pytestmark = [
 ]
 BLOCK, HEAD = 4, 8
 # Name in BACKENDS -> module and class of the backend.
-PLACES = {"CPU_ATTN": "cpu_attn.CPUAttentionBackend", "FLASH_ATTN": "flash_attn.FlashAttentionBackend", "TRITON_ATTN": "triton_attn.TritonAttentionBackend"}  # fmt: skip
+PLACES = {
+    "CPU_ATTN": "cpu_attn.CPUAttentionBackend",
+    "FLASH_ATTN": "flash_attn.FlashAttentionBackend",
+    "TRITON_ATTN": "triton_attn.TritonAttentionBackend",
+}
 # (tokens in the cache, new tokens) of each request of a step
 STEPS = [(0, 5), (9, 1), (4, 7), (0, 1), (13, 3)], [(0, 6)], [(3, 1), (7, 1), (1, 1)]
 
@@ -56,7 +61,7 @@ def paged(metadata, cache, query, key, value, window):
     keys[metadata.slot_mapping[:count]], values[metadata.slot_mapping[:count]] = key[:count], value[:count]
     output = torch.zeros_like(query)
     starts = metadata.query_start_loc.tolist()
-    for i, (begin, end) in enumerate(zip(starts, starts[1:])):
+    for i, (begin, end) in enumerate(itertools.pairwise(starts)):
         length = int(metadata.seq_lens[i])
         for row in range(begin, end):
             last = length - end + row

@@ -144,7 +144,7 @@ PATIENCE_S = 120.0
 
 
 def _meet_the_others() -> None:
-    """Raises TokenWeaveError if a rank of the tensor-parallel group does not come here. Without the plug-in its graphs have no all-reduce."""
+    """Raises TokenWeaveError if a rank of the tensor-parallel group does not come: without the plug-in it finds no all-reduce."""
     import vllm
     from vllm.distributed import parallel_state
 
