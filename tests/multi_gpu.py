@@ -605,7 +605,7 @@ def check_opaque(device):
             if report.mode == "weave":
                 assert {join.reason for join in report.joins} == ({refused} if refused else set()), report
             errors = error(eager, right.double()), error(got, right.double())
-            llama.say(f"opaque: {tokens} tokens, {report.mode}, {len(report.joins)} unsplit, error {errors[1]:.2e}, {errors[0]:.2e} in eager")
+            llama.say(f"opaque: {tokens} tokens, {report.mode}, {len(report.joins)} unsplit: error {errors[1]:.2e}, eager {errors[0]:.2e}")
             assert max(errors) < 0.03
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

@@ -10,7 +10,7 @@ from ...passes.emit import Emit
 from ...passes.graph_utils import aten, prims, value
 from ...passes.plain import register_decomposition
 from ...passes.rules.functional import rows, written
-from ...passes.rules.token_axis import register_token_rule
+from ...passes.rules.token_axis import Rule, register_token_rule
 
 # Ops that compute row by row -> their inputs that have a row for each token. What they write to has, too.
 ROWS = {
@@ -61,10 +61,15 @@ def register() -> None:
             register_token_rule(op)(rows(*inputs, *written(op)))
     for name, reason in WHOLE.items():
         if (op := op_of(name)) is not None:
-            register_token_rule(op)(lambda node, axes, reason=reason: reason)
+            register_token_rule(op)(_whole(reason))
     for name, decomposition in DECOMPOSITIONS.items():
         if (op := op_of(name)) is not None:
             register_decomposition(op, decomposition)
+
+
+def _whole(reason: str) -> Rule:
+    """The rule of an op that runs on all tokens."""
+    return lambda node, axes: reason
 
 
 def op_of(name: str) -> OpOverload | None:
