@@ -51,7 +51,7 @@ test-versions:
 	@MAKE="$(MAKE)" tests/versions.sh "$(VERSIONS)" $(TESTS)
 
 test-vllm: .venv-vllm/package
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_steps.py $(TESTS)
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_steps.py tests/test_vllm_plugin.py $(TESTS)
 
 lint: $(VENV)/lint-extras
 	$(VENV)/bin/ruff check .

@@ -43,14 +43,14 @@ ROWS = {
     "vllm.all_reduce": ("tensor",),
 }
 
-# Ops that run on all tokens of a step -> why.
+# Ops that run on all tokens of a step -> why. vLLM defines some of them later.
 _EXPERTS = "vLLM's experts take the tokens of a whole step: how many each rank has is set for the step"
 _LATENT = "the metadata of latent attention (MLA) cannot be cut"
 WHOLE = {
-    "vllm.moe_forward": _EXPERTS,
-    "vllm.moe_forward_shared": _EXPERTS,
-    "vllm.unified_mla_kv_cache_update": _LATENT,
-    "vllm.unified_mla_attention_with_output": _LATENT,
+    "vllm::moe_forward": _EXPERTS,
+    "vllm::moe_forward_shared": _EXPERTS,
+    "vllm::unified_mla_kv_cache_update": _LATENT,
+    "vllm::unified_mla_attention_with_output": _LATENT,
 }
 
 
@@ -60,8 +60,7 @@ def register() -> None:
         if (op := op_of(name)) is not None:
             register_token_rule(op)(rows(*inputs, *written(op)))
     for name, reason in WHOLE.items():
-        if (op := op_of(name)) is not None:
-            register_token_rule(op)(_whole(reason))
+        register_token_rule(name)(_whole(reason))
     for name, decomposition in DECOMPOSITIONS.items():
         if (op := op_of(name)) is not None:
             register_decomposition(op, decomposition)
