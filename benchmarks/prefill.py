@@ -11,6 +11,7 @@ import argparse
 import itertools
 
 import common
+import opaque
 import quantised
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from variants import llama
 # for 4 tokens take twice as long at 4096. So all sides are compiled again for the first size with this number of tokens, without caches.
 LARGE = 1024
 torch._inductor.config.force_disable_caches = True
+ATTENTION = {"sdpa": llama.Llama, "opaque": opaque.Llama, "opaque-whole": opaque.Llama}
 
 
 def main():
@@ -31,6 +33,9 @@ def main():
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
     parser.add_argument("--sides", nargs="+", choices=common.SIDES, default=list(common.SIDES))
     quantised.add_option(parser)
+    parser.add_argument(
+        "--attention", choices=ATTENTION, default="sdpa", help="in the graph, or opaque to the compiler (opaque.py): cut in two, or whole"
+    )
     parser.add_argument("--samples", type=int, default=15)
     args = parser.parse_args()
 
@@ -39,8 +44,12 @@ def main():
     sizes = sorted(itertools.product(args.batch, args.tokens), key=lambda size: size[0] * size[1])
     compiled_for = sizes[:1] + [(batch, tokens) for batch, tokens in sizes if batch * tokens >= LARGE][:1]
     with torch.no_grad():
-        model, config = variants.build(args.model, args.layers, device)
+        model, config = variants.build(args.model, args.layers, device, ATTENTION[args.attention])
         quantised.quantised(model, args.quant)
+        if args.attention != "sdpa":
+            assert args.batch == [1], "opaque attention takes packed tokens"
+            opaque.allocate(model, config, max(args.tokens))
+            opaque.state.refused = "it is measured whole" if args.attention == "opaque-whole" else ""
         for batch, tokens in sizes:
             if (batch, tokens) in compiled_for:
                 torch._dynamo.reset()
@@ -53,7 +62,9 @@ def main():
             common.show(size, measured)
             measured_rows += common.rows(size, measured, device)
             common.write(
-                quantised.name("prefill", args.model, args.quant, ranks) + ("" if args.batch == [1] else "-batches"),
+                quantised.name("prefill", args.model, args.quant, ranks)
+                + ("" if args.batch == [1] else "-batches")
+                + ("" if args.attention == "sdpa" else f"-{args.attention}"),
                 device,
                 "dynamic shapes; ms of a whole forward pass with embedding, last norm and the last token's logits",
                 measured_rows,

@@ -35,6 +35,7 @@ from tw_compile.transports.together import WorkspaceError
 
 sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("examples", "benchmarks")]
 import llama  # noqa: E402
+import opaque  # noqa: E402
 
 LAYERS, SIZES = 4, (512, 1000, 2048, 4096, 8192)
 EVENTS = []
@@ -579,6 +580,42 @@ def check_together(device):
     choose.chosen.clear()
     dist.barrier()
     llama.say("together: all ranks, or none")
+
+
+def check_opaque(device):
+    """A serving engine's packed tokens and opaque paged attention, cut and whole, also under a CUDA graph, against SDPA in the graph."""
+    config = replace(llama.SIZES["70B"], layers=LAYERS)
+    models = {}
+    for kind in (llama.Llama, opaque.Llama):
+        with torch.device("meta"):
+            models[kind] = kind(config, dist.group.WORLD).to(torch.bfloat16).eval()
+        llama.fill(models[kind], config, device, None)
+    model = models[opaque.Llama]
+    opaque.allocate(model, config, max(SIZES))
+    exact = models[llama.Llama]
+    for refused in ("", "it is tested whole"):
+        opaque.state.refused = refused
+        torch._dynamo.reset()
+        run = compiled(model)
+        for tokens in SIZES:
+            ids = inputs(config, device, tokens)
+            right, eager, got = (f(ids)[0].clone() for f in (exact, model, run))
+            report = tw_compile.reports()[-1]
+            assert len(report.sites) == 2 * LAYERS + 1 and not report.refusals
+            if report.mode == "weave":
+                assert {join.reason for join in report.joins} == ({refused} if refused else set()), report
+            errors = error(eager, right.double()), error(got, right.double())
+            llama.say(f"opaque: {tokens} tokens, {report.mode}, {len(report.joins)} unsplit: error {errors[1]:.2e}, eager {errors[0]:.2e}")
+            assert max(errors) < 0.03
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = run(ids)[0]
+            for cache in opaque.state.caches.values():
+                cache.zero_()
+            graph.replay()
+            assert torch.equal(captured, got)
+            del graph
+    opaque.state.refused = ""
 
 
 def check_models(device):

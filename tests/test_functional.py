@@ -123,13 +123,14 @@ def test_attention_that_cannot_be_cut_runs_on_all_tokens():
     new.check()
 
 
-def test_norm_behind_a_sum_in_float32(monkeypatch):
-    """vLLM's form, in bfloat16: the residual is added in float32 and rounded afterwards."""
+@pytest.mark.parametrize("last", [False, True])
+def test_norm_behind_a_sum_in_float32(monkeypatch, last):
+    """vLLM's form, in bfloat16: the residual is added in float32 and rounded afterwards, unless no layer reads it."""
 
     def model(x, residual, weight):
         total = all_reduce(x).float() + residual.float()
         norm = (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5)).to(weight.dtype) * weight
-        return norm, total.to(x.dtype)
+        return norm if last else (norm, total.to(x.dtype))
 
     inputs = [torch.randn(shape, dtype=torch.bfloat16) for shape in ((T, H), (T, H), (H,))]
     # Elsewhere the sum in float32 may be what the model means.

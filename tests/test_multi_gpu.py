@@ -31,7 +31,7 @@ def run(script, *arguments, launcher=()):
     "check",
     (
         "agreement", "repeats", "stress", "tuning", "graphs", "caches", "regions", "transports", "streams", "threads", "state", "empty",
-        "together", "models",
+        "together", "opaque", "models",
     ),
 )  # fmt: skip
 def test_on_all_gpus(check):

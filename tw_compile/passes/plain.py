@@ -19,6 +19,7 @@ from ..compat import OpOverload, auto_functionalized, detect_fake_mode
 from .emit import Emit, Emitter
 from .find import is_sum, stays
 from .graph_utils import aten, calls, is_tensor, is_view, prims, same_shape, value
+from .norms import Norm, match_norm
 from .rules.functional import BASES, EMPTY, given, written
 from .rules.token_axis import equal, expr
 
@@ -182,7 +183,8 @@ def _add_in_dtype(emit: _Before, node: Node) -> bool:
     a, b = (cast.args[0] for cast in casts)
     dtype = value(a).dtype
     rounded = [user for user in node.users if calls(user, prims.convert_element_type.default) and user.args[1] == dtype]
-    if not _DECOMPOSITIONS or not rounded:  # elsewhere the float32 sum may be what the model means
+    # Elsewhere the float32 sum may be what the model means. The last norm's sum is not rounded, as no layer reads it.
+    if not _DECOMPOSITIONS or not (rounded or isinstance(match_norm(node), Norm)):
         return False
     if not (is_sum(a) or is_sum(b)) or dtype != value(b).dtype or dtype not in (torch.bfloat16, torch.float16):
         return False

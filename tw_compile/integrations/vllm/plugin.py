@@ -14,10 +14,11 @@ from torch.fx import Node
 
 from ...backend import tokenweave
 from ...compat import get_opaque_type_name
-from ...options import PREFIX
+from ...options import PREFIX, TokenWeaveError
 from ...passes.find import AllReduce, register_all_reduce, register_collective
 from ...passes.rules.paged import Engine, register_engine
 from ...report import say_once
+from ...transports import agree
 from . import attention, rows
 
 NAME = "tokenweave"
@@ -87,7 +88,13 @@ def _checking(check_and_update_config: Callable) -> Callable:
         if config.backend == NAME:
             # Its files cannot hold what this backend returns. Workers inherit this.
             os.environ["VLLM_USE_AOT_COMPILE"] = "0"
+        asked = config.backend == NAME
         check_and_update_config(vllm_config)
+        if asked and config.mode != CompilationMode.DYNAMO_TRACE_ONCE:
+            say_once(
+                f"vLLM compiles nothing with these settings (compilation mode {config.mode.name}), so the backend tokenweave does nothing. "
+                "vLLM does so for enforce_eager, and on CPUs for LoRA"
+            )
 
     return check
 
@@ -124,9 +131,32 @@ def _with_options(init_backend: Callable) -> Callable:
     @functools.wraps(init_backend)
     def init(self, *args, **kwargs):
         backend = init_backend(self, *args, **kwargs)
-        return backend if backend != NAME else functools.partial(tokenweave, options=_options(self))
+        if backend != NAME:
+            return backend
+        _meet_the_others()
+        return functools.partial(tokenweave, options=_options(self))
 
     return init
+
+
+# Seconds that a rank waits for the others, which make the same model.
+PATIENCE_S = 120.0
+
+
+def _meet_the_others() -> None:
+    """Raises TokenWeaveError if a rank of the tensor-parallel group does not come: without the plug-in it finds no all-reduce."""
+    import vllm
+    from vllm.distributed import parallel_state
+
+    if parallel_state._TP is None:
+        return
+    group = parallel_state._TP.device_group.group_name
+    try:
+        agree.exchange(group, "the start of the plug-in for vLLM", vllm.__version__, PATIENCE_S)
+    except TokenWeaveError:
+        raise
+    except RuntimeError as error:
+        raise TokenWeaveError(f"{error}. If it has no plug-in of tw_compile: install it, and set VLLM_PLUGINS alike on all ranks") from None
 
 
 def _options(config: Any) -> dict[str, Any]:

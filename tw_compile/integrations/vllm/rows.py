@@ -10,7 +10,7 @@ from ...passes.emit import Emit
 from ...passes.graph_utils import aten, prims, value
 from ...passes.plain import register_decomposition
 from ...passes.rules.functional import rows, written
-from ...passes.rules.token_axis import register_token_rule
+from ...passes.rules.token_axis import Rule, register_token_rule
 
 # Ops that compute row by row -> their inputs that have a row for each token. What they write to has, too.
 ROWS = {
@@ -43,15 +43,32 @@ ROWS = {
     "vllm.all_reduce": ("tensor",),
 }
 
+# Ops that run on all tokens of a step -> why. vLLM defines some of them later.
+_EXPERTS = "vLLM's experts take the tokens of a whole step: how many each rank has is set for the step"
+_LATENT = "the metadata of latent attention (MLA) cannot be cut"
+WHOLE = {
+    "vllm::moe_forward": _EXPERTS,
+    "vllm::moe_forward_shared": _EXPERTS,
+    "vllm::unified_mla_kv_cache_update": _LATENT,
+    "vllm::unified_mla_attention_with_output": _LATENT,
+}
+
 
 def register() -> None:
     """Register the rules and decompositions of those ops that this build of vLLM has."""
     for name, inputs in ROWS.items():
         if (op := op_of(name)) is not None:
             register_token_rule(op)(rows(*inputs, *written(op)))
+    for name, reason in WHOLE.items():
+        register_token_rule(name)(_whole(reason))
     for name, decomposition in DECOMPOSITIONS.items():
         if (op := op_of(name)) is not None:
             register_decomposition(op, decomposition)
+
+
+def _whole(reason: str) -> Rule:
+    """The rule of an op that runs on all tokens."""
+    return lambda node, axes: reason
 
 
 def op_of(name: str) -> OpOverload | None:

@@ -61,7 +61,7 @@ def written(op: OpOverload) -> list[str]:
 def _functional(node, axes):
     """The rule of the op that it calls. That rule gets this node."""
     op = node.args[0]
-    rule = _RULES.get(op)
+    rule = _RULES.get(op) or _RULES.get(op.name())
     return rule(node, axes) if rule is not None else f"no token-axis rule for {op}"
 
 

@@ -1,0 +1,126 @@
+"""vLLM as it is installed, on two CPU ranks: ``make test-vllm``. Elsewhere these tests skip themselves."""
+
+import concurrent.futures
+import contextlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import vllm_ranks
+from vllm_ranks import COMPILED, ENVIRONMENT, MODELS, REQUESTS, SERVED, TOKENS, arrivals
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM, which make test-vllm installs"),
+    pytest.mark.timeout(900),
+]
+HERE = Path(__file__).parent
+CLIENTS = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in MODELS:
+        vllm_ranks.make(name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Name of a model -> what vLLM did in eager mode and with the backend. All in two processes that import vLLM once."""
+    launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    command = [sys.executable, *launch, str(HERE / "vllm_ranks.py"), str(folder), *MODELS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=850)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"model"')]
+    return {line["model"]: line for line in lines}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_are_those_of_eager(runs, name):
+    eager, compiled = runs[name]["eager"], runs[name]["compiled"]
+    # Requests waited for each other, were preempted, and found the first tokens of others in the cache, alike in both runs.
+    assert eager["preempted"] == compiled["preempted"] > 0 and eager["cached"] == compiled["cached"] > 0
+    assert eager["reports"] == []
+    modes = [report["mode"] for report in compiled["reports"]]
+    assert modes[0] == "weave" and "fuse" in modes
+    for report in compiled["reports"]:
+        assert len(report["sites"]) == 7 and not report["refusals"] and not report["joins"]
+    assert [len(tokens) for tokens in compiled["tokens"]] == [TOKENS] * REQUESTS
+    assert compiled["tokens"] == eager["tokens"]
+
+
+@contextlib.contextmanager
+def server(path, log):
+    """``vllm serve`` with the backend, as users start it; its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = [word for name, option in SERVED.items() for word in (f"--{name.replace('_', '-')}", str(option))]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", path, "-tp", "2", "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 23), "--compilation-config", json.dumps(COMPILED), *options,
+    ]  # fmt: skip
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCH_LOGS": "tokenweave"}
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                break
+            assert process.poll() is None, "the server has ended"
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def test_server(runs, folder, tmp_path):
+    """16 clients at once, of which two leave while their tokens are streamed."""
+    import openai
+
+    path, prompts = str(folder / "Llama"), [prompt for _, prompt in arrivals()]
+    log = tmp_path / "log"
+
+    def ask(number):
+        extra = {"ignore_eos": True, "return_token_ids": True}
+        leaves, got = number in (3, 11), []
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="-", timeout=120, max_retries=0)
+        how = dict(model=path, temperature=0, max_tokens=50 if leaves else TOKENS, stream=True, extra_body=extra)
+        with client.completions.create(prompt=prompts[number], **how) as stream:
+            for chunk in stream:
+                got += chunk.choices[0].token_ids or []
+                if leaves and len(got) > 1:
+                    return got
+        return got
+
+    with open(log, "w") as output, server(path, output) as url:
+        with concurrent.futures.ThreadPoolExecutor(CLIENTS) as clients:
+            got = [*clients.map(ask, range(CLIENTS))]
+        for _ in range(100):  # requests of clients that have left are aborted
+            with urllib.request.urlopen(f"{url}/metrics", timeout=5) as metrics:
+                lines = metrics.read().decode().splitlines()
+            running = [float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running")]
+            if running == [0]:
+                break
+            time.sleep(0.1)
+        assert running == [0]
+        aborted = [float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total") and '"abort"' in line]
+        assert aborted == [2]
+        assert ask(0) == got[0]
+    right = runs["Llama"]["eager"]["tokens"]
+    assert all(tokens == right[number][: len(tokens)] for number, tokens in enumerate(got))
+    assert [len(tokens) for number, tokens in enumerate(got) if number not in (3, 11)] == [TOKENS] * (CLIENTS - 2)
+    assert "7 sites, 0 refused, 0 unsplit ops" in log.read_text()

@@ -1,0 +1,146 @@
+"""What each rank of test_vllm.py runs: vLLM in eager mode and with the backend, engine after engine in one process.
+
+    torchrun --standalone --nproc-per-node 2 tests/vllm_ranks.py FOLDER "Llama" "Gemma 3"
+
+Rank 0 prints a line of JSON for each model. The engines of the ranks go in step (executor ``external_launcher``), so that in all runs
+requests arrive at the same steps.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+
+# Before vLLM is imported. Its scheduler is to run in this process.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+if __name__ == "__main__":
+    os.environ |= ENVIRONMENT
+
+import torch  # noqa: E402
+
+import tw_compile  # noqa: E402
+
+VOCAB, REQUESTS, TOKENS, BLOCK = 128, 48, 12, 32
+SMALL = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=91, eos_token_id=92,
+)  # fmt: skip
+WINDOWS = dict(sliding_window=64, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+MODELS = {
+    "Llama": ("LlamaConfig", {}),
+    "Qwen3": ("Qwen3Config", {}),
+    "Gemma 3": ("Gemma3TextConfig", WINDOWS),
+    "Mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
+}
+# Prompts come in chunks, and the cache is too small for the requests that run.
+SERVED = dict(max_model_len=256, max_num_batched_tokens=96, max_num_seqs=16, block_size=BLOCK, num_gpu_blocks_override=24)
+COMPILED = {"mode": "DYNAMO_TRACE_ONCE", "backend": "tokenweave", "inductor_compile_config": {"tokenweave.min_tokens": 16}}
+_stores = itertools.count()
+
+
+def make(name, folder):
+    """Write a checkpoint of random float32 weights, and a tokenizer with one character for each token; returns its path."""
+    import transformers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    path = os.path.join(folder, name.replace(" ", "-"))
+    config, changes = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**SMALL | changes))
+    for weight in model.parameters():
+        if weight.dim() > 1:  # as they come, one token's logits are like another's
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(path)
+    special = {"<unk>": 90, "<s>": 91, "</s>": 92}
+    tokens = {chr(33 + i): i for i in range(90)} | special | {chr(300 + i): i for i in range(93, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
+    return path
+
+
+def arrivals():
+    """(step, prompt) of each request. They arrive unevenly; a third of them begin as another one does."""
+    draw, requests, step = random.Random(0), [], 0
+    for i in range(REQUESTS):
+        prompt = [draw.randrange(90) for _ in range(draw.choice((1, 2, 7, 31, 32, 33, 61, 64, 90, 97, 130, 180)))]
+        long = [other for _, other in requests if len(other) > BLOCK]
+        if i % 3 == 2 and long:
+            prompt = (draw.choice(long)[:96] + prompt)[:200]
+        step += draw.choice((0, 0, 0, 0, 1, 2, 7))
+        requests.append((step, prompt))
+    return requests
+
+
+@contextlib.contextmanager
+def engine(path, compilation=None, **changes):
+    """vLLM for a checkpoint over all ranks; in eager mode without a ``compilation``."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    # The store of torchrun still has the keys of the engine before.
+    rank, store = int(os.environ["RANK"]), f"{tempfile.gettempdir()}/{os.environ['TORCHELASTIC_RUN_ID']}-{next(_stores)}"
+    ExecutorWithExternalLauncher._distributed_args = lambda self: (f"file://{store}", rank, rank)
+    how = dict(tensor_parallel_size=int(os.environ["WORLD_SIZE"]), distributed_executor_backend="external_launcher", dtype="float32")
+    how |= dict(compilation_config=compilation) if compilation else dict(enforce_eager=True)
+    llm = LLM(path, kv_cache_memory_bytes=1 << 23, **how | SERVED | changes)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+    torch._dynamo.reset()
+
+
+def serve(llm):
+    """The tokens of each request, and what happened."""
+    from vllm import SamplingParams
+
+    engine, preempted = llm.llm_engine, []
+    scheduler = engine.engine_core.engine_core.scheduler
+    preempt = scheduler._preempt_request
+    scheduler._preempt_request = lambda request, *args, **kwargs: (preempted.append(request), preempt(request, *args, **kwargs))
+    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    waiting, done, step = list(enumerate(arrivals())), {}, 0
+    while waiting or engine.has_unfinished_requests():
+        while waiting and waiting[0][1][0] <= step:
+            number, (_, prompt) = waiting.pop(0)
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, greedy)
+        done |= {int(output.request_id): output for output in engine.step() if output.finished}
+        step += 1
+    tokens = [list(done[number].outputs[0].token_ids) for number in range(REQUESTS)]
+    return tokens, dict(preempted=len(preempted), cached=sum(output.num_cached_tokens for output in done.values()), steps=step)
+
+
+def compare(path):
+    """What vLLM does with a checkpoint in eager mode and with the backend."""
+    result = {}
+    for name, compilation in (("eager", None), ("compiled", COMPILED)):
+        begin, before = time.perf_counter(), len(tw_compile.reports())
+        with engine(path, compilation) as llm:
+            start = time.perf_counter() - begin
+            tokens, happened = serve(llm)
+        reports = [report.to_dict() for report in tw_compile.reports()[before:]]
+        result[name] = dict(tokens=tokens, reports=reports, start=start, all=time.perf_counter() - begin, **happened)
+    return result
+
+
+def main():
+    folder, *names = sys.argv[1:]
+    for name in names:
+        result = compare(os.path.join(folder, name.replace(" ", "-")))
+        if os.environ["RANK"] == "0":
+            print(json.dumps({"model": name, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
