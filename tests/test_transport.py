@@ -175,12 +175,12 @@ def compare(kept, seconds, cannot=()):
         patch.setenv("TW_COMPILE_CACHE_DIR", folder)
         patch.setattr(tuning, "seconds_of_call", take)
         patch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
-        key = {"transports": [*transports], "gpu": "GPU", "ranks": 2, "version": tuning.agree.version()}
+        key = {"transports": [*transports], "link": "slow", "gpu": "GPU", "ranks": 2, "version": tuning.agree.version()}
         path = records.path("transports", key)
         if kept[rank] is not None:
             path.write_text(kept[rank])
         try:
-            said = tuning.compare(transports, group, CPU)
+            said = tuning.compare(transports, group, CPU, "slow")
         except WorkspaceError as error:
             return str(error), os.listdir(folder)
         return said, bool(measured), records.read("transports", key)
