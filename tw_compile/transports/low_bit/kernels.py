@@ -52,6 +52,13 @@ def _times(x, factor, BLOCKS: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _scale(largest, MOST: tl.constexpr):
+    """The scales of groups with these largest magnitudes. Rounded by hand, as Triton's interpreter truncates to bfloat16."""
+    bits = (tl.maximum(largest, LEAST) * (1.0 / MOST)).to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
 def _quantised(x, scale, MOST: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr):
     q = (_times(x, tl.div_rn(1.0, scale.to(tl.float32)), BLOCKS, PARTS) + ROUND) - ROUND
     q = tl.where(q == q, q, 0.0)
@@ -75,8 +82,7 @@ def _pack(row, low, high, hidden, first, BITS: tl.constexpr, GROUP: tl.constexpr
     if GROUP == BLOCK:
         of_low = tl.maximum(of_low, of_high)
         of_high = of_low
-    of_low = (tl.maximum(of_low, LEAST) * (1.0 / MOST)).to(tl.bfloat16)
-    of_high = (tl.maximum(of_high, LEAST) * (1.0 / MOST)).to(tl.bfloat16)
+    of_low, of_high = _scale(of_low, MOST), _scale(of_high, MOST)
     low, high = _quantised(low, of_low, MOST, BLOCKS, PARTS), _quantised(high, of_high, MOST, BLOCKS, PARTS)
     values = row.to(tl.pointer_type(tl.int8))
     if BITS == 8:
