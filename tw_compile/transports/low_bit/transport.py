@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...compat import resolve_process_group
 from ...site import Site, empty_results
-from ..process_group import ProcessGroup
+from ..process_group import ProcessGroup, c10d
 from . import codec
 
 
@@ -98,19 +97,20 @@ class LowBit(ProcessGroup):
     def _run(self, site: Site, norm: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         shape, tokens = site.x.shape, norm.shape[0]
         if tokens:
-            group, rows, trips = resolve_process_group(self.group_name), self._rows(tokens), codec.TRIPS[self.bits]
+            rows, trips = self._rows(tokens), codec.TRIPS[self.bits]
             flat = site._replace(x=_rows_of(site.x), residual=None if site.residual is None else _rows_of(site.residual))
             sent = self._codec.pack(flat.x, self.world * rows, trips[0])
-            received = torch.empty_like(sent)
-            dist.all_to_all_single(received, sent, group=group)
+            parts = [rows] * self.world
+            received = c10d.wait_tensor(c10d.all_to_all_single(sent, parts, parts, self.group_name))
             mine = self._codec.reduce(received.view(self.world, rows, -1), self.rank, flat, residual, trips)
-            everybodys = mine.new_empty(self.world * rows, mine.shape[1])
-            dist.all_gather_into_tensor(everybodys, mine, group=group)
-            self._codec.unpack(everybodys, norm, trips[1])
+            self._codec.unpack(self._gathered(mine), norm, trips[1])
             if not site.sharded_residual:
-                own = residual[self.rank * rows : (self.rank + 1) * rows].clone()
-                dist.all_gather_into_tensor(residual, own, group=group)
+                residual.copy_(self._gathered(residual[self.rank * rows : (self.rank + 1) * rows]))
         return norm.view(shape), residual[:tokens].view(shape)
+
+    def _gathered(self, mine: Tensor) -> Tensor:
+        """The rows of all ranks, in rank order."""
+        return c10d.wait_tensor(c10d.all_gather_into_tensor(mine, self.world, self.group_name))
 
 
 def _rows_of(x: Tensor) -> Tensor:
