@@ -65,7 +65,7 @@ class LowBit(ProcessGroup):
         with self._beside() as join:
             results = self._run(site, norm, residual)
 
-        def finish() -> tuple[Tensor, Tensor]:
+        def finish(held: Site = site) -> tuple[Tensor, Tensor]:  # its tensors are read until then
             join()
             return results
 
