@@ -1,5 +1,8 @@
 """The wire in 8, 6 or 4 bits between real ranks: its error, its bits, and when 16 bits are sent."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +16,9 @@ from tw_compile.site import Site, add_norm
 from tw_compile.transports import choose, link
 from tw_compile.transports.low_bit import threshold
 from tw_compile.transports.low_bit.transport import LowBit
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import accuracy  # noqa: E402
 
 CPU, H, INNER, LAYERS = torch.device("cpu"), 128, 64, 2
 # Largest relative error of the norms behind three sites.
@@ -65,6 +71,20 @@ def test_sites(request, bits, shape, dtype, center, how, world):
 def test_more_bits_are_more_exact(ranks):
     errors = {bits: ranks(chain, bits, (64,), torch.bfloat16, False, "fuse")[0][3] for bits in (4, 6, 8)}
     assert 3 * errors[8] < errors[6] < 0.6 * errors[4]
+
+
+def of_the_benchmark(bits):
+    """Whether a site of benchmarks/accuracy.py, which computes all ranks in one process, is that of the ranks."""
+    transport, _ = choose.choose(f"process_group:{bits}", dist.group.WORLD.group_name, CPU)
+    draw = lambda seed, *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    xs, residual, weight = [draw(i, 5, H).bfloat16() for i in range(dist.get_world_size())], draw(8, 5, H).bfloat16(), draw(9, H)
+    ours, _ = transport.fused(Site(xs[dist.get_rank()], residual, weight, fp32_residual=True, sharded_residual=True), False)
+    return torch.equal(ours, accuracy.of_wire(bits)(xs, residual, weight)[0])
+
+
+def test_the_benchmark_of_accuracy_computes_what_ranks_do(ranks):
+    for bits in (8, 6, 4):
+        assert ranks(of_the_benchmark, bits) == [True, True]
 
 
 def not_finite(bits):
@@ -208,7 +228,8 @@ def settled(seconds, kept, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TW_COMPILE_CACHE_DIR", f"{folder}/{rank}")
         patch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
-        patch.setattr(threshold, "seconds_of_call", lambda transport, weight, tokens, *_: seconds[rank][isinstance(transport, LowBit)] * tokens)
+        of = lambda transport, weight, tokens, *_: seconds[rank][isinstance(transport, LowBit)] * tokens  # noqa: E731
+        patch.setattr(threshold, "seconds_of_call", of)
         transport = LowBit(group, CPU, 8)
         if kept[rank]:
             key = {"wire": 8, "link": "slow", "gpu": "GPU", "ranks": 2, "version": threshold.agree.version()}

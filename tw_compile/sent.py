@@ -31,7 +31,8 @@ def describe(new: passes.Rewritten, requested: str) -> None:
             else:
                 packed.add(given["site"])
     report.packed = len(packed)
-    report.wire = {str(bits): round(sum(_bytes(site, bits) for site in report.sites)) for bits in (16, *codec.TRIPS)}
+    sent = {str(bits): round(sum(_bytes(site, bits) for site in report.sites)) for bits in (16, *codec.TRIPS)}
+    report.wire = {bits: number for bits, number in sent.items() if bits == "16" or number < sent["16"]}
 
 
 def _bytes(site: Site, bits: int) -> float:
