@@ -82,7 +82,9 @@ def test_what_is_not_finite_stays_so(bits, bad):
 def test_the_format():
     """The first bytes of the values, and the scales in bytes."""
     packed = {bits: codec.pack(torch.arange(-64.0, 64.0).view(1, 128), 1, bits)[0].tolist() for bits in WIDTHS}
-    assert_expected_inline("\n".join(f"{bits}: {len(p)}, {p[:12]}, {p[16 * bits : 16 * bits + 10]}" for bits, p in packed.items()), """""")
+    assert_expected_inline("\n".join(f"{bits}: {len(p)}, {p[:12]}, {p[16 * bits : 16 * bits + 10]}" for bits, p in packed.items()), """\
+8: 144, [129, 131, 133, 135, 137, 139, 141, 143, 145, 147, 149, 151], [1, 63, 0, 0, 0, 0, 0, 0, 0, 0]
+4: 80, [9, 9, 9, 25, 25, 26, 26, 42, 42, 42, 42, 42], [18, 65, 146, 64, 142, 64, 16, 65, 0, 0]""")
 
 
 @pytest.mark.parametrize("trips", codec.TRIPS.values())

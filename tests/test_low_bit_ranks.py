@@ -18,7 +18,7 @@ from tw_compile.transports.low_bit import threshold
 from tw_compile.transports.low_bit.transport import LowBit
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import accuracy  # noqa: E402
+import accuracy
 
 CPU, H, INNER, LAYERS = torch.device("cpu"), 128, 64, 2
 # Largest relative error of the norms behind three sites.
