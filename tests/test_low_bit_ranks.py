@@ -14,7 +14,7 @@ import tw_compile
 from tw_compile import TokenWeaveError, backend
 from tw_compile.site import Site, add_norm
 from tw_compile.transports import choose, link
-from tw_compile.transports.low_bit import threshold
+from tw_compile.transports.low_bit import codec, threshold
 from tw_compile.transports.low_bit.transport import LowBit
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -98,6 +98,21 @@ def not_finite(bits):
 @pytest.mark.parametrize("bits", (8, 4))
 def test_a_row_that_is_not_finite_is_nan_on_all_ranks(ranks, bits):
     assert ranks(not_finite, bits) == [[False, True, False, False, True, False]] * 2
+
+
+def self_tested(bits, wrong):
+    """What the self-test says. wrong: whether rank 1 unpacks wrongly"""
+    unpack = codec.unpack
+    with pytest.MonkeyPatch.context() as patch:
+        if wrong and dist.get_rank() == 1:
+            patch.setattr(codec, "unpack", lambda packed, out, bits: unpack(packed.roll(1, -1), out, bits))
+        return choose.self_tested(f"process_group:{bits}", dist.group.WORLD.group_name, CPU)[1]
+
+
+def test_the_self_test_of_a_wire(ranks):
+    assert ranks(self_tested, 4, False) == [None, None]
+    for said in ranks(self_tested, 4, True):
+        assert said.startswith("its self-test failed: the ") and said.endswith((" on rank 0", " on rank 1"))
 
 
 # --- through the backend ----------------------------------------------------------------------------------------------
@@ -222,14 +237,15 @@ def test_the_threshold_is_where_it_is_always_faster():
     assert threshold.by_times(whole, [0.99 * n for n in whole]) is None, f"noise, at all {sizes} sizes"
 
 
-def settled(seconds, kept, folder):
-    """The threshold that the ranks settle on, from these times and records."""
+def settled(seconds, kept, folder, poor=()):
+    """The threshold that the ranks settle on, from these times and records. poor: ranks without memory"""
     rank, group = dist.get_rank(), dist.group.WORLD.group_name
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TW_COMPILE_CACHE_DIR", f"{folder}/{rank}")
         patch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
         of = lambda transport, weight, tokens, *_: seconds[rank][isinstance(transport, LowBit)] * tokens  # noqa: E731
         patch.setattr(threshold, "seconds_of_call", of)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: ((1 << 20 if rank in poor else 1 << 40), 1 << 40))
         transport = LowBit(group, CPU, 8)
         if kept[rank]:
             key = {"wire": 8, "link": "slow", "gpu": "GPU", "ranks": 2, "version": threshold.agree.version()}
@@ -243,6 +259,10 @@ def test_the_slowest_rank_decides_the_threshold(ranks, tmp_path):
     assert ranks(settled, [(1.0, 0.5), (1.0, 1.1)], nothing, f"{tmp_path}/b") == [None, None]
     for kept in (({"least_bytes": 4096}, None), (None, {"least_bytes": 4096}), ({"least_bytes": "x"}, {"least_bytes": 4096})):
         assert ranks(settled, [(1.0, 1.1)] * 2, kept, f"{tmp_path}/{kept}") == [4096, 4096]
+
+
+def test_a_rank_without_memory_leaves_the_threshold_to_a_rule(ranks, tmp_path):
+    assert ranks(settled, [(1.0, 0.5)] * 2, (None, None), str(tmp_path), [1]) == [threshold.RULE] * 2
 
 
 def test_a_link_in_words():

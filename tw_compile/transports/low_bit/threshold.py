@@ -18,7 +18,9 @@ log = logging.getLogger("tw_compile")
 # Numbers of tokens that are measured, of this hidden size and dtype. The process group's sites are several kernels, so that the host
 # needs a head start.
 TOKENS, HIDDEN, DTYPE = (32, 128, 512, 2048, 8192), 4096, torch.bfloat16
-HEAD_START = 6_000_000
+HEAD_START = 20_000_000
+# The threshold where a rank has too little memory to measure it; others measured 2 to 4 MB over fast links.
+RULE = 4 << 20
 
 
 def least_bytes(transport: LowBit, link: str) -> int | None:
@@ -27,8 +29,12 @@ def least_bytes(transport: LowBit, link: str) -> int | None:
         "wire": transport.bits, "link": link, "gpu": torch.cuda.get_device_name(transport.device), "ranks": transport.world,
         "version": agree.version(),
     }  # fmt: skip
-    said = agree.exchange(transport.group_name, "the threshold of a wire", json.dumps(records.read("wire", key)))
-    found = next((theirs for theirs in map(json.loads, said) if is_valid(theirs)), None)
+    said = agree.exchange(transport.group_name, "the threshold of a wire", json.dumps((records.read("wire", key), _lacking(transport))))
+    kept, lacking = zip(*map(json.loads, said))
+    found = next((theirs for theirs in kept if is_valid(theirs)), None)
+    if found is None and any(lacking):
+        log.warning("the threshold of a wire is not measured; a rule takes %d KB: %s", RULE >> 10, max(lacking))
+        return RULE
     if found is None:
         seconds = _seconds(transport.another(0))
         found = {"least_bytes": by_times(*seconds)}
@@ -36,6 +42,12 @@ def least_bytes(transport: LowBit, link: str) -> int | None:
     if found != records.read("wire", key):
         records.write("wire", key, found)
     return found["least_bytes"]
+
+
+def _lacking(transport: LowBit) -> str:
+    """Why this rank cannot measure; '' if it can. It may take half of the free memory."""
+    needed, (free, _) = 16 * max(TOKENS) * HIDDEN * DTYPE.itemsize, torch.cuda.mem_get_info(transport.device)
+    return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else ""
 
 
 def is_valid(value: Any) -> bool:
