@@ -4,6 +4,7 @@ A result file has one row for each size and side, with
 
     model, layers, tp, batch, tokens   the size. tokens: tokens of each sequence
     quant                              how the linear layers are quantised: see quantised.py; "none" for 16 bits
+    link, wire                         of prefill.py: the fastest link that NCCL may use, and the bits of a value over the process group
     side, mode                         mode: the mode in force for a tokenweave side, from its report
     speedup, vs_nocomm                 time of the side inductor, and of no-comm, divided by the time of this side
     ms                                 time of a forward pass: the median over samples of the slowest rank
@@ -26,6 +27,7 @@ from variants import llama
 
 import tw_compile
 from tw_compile import ops
+from tw_compile.options import parse
 from tw_compile.transports import choose
 
 # All sides compile the same functions, each for small and for large sizes.
@@ -56,12 +58,13 @@ def waited(model):
 
 
 class Side:
-    """A model under one of SIDES. It must be called with sizes in ascending order: see ``mode``."""
+    """A model under one of SIDES. It must be called with sizes in ascending order: see ``mode``. options: further ones of tokenweave's"""
 
-    def __init__(self, name, model, dynamic=True):
-        backend, options, change = SIDES[name]
+    def __init__(self, name, model, dynamic=True, options=None):
+        backend, of_side, change = SIDES[name]
+        options = of_side | ((options or {}) if backend == "tokenweave" else {})
         model = change(model) if change else model
-        self.name = name
+        self.name, self.carrier = name, parse(options)[0].carrier
         self.run = torch.compile(model, backend=backend, options=options, dynamic=dynamic) if backend else waited(model)
         # The mode of the newest graph. Its guards are lower bounds of the tokens, so that larger sizes run this graph.
         self.mode = None
@@ -90,7 +93,7 @@ class Side:
             return max(buffer.nbytes for buffer in variants.buffers.values())
         if self.mode not in ("fuse", "weave"):
             return 0
-        transport, _ = choose.choose("auto", dist.group.WORLD.group_name, device)
+        transport, _ = choose.choose(self.carrier, dist.group.WORLD.group_name, device)
         largest = dict.fromkeys((0, 1) if self.mode == "weave" else (ops.SLOT_WHOLE,), 0)
         for (slot, *_), workspace in getattr(transport, "_workspaces", {}).items():
             if slot in largest:

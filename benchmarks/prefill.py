@@ -3,12 +3,16 @@
     torchrun --nproc-per-node 8 benchmarks/prefill.py --model 70B --layers 4 --tokens 512 1024 2048 4096 8192
     torchrun --nproc-per-node 2 benchmarks/prefill.py --model 70B --quant fp8-row
 
+``--link host`` keeps NCCL off peer memory, so that it goes through the host's memory, as on machines without NVLink; ``socket`` off shared
+memory too, as between hosts. Our sides then use the process group. ``--wire 8`` sends values in so many bits.
+
 All sides run in one process, each as a CUDA graph, in turns. Writes benchmarks/results/prefill-*.json after each size, so that a run
 that is interrupted keeps its results. common.py describes the sides and the rows.
 """
 
 import argparse
 import itertools
+import os
 
 import common
 import opaque
@@ -24,6 +28,13 @@ LARGE = 1024
 torch._inductor.config.force_disable_caches = True
 ATTENTION = {"sdpa": llama.Llama, "opaque": opaque.Llama, "opaque-whole": opaque.Llama}
 
+# link -> what keeps NCCL off faster ones
+LINKS = {
+    "nvlink": {},
+    "host": {"NCCL_P2P_DISABLE": "1"},
+    "socket": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
+}
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -37,8 +48,14 @@ def main():
         "--attention", choices=ATTENTION, default="sdpa", help="in the graph, or opaque to the compiler (opaque.py): cut in two, or whole"
     )
     parser.add_argument("--samples", type=int, default=15)
+    parser.add_argument("--wire", type=int, choices=(16, 8, 6, 4), default=16, help="bits of a value over the process group")
+    parser.add_argument("--link", choices=LINKS, default="nvlink", help="the fastest link that NCCL may use")
     args = parser.parse_args()
 
+    os.environ.update(LINKS[args.link])  # NCCL reads it when the first group is made
+    options = {"tokenweave.wire": args.wire}
+    if args.link != "nvlink":
+        options["tokenweave.transport"] = "process_group"
     device, ranks = llama.start()
     measured_rows = []
     sizes = sorted(itertools.product(args.batch, args.tokens), key=lambda size: size[0] * size[1])
@@ -53,8 +70,9 @@ def main():
         for batch, tokens in sizes:
             if (batch, tokens) in compiled_for:
                 torch._dynamo.reset()
-                sides = [common.Side(name, model) for name in quantised.able(args.sides, args.quant)]
-            size = {"model": args.model, "quant": args.quant, "layers": args.layers, "batch": batch, "tokens": tokens}
+                sides = [common.Side(name, model, options=options) for name in quantised.able(args.sides, args.quant)]
+            kinds = {"quant": args.quant, "link": args.link, "wire": args.wire}
+            size = {"model": args.model, "layers": args.layers, "batch": batch, "tokens": tokens} | kinds
             # Tokens in the first rank's part of the vocabulary, as the side without all-reduces can look up only its own part.
             ids = torch.randint(config.vocab // ranks, (batch, tokens), device=device)
             able = [side for side in sides if side.name != "weave" or batch * tokens > 1]  # one token cannot be split
@@ -64,12 +82,17 @@ def main():
             common.write(
                 quantised.name("prefill", args.model, args.quant, ranks)
                 + ("" if args.batch == [1] else "-batches")
-                + ("" if args.attention == "sdpa" else f"-{args.attention}"),
+                + ("" if args.attention == "sdpa" else f"-{args.attention}")
+                + _suffix(args.link, args.wire),
                 device,
                 "dynamic shapes; ms of a whole forward pass with embedding, last norm and the last token's logits",
                 measured_rows,
             )
     dist.destroy_process_group()
+
+
+def _suffix(link, wire):
+    return ("" if link == "nvlink" else f"-{link}") + ("" if wire == 16 else f"-wire{wire}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ NO_MESSAGES = "cli.py", "doctor.py", "html.py"
 # Strings that users do not see, or that are on the pages in parts.
 NO_MESSAGE = re.compile(
     r"Tensor|float eps|int slot|bool fp32_residual|str transport|^[\w.]+ \| [\w.]+$|^from tw_compile"  # schemas, types, generated code
-    r"|^seconds of \(kernel|^(compared transports|tuned|schedule autotuned).* in %.1f s|fused %s s"  # INFO and DEBUG
+    r"|^seconds of \(kernel|^a wire of %d bits over"  # INFO and DEBUG
+    r"|^(compared transports|tuned|schedule autotuned).* in %.1f s|fused %s s"  # INFO and DEBUG
     r"|^tw_compile plans 1$"  # format of a file
     r"|^a graph could not be rewritten$|^nothing of these$|^mode is fuse$"
 )

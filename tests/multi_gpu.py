@@ -28,6 +28,7 @@ import torch.distributed._symmetric_memory as symm_mem
 import tw_compile
 from tw_compile.site import Site
 from tw_compile.transports import choose
+from tw_compile.transports.low_bit import threshold
 from tw_compile.transports.symmetric import tuning
 from tw_compile.transports.symmetric.transport import Symmetric
 from tw_compile.transports.symmetric.tuning import LEAST_ROWS, Tuning
@@ -416,6 +417,30 @@ def check_transports(device):
             llama.say("transports: multimem refused:", str(refused).splitlines()[0][:300])
         else:
             raise AssertionError("multimem was not refused")
+
+
+def check_wire(device):
+    """A wire of 8, 6 and 4 bits, woven and fused, in CUDA graphs: its error beside 16 bits, and the same bits on all ranks in every run."""
+    model, config = build(device)
+    ids = inputs(config, device, 2048)
+    usual = compiled(model, **{"tokenweave.transport": "process_group"})(ids)[0].double()
+    for bits, limit in ((8, 0.1), (6, 0.5), (4, 0.7)):
+        transport, why_not = choose.choose(f"process_group:{bits}", dist.group.WORLD.group_name, device)
+        llama.say(f"wire: {bits} bits as measured: {getattr(transport, 'least_bytes', why_not)}")
+        choose.forget(dist.group.WORLD.group_name)
+        for mode in ("weave", "fuse"):
+            torch._dynamo.reset()
+            options = {"tokenweave.transport": "process_group", "tokenweave.wire": bits, "tokenweave.mode": mode, "triton.cudagraphs": True}
+            with mock.patch.object(threshold, "least_bytes", return_value=1):  # whatever is faster here
+                run = compiled(model, **options)
+                results = [run(ids)[0].clone() for _ in range(4)]
+            report = tw_compile.reports()[-1]
+            assert (report.mode, report.transport, report.packed) == (mode, f"process_group:{bits}", len(report.sites)), report
+            everybodys = [torch.empty_like(results[0]) for _ in range(dist.get_world_size())]
+            dist.all_gather(everybodys, results[0])
+            assert all(torch.equal(each, results[0]) for each in [*results, *everybodys])
+            llama.say(f"wire: {bits} bits, {mode}: {error(results[0], usual):.3f} from 16 bits")
+            assert error(results[0], usual) < limit
 
 
 def carveout():

@@ -29,6 +29,7 @@ explain
 backend
 forms
 variants
+sent
 regions
 breaks
 sizes
@@ -83,7 +84,13 @@ ops.direct
 
 transports
 transports.choose
+transports.low_bit
+transports.low_bit.threshold
+transports.low_bit.transport
+transports.low_bit.kernels
+transports.low_bit.codec
 transports.process_group
+transports.link
 transports.symmetric
 transports.symmetric.transport
 transports.symmetric.launch

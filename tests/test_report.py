@@ -96,7 +96,7 @@ def test_each_site_has_its_place_in_the_model(world):
 
 def test_what_was_requested_and_what_is_in_force(world):
     report = rewrite(mlp, *mlp_inputs(8), mode="auto", min_tokens=100, ctas=4).report
-    autos = dict.fromkeys(("mode", "transport", "split", "cuda_graphs", "timeout"), "auto")
+    autos = dict.fromkeys(("mode", "transport", "wire", "split", "cuda_graphs", "timeout"), "auto")
     assert report.requested == autos | {"min_tokens": 100, "ctas": 4}
     assert report.mode == "fuse" and report.reasons == ["not woven: fewer than 100 tokens"]
 

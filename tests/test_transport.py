@@ -70,9 +70,10 @@ class Stand(ProcessGroup):
         return norm * (1.5 if self._is("fused") or (self._is("33 tokens") and len(site.x) == 33) else 1.0), residual
 
 
-def settle(requested, missing=(), wrong=(), how="fused"):
-    """(name, why not a better one) on this rank; or the error."""
+def settle(requested, missing=(), wrong=(), how="fused", hosts=("here", "here")):
+    """(name, why not a better one) on this rank; or the error. hosts: where the ranks are"""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose.link, "host", lambda: hosts[dist.get_rank()])
         patch.setattr(choose, "Symmetric", type("Stand", (Stand,), {"missing": missing, "wrong": wrong, "how": how}))
         patch.setattr(choose, "chosen", {})
         # CPU ranks agree only here: on real ones there is nothing to agree on.
@@ -95,6 +96,20 @@ def settle(requested, missing=(), wrong=(), how="fused"):
 )
 def test_all_ranks_take_the_best_that_all_have(ranks, requested, missing, wrong, expected):
     assert ranks(settle, requested, missing, wrong) == [expected, expected]
+
+
+def test_ranks_on_two_hosts_have_the_process_group(ranks):
+    """Whatever the environment says."""
+    apart = "the ranks of the group are not all on one host: rank 1 is not where rank 0 is"
+    answers = ranks(settle, "auto", (), (), "fused", ("here", "there"))
+    assert answers == [("process_group", f"multimem: {apart}; peer: {apart}")] * 2
+    answers = ranks(settle, "auto:8", (), (), "fused", ("here", "there"))
+    assert [name for name, _ in answers] == ["process_group:8"] * 2
+
+
+def test_a_wire_is_that_of_the_process_group(ranks):
+    why = "wire of 8 bits: transport multimem is taken, which has 16 bits; transport process_group has 8"
+    assert ranks(settle, "auto:8") == [("multimem", why)] * 2
 
 
 @pytest.mark.parametrize("wrong", ([0], [1]))
@@ -175,12 +190,12 @@ def compare(kept, seconds, cannot=()):
         patch.setenv("TW_COMPILE_CACHE_DIR", folder)
         patch.setattr(tuning, "seconds_of_call", take)
         patch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
-        key = {"transports": [*transports], "gpu": "GPU", "ranks": 2, "version": tuning.agree.version()}
+        key = {"transports": [*transports], "link": "slow", "gpu": "GPU", "ranks": 2, "version": tuning.agree.version()}
         path = records.path("transports", key)
         if kept[rank] is not None:
             path.write_text(kept[rank])
         try:
-            said = tuning.compare(transports, group, CPU)
+            said = tuning.compare(transports, group, CPU, "slow")
         except WorkspaceError as error:
             return str(error), os.listdir(folder)
         return said, bool(measured), records.read("transports", key)

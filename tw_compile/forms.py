@@ -200,7 +200,7 @@ class Forms:
         self.places = places_of(new.report)
         with outside():
             for group, device in self.places:
-                choose.choose(self.options.transport, group, device, self.compiler.timeout)
+                choose.choose(self.options.carrier, group, device, self.compiler.timeout)
         if self.plan is None and not self.options.fused_only:
             with outside():
                 plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, together)
@@ -281,7 +281,7 @@ class Forms:
         return min(first, length - first)
 
     def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
-        usable, _ = choose.candidates(self.options.transport, group, device)
+        usable, _ = choose.candidates(self.options.carrier, group, device)
         return any(name != "process_group" for name in usable)
 
     def _report(self, reason: str) -> Report:
@@ -295,21 +295,21 @@ class Forms:
         Raises TokenWeaveError on all ranks if the transport is forced.
         """
         for (group, device), calls in variant.workspaces(values).items():
-            transport, _ = choose.choose(self.options.transport, group, device, self.compiler.timeout)
+            transport, _ = choose.choose(self.options.carrier, group, device, self.compiler.timeout)
             try:
                 with outside():
                     transport.prepare(calls)
             except WorkspaceError as error:
                 if self.options.transport != "auto":
                     raise TokenWeaveError(f"option 'tokenweave.transport' is {self.options.transport!r}, but {error}") from error
-                choose.fall_back(self.options.transport, group, device, str(error))
+                choose.fall_back(self.options.carrier, group, device, str(error))
 
     def _entered(self, run: Callable) -> Callable:
         """``run`` inside of ``transport.call()`` for each group of the sites, so that the group's calls keep their order.
 
         Groups and transports are looked up in each call: a group may be destroyed and made again under its name.
         """
-        places, requested = self.places, self.options.transport
+        places, requested = self.places, self.options.carrier
         entries = [self._entry(group, device) for group, device in places]
 
         def entered(args):
@@ -331,7 +331,7 @@ class Forms:
 
     def _entry(self, group: str, device: torch.device) -> tuple:
         known = context.of(group)
-        return known, choose.choose(self.options.transport, group, device, self.compiler.timeout)[0]
+        return known, choose.choose(self.options.carrier, group, device, self.compiler.timeout)[0]
 
 
 _NONE = (None, "")

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .wording import form_of, plan_text, short
+from .wording import form_of, plan_text, short, wire_text
 
 if TYPE_CHECKING:
     from .report import Report
@@ -60,6 +60,8 @@ def _head(report: "Report") -> str:
     facts = {"transport": report.transport, "split": " | ".join(map(str, report.split or ())), "layers compiled as one": report.alike}
     asked = ", ".join(f"{name}={value}" for name, value in report.requested.items() if value != "auto")
     facts |= {"requested": asked or "auto", "autotuned": plan_text(**report.rehearsal["plan"]) if report.rehearsal else ""}
+    if report.wire:
+        facts["wire"] = wire_text(report.transport, report.wire, report.packed, len(report.sites)).removeprefix("wire: ")
     rows = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value)
     return f'<h1>tokenweave <span class="{report.mode}">{report.mode}</span></h1><div class="cards">{cards}</div><dl>{rows}</dl>'
 

@@ -22,6 +22,8 @@ class Options:
                  that cannot be woven or fused is an error. ``off`` only reports.
     transport:   how the ranks exchange data. ``auto`` takes the fastest of multimem, peer and process_group that all ranks have. A
                  transport that is forced, and that a rank lacks, is an error.
+    wire:        bits of a value between the ranks over the process group. ``auto`` is 16, the model's dtype. 8, 6 (4 in the first trip, 8
+                 in the second) and 4 lose accuracy
     min_tokens:  number of tokens of a forward pass, batch × sequence, from which a graph is woven
     split:       number of tokens in the first half
     ctas:        number of CTAs, one on each SM, of each communication kernel
@@ -35,6 +37,7 @@ class Options:
 
     mode: str = "auto"
     transport: str = "auto"
+    wire: int | str = "auto"
     min_tokens: int | str = "auto"
     split: int | str = "auto"
     ctas: int | str = "auto"
@@ -42,9 +45,10 @@ class Options:
     timeout: int | str = "auto"
     most: str = "weave"
 
-    CHOICES: ClassVar[dict[str, tuple[str | bool, ...]]] = {
+    CHOICES: ClassVar[dict[str, tuple[str | int, ...]]] = {
         "mode": ("auto", "weave", "fuse", "off"),
         "transport": ("auto", "multimem", "peer", "process_group"),
+        "wire": ("auto", 16, 8, 6, 4),
         "cuda_graphs": ("auto", True, False),
         "most": ("weave", "fuse", "off"),
     }
@@ -53,6 +57,11 @@ class Options:
     def requested(self) -> dict[str, Any]:
         """The options for a report. ``most`` is among them only if the environment limits the mode."""
         return {name: given for name, given in asdict(self).items() if (name, given) != ("most", "weave")}
+
+    @property
+    def carrier(self) -> str:
+        """``transport``, and ``wire`` behind a colon where it is less than 16 bits: what ops and transports are named by."""
+        return self.transport if self.wire in ("auto", 16) else f"{self.transport}:{self.wire}"
 
     @property
     def forced(self) -> str | None:
@@ -78,10 +87,15 @@ class Options:
             value, name = getattr(self, field.name), PREFIX + field.name
             if field.name in self.CHOICES:
                 choices = self.CHOICES[field.name]
-                if value not in choices:
+                if not any(type(value) is type(choice) and value == choice for choice in choices):
                     raise TokenWeaveError(f"option {name!r} is {value!r}; it takes one of {', '.join(map(str, choices))}")
             elif value != "auto" and (type(value) is not int or value < 1):
                 raise TokenWeaveError(f"option {name!r} is {value!r}; it takes 'auto' or a whole number from 1 on")
+        if ":" in self.carrier and self.transport not in ("auto", "process_group"):
+            raise TokenWeaveError(
+                f"option 'tokenweave.wire' is {self.wire}, which only the process group has, and 'tokenweave.transport' is "
+                f"{self.transport!r}: leave one of them at 'auto'"
+            )
 
 
 def parse(options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:

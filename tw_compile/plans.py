@@ -11,6 +11,7 @@ from .autotune.schedule import Section
 from .options import TokenWeaveError
 from .records import Record
 from .transports import agree
+from .transports.low_bit import threshold
 from .transports.symmetric.tuning import Tuning
 from .wording import plan_text
 
@@ -130,6 +131,9 @@ def _summary(record: Record) -> tuple[str, str]:
         return f"{key['transport']}, {section['hidden']} {section['dtype']}, {_sizes(section['sizes'])}", plan_text(**value)
     if record.kind == "tuning":
         return f"{key['transport']}, {key['hidden']} {key['dtype']}", f"one_shot up to {value['one_shot_rows']} tokens"
+    if record.kind == "wire":
+        least = value["least_bytes"]
+        return f"wire of {key['wire']} bits", f"from {least >> 10} KB of partial sums on" if least else "not faster than 16 bits"
     return "time of a call", ", ".join(f"{name} {1e6 * seconds:.0f} µs" for name, seconds in value.items())
 
 
@@ -147,7 +151,7 @@ def _checked(record: Record) -> Record:
     key, value = record.key, record.value
     for name, kind in {"gpu": str, "ranks": int, "version": str}.items():
         _expect(name, key[name], type(key[name]) is kind)
-    {"plan": _check_plan, "tuning": _check_tuning, "transports": _check_transports}[record.kind](key, value)
+    {"plan": _check_plan, "tuning": _check_tuning, "transports": _check_transports, "wire": _check_wire}[record.kind](key, value)
     return record
 
 
@@ -176,6 +180,11 @@ def _check_tuning(key: dict[str, Any], value: dict[str, Any]) -> None:
 def _check_transports(key: dict[str, Any], value: dict[str, Any]) -> None:
     _expect("transports", key["transports"], isinstance(key["transports"], list) and set(key["transports"]) == set(value))
     _expect("seconds", value, all(map(_is_positive, value.values())))
+
+
+def _check_wire(key: dict[str, Any], value: dict[str, Any]) -> None:
+    _expect("wire", key["wire"], key["wire"] in (8, 6, 4))
+    _expect("least_bytes", value["least_bytes"], threshold.is_valid(value))
 
 
 def _is_number(given: object, least: int) -> bool:

@@ -1,9 +1,12 @@
 """Results of measurements on this machine, as JSON files. Each has a value, and the key that says what it was measured for.
 
 kind          key                                                        value
-plan          section, transport, gpu, ranks, version                    ``autotune.plan.Plan``
+plan          section, transport, carrier, link, gpu, ranks, version     ``autotune.plan.Plan``
 tuning        transport, dtype, hidden, gpu, ranks, version              ``transports.symmetric.tuning.Tuning``
-transports    transports, gpu, ranks, version                            seconds of a call over each, by name
+transports    transports, link, gpu, ranks, version                      seconds of a call over each, by name
+wire          wire, link, gpu, ranks, version                            bytes from which on so many bits are faster, or None
+
+link: see ``transports.link``
 """
 
 import json
@@ -13,7 +16,7 @@ from typing import Any
 
 from . import files
 
-KINDS = "plan", "tuning", "transports"
+KINDS = "plan", "tuning", "transports", "wire"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .html import page
-from .wording import form_of, plan_text, short
+from .wording import form_of, plan_text, short, wire_text
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,10 @@ class Report:
 
     requested:  the options that the user gave
     mode:       the mode in force: ``weave``, ``fuse`` or ``off``
-    transport:  the transport of the sites: ``multimem``, ``peer`` or ``process_group``; '' if there are no sites
+    transport:  the transport of the sites: ``multimem``, ``peer`` or ``process_group``; ``process_group:8``, ``:6`` or ``:4`` where it has
+                so many bits; '' if there are no sites
+    wire:       bits ("16", "8", "6", "4") -> bytes that each rank sends for a token at all sites with them; over the process group only
+    packed:     the number of sites that have the bits of the transport; the others have 16
     alike:      number of equal layers that are compiled as one; 0 if each layer is compiled
     split:      (first half, second half) along the cut axis, as numbers or symbolic text; None if the graph is not woven
     rehearsal:  the section that was tuned (``autotune.schedule.Section``) and its plan (``autotune.plan.Plan``), as plain data; None if
@@ -89,6 +92,8 @@ class Report:
     requested: dict[str, Any]
     mode: str = "off"
     transport: str = ""
+    wire: dict[str, int] | None = None
+    packed: int = 0
     alike: int = 0
     split: tuple[int | str, ...] | None = None
     rehearsal: dict[str, Any] | None = None
@@ -126,6 +131,8 @@ class Report:
         if self.alike:
             head += f", {self.alike} layers compiled as one"
         lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} unsplit ops"]
+        if self.wire:
+            lines += [f"  {wire_text(self.transport, self.wire, self.packed, len(self.sites))}"]
         if self.rehearsal:
             lines += [f"  autotuned: {plan_text(**self.rehearsal['plan'])}"]
         lines += [f"  because {reason}" for reason in self.reasons]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from . import backend, context, ops, passes
+from . import backend, context, ops, passes, sent
 from .explain import ISOLATED, anew
 from .passes.graph_utils import arguments, aten, calls
 from .report import Report, Site
@@ -99,6 +99,7 @@ class _Comparer(Compiler):
     def compile(self, sized: ForSizes, new: passes.Rewritten, together: bool) -> Callable[..., Any]:
         before, after = copied(sized.gm), copied(sized.gm, new.graph)
         if new.sites:
+            sent.describe(new, self.options.carrier)
             self.complete(new.report)
         self.found.reports.append(new.report)
         return _boxed(lambda args: self._compare(before, after, new, args))

@@ -23,3 +23,11 @@ def form_of(norm: str, residual: bool, merged: int = 1) -> str:
     """The steps of a site, in words. norm: '' for none; residual: whether one is added; merged: how many all-reduces it does in one"""
     reduced = f"{merged} all-reduces in one" if merged > 1 else "all-reduce"
     return " + ".join(filter(None, [reduced, "add" if residual else "", norm]))
+
+
+def wire_text(transport: str, sent: dict[str, int], packed: int, sites: int) -> str:
+    """What each rank sends, in words. sent, packed: of a Report; sites: the number of all sites"""
+    bits = transport.partition(":")[2] if packed else "16"
+    others = ", ".join(f"{number / 1024:.1f} with {other}" for other, number in sent.items() if other != bits)
+    at = "" if packed in (0, sites) else f" at {packed} of {sites} sites"
+    return f"wire: {bits} bits{at}, {sent[bits] / 1024:.1f} KB from each rank for a token; {others}"

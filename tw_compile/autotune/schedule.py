@@ -131,7 +131,11 @@ def agree_on(section: Section | None, group: str, device: torch.device, requeste
 def _key(section: Section, group: str, device: torch.device, requested: str) -> dict:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     world = resolve_process_group(group).size()
-    return {"section": asdict(section), "transport": requested, "gpu": gpu, "ranks": world, "version": agree.version()}
+    (carrier, _), link = choose.choose(requested, group, device), choose.links.get((group, device), "")
+    return {
+        "section": asdict(section), "transport": requested, "carrier": carrier.name, "link": link, "gpu": gpu, "ranks": world,
+        "version": agree.version(),
+    }  # fmt: skip
 
 
 def _tune_schedule(section: Section, group: str, device: torch.device, requested: str) -> Plan:
@@ -145,7 +149,7 @@ def _tune_schedule(section: Section, group: str, device: torch.device, requested
         plan = by_rule(section.hidden, sms_of(device), section.experts)
         log.warning("a schedule is not autotuned; a rule weaves from %d tokens on: %s", plan.min_tokens, max(lacking))
         return plan
-    ctas = (section.ctas,) if section.ctas or transport.name == "process_group" else CTAS
+    ctas = (section.ctas,) if section.ctas or transport.name.startswith("process_group") else CTAS
 
     def plan_of(variants: list[tuple[int, float]]) -> Plan:
         forms = [(*variant, experts) for experts in ((False, True) if section.experts else (False,)) for variant in variants]

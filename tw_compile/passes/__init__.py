@@ -108,7 +108,7 @@ def rewrite(
         report.reasons.append(f"{ends} {said}")
     device = value(matches[0].total).device  # read now, as the passes below replace the node
     ctas = options.ctas if isinstance(options.ctas, int) else 0
-    sites = fuse(work, matches, options.transport, ctas)
+    sites = fuse(work, matches, options.carrier, ctas)
     woven: list[Node] = []
     report.mode = "fuse"
     alike = stream(sites)
@@ -133,7 +133,7 @@ def rewrite(
         new.not_woven = cut
         if cut and cut != options.fused_only:
             report.reasons.append(f"not woven: {cut}")
-    place(work, all(may_be_symmetric(match.group, device) for match in matches), decision.gathered)
+    place(work, all(may_be_symmetric(match.group, device) for match in matches), decision.gathered, options.carrier != options.transport)
     new.graph, report.sites = work, [_site(match, sums, site in woven) for match, site in zip(matches, sites)]
     return new
 

@@ -48,11 +48,12 @@ _REDUCTIONS = (aten.amax.default, aten.amin.default, aten.sum.dim_IntList, aten.
 _REDUCED = 16
 
 
-def place(graph: Graph, workspace: bool, gathered: Collection[int] = ()) -> None:
+def place(graph: Graph, workspace: bool, gathered: Collection[int] = (), sharded: bool = False) -> None:
     """Set the flags of all sites, and let what they reduce be written in the workspace, where this is safe. In place.
 
     workspace: whether there may be a workspace; without one only ``fp32_residual`` is set
     gathered:  numbers of the sites whose residual must be whole, as another rank needs it
+    sharded:   whether residuals may be sharded without a workspace, as with a wire of 8 bits or less
     """
     sites = [_Site(n) for n in graph.nodes if calls(n, ops.fused, ops.start)]
     slots: dict[tuple, list[_Site]] = {}
@@ -67,7 +68,7 @@ def place(graph: Graph, workspace: bool, gathered: Collection[int] = ()) -> None
                 _use_workspace(graph, previous, site, before)
         for site, following in zip(chain, [*chain[1:], None]):
             fp32 = site.number not in gathered and _only_carried(site, following)
-            site.set_flags(fp32, workspace and fp32, workspace and _can_stay(site, following, before))
+            site.set_flags(fp32, (workspace or sharded) and fp32, workspace and _can_stay(site, following, before))
     graph.lint()
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class ProcessGroup:
     def __init__(self, group_name: str, device: torch.device) -> None:
         self.group_name, self.device = group_name, device
         self.lock, self._depth = threading.RLock(), 0
-        self.pending: dict[int, tuple[Tensor, Site]] = {}  # slot -> (the sum, which is not waited for; the site)
+        self.pending: dict[int, Callable[[], tuple[Tensor, Tensor]]] = {}  # slot -> what waits for a site that was started
 
     def call(self) -> "ProcessGroup":
         """``with transport.call():`` keeps other threads out between the ops of one call: see Symmetric."""
@@ -56,29 +56,28 @@ class ProcessGroup:
 
     def _forget(self, slot: int) -> None:
         """Drop a site that was started but not waited for, because its call has failed."""
-        total, _ = self.pending.pop(slot)
+        finish = self.pending.pop(slot)
         with contextlib.suppress(RuntimeError):  # raised if that call was captured in a CUDA graph
-            c10d.wait_tensor(total)  # later work may reuse its memory
+            finish()  # later work may reuse its memory
 
     def start(self, site: Site) -> Tensor:
-        x, slot = site.x, site.slot
-        if slot in self.pending:
-            self._forget(slot)
-        self.pending[slot] = self._reduced(x), site
-        return x.new_empty(0)
+        if site.slot in self.pending:
+            self._forget(site.slot)
+        self.pending[site.slot] = self._begin(site)
+        return site.x.new_empty(0)
 
     def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, Tensor]:
         if slot not in self.pending:
             raise RuntimeError(f"wait for slot {slot} without a start")
-        total, site = self.pending.pop(slot)
-        return _add_norm(c10d.wait_tensor(total), site)
+        return self.pending.pop(slot)()
 
     def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
-        return _add_norm(c10d.wait_tensor(self._reduced(site.x)), site)
+        return self._begin(site)()
 
-    def _reduced(self, x: Tensor) -> Tensor:
-        """Begin the sum of x over the ranks. It has no value before ``wait_tensor``."""
-        return c10d.all_reduce_(x.clone(memory_format=torch.contiguous_format), "sum", self.group_name)
+    def _begin(self, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Begin a site. Returns what waits for its results."""
+        total = c10d.all_reduce_(site.x.clone(memory_format=torch.contiguous_format), "sum", self.group_name)
+        return lambda: _add_norm(c10d.wait_tensor(total), site)
 
     def workspace_bytes(self) -> int:
         return 0

@@ -175,14 +175,15 @@ def measure(owner: Any, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tunin
     return tuning
 
 
-def compare(transports: dict, group_name: str, device: torch.device) -> dict[str, float]:
+def compare(transports: dict, group_name: str, device: torch.device, link: str) -> dict[str, float]:
     """name -> seconds of a fused call: the geometric mean over COMPARED_TOKENS of the slowest rank's times. A collective.
 
     transports: name -> Symmetric or ProcessGroup, whose workspaces are made here
+    link:       what lies between the ranks: see ``link.measured``
     The times are measured once on a machine, and cached on disk. Raises WorkspaceError on all ranks if a rank cannot make a workspace.
     """
     gpu, world = torch.cuda.get_device_name(device), dist.get_world_size(resolve_process_group(group_name))
-    key = {"transports": [*transports], "gpu": gpu, "ranks": world, "version": agree.version()}
+    key = {"transports": [*transports], "link": link, "gpu": gpu, "ranks": world, "version": agree.version()}
     said = agree.exchange(group_name, "a comparison of transports", json.dumps(_cached_times(key)))
     seconds = next((theirs for theirs in map(json.loads, said) if theirs), None)
     if seconds is None:

@@ -1,0 +1,122 @@
+"""The transport over the process group in 8 or 4 bits.
+
+Each rank owns a part of the rows. First trip: every rank sends each owner its partial sums of the owner's rows, quantised (all-to-all).
+The owner adds them in float32 in rank order, adds the residual, and norms. Second trip: the owners send the norm, quantised, to all ranks
+(all-gather). All ranks unpack the same bytes, and so have the same bits. The residual is never quantised: it stays with the owner of its
+rows in float32, or is gathered in the model's dtype where something else reads it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compat import resolve_process_group
+from ...site import WITHOUT_NORM, Site, empty_results
+from ..process_group import ProcessGroup, c10d
+from . import codec
+
+
+class LowBit(ProcessGroup):
+    """Sites in ``bits`` bits, 8, 6 or 4, from ``least_bytes`` bytes of partial sums on. Others are those of ProcessGroup.
+
+    On a GPU ``start`` enqueues both trips on a stream of their own, so that the other half computes beside them; ``wait`` waits for them.
+    On a CPU ``start`` does all of it. Calls share no memory.
+    """
+
+    def __init__(self, group_name: str, device: torch.device, bits: int, least_bytes: int = 0) -> None:
+        super().__init__(group_name, device)
+        self.name, self.bits, self.least_bytes = f"process_group:{bits}", bits, least_bytes
+        group = resolve_process_group(group_name)
+        self.rank, self.world = group.rank(), group.size()
+        self._codec: Any = codec
+        self._side: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            from . import kernels  # imports Triton
+
+            self._codec, self._side = kernels, torch.cuda.Stream(device, priority=-1)
+
+    def another(self, least_bytes: int) -> "LowBit":
+        """A new transport of the same kind."""
+        return LowBit(self.group_name, self.device, self.bits, least_bytes)
+
+    def in_16_bits(self, x: Tensor, eps: float) -> str:
+        """Why a site with these partial sums and eps is sent in 16 bits, the same on all ranks; '' if it is not.
+
+        x may have symbolic sizes.
+        """
+        if eps == WITHOUT_NORM:
+            return "a site without a norm sends its residual, which is not quantised"
+        if reason := codec.refusal(x.dtype, x.shape[-1], self.bits):
+            return reason
+        size = x.numel()
+        if not self.least_bytes:
+            return ""
+        if isinstance(size, torch.SymInt) and not size.node.has_hint():
+            return "its number of tokens depends on data"
+        if size * x.dtype.itemsize < self.least_bytes:
+            return f"{self.bits} bits are faster here from {self.least_bytes >> 10} KB of partial sums on"
+        return ""
+
+    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
+        return super().fused(site, in_workspace) if self.in_16_bits(site.x, site.eps) else self._run(site, *self._results(site))
+
+    def _begin(self, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
+        if self.in_16_bits(site.x, site.eps):
+            return super()._begin(site)
+        norm, residual = self._results(site)  # on the caller's stream, as its later work may reuse the memory
+        with self._beside() as join:
+            results = self._run(site, norm, residual)
+
+        def finish(held: Site = site) -> tuple[Tensor, Tensor]:  # its tensors are read until then
+            join()
+            return results
+
+        return finish
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[Callable[[], None]]:
+        """On the side stream, behind the current one's work. Yields what lets the current stream wait for the end."""
+        if self._side is None:
+            yield lambda: None
+            return
+        fork, done = torch.cuda.Event(), torch.cuda.Event()
+        fork.record()
+        with torch.cuda.stream(self._side):
+            self._side.wait_event(fork)
+            yield lambda: torch.cuda.current_stream(self.device).wait_event(done)
+            done.record()
+
+    def _results(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Where the results of a site go: (norm, [T, H]; residual, [ranks * rows of an owner, H])."""
+        norm, residual = empty_results(site.x, site.fp32_residual)
+        hidden = norm.shape[-1]
+        rows = self.world * self._rows(norm.numel() // hidden)
+        return norm.view(-1, hidden), residual.new_empty(rows, hidden)
+
+    def _rows(self, tokens: int) -> int:
+        return -(-tokens // self.world)
+
+    def _run(self, site: Site, norm: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        shape, tokens = site.x.shape, norm.shape[0]
+        if tokens:
+            rows, trips = self._rows(tokens), codec.TRIPS[self.bits]
+            flat = site._replace(x=_rows_of(site.x), residual=None if site.residual is None else _rows_of(site.residual))
+            sent = self._codec.pack(flat.x, self.world * rows, trips[0])
+            parts = [rows] * self.world
+            received = c10d.wait_tensor(c10d.all_to_all_single(sent, parts, parts, self.group_name))
+            mine = self._codec.reduce(received.view(self.world, rows, -1), self.rank, flat, residual, trips)
+            self._codec.unpack(self._gathered(mine), norm, trips[1])
+            if not site.sharded_residual:
+                residual.copy_(self._gathered(residual[self.rank * rows : (self.rank + 1) * rows]))
+        return norm.view(shape), residual[:tokens].view(shape)
+
+    def _gathered(self, mine: Tensor) -> Tensor:
+        """The rows of all ranks, in rank order."""
+        return c10d.wait_tensor(c10d.all_gather_into_tensor(mine, self.world, self.group_name))
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
