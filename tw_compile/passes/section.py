@@ -57,7 +57,7 @@ def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedu
             return f"what a site reduces is not the product of a GEMM that autotuning can run ({source_of(site) or site})"
         phases.append(phase)
     if x.dtype != torch.bfloat16 and any("experts" in op for phase in phases for op in phase):
-        return f"grouped GEMMs of experts in {x.dtype} are not autotuned: PyTorch has them in bfloat16 only"
+        return f"PyTorch has grouped GEMMs in bfloat16 only, not in {x.dtype}"
     ctas = options.ctas if isinstance(options.ctas, int) else 0
     return schedule.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases), cuda_graphs)
 
