@@ -19,7 +19,7 @@ from vllm_ranks import COMPILED, ENVIRONMENT, MODELS, REQUESTS, SERVED, TOKENS, 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM, which make test-vllm installs"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1700),
 ]
 HERE = Path(__file__).parent
 CLIENTS = 16
@@ -38,7 +38,7 @@ def runs(folder):
     """Name of a model -> what vLLM did in eager mode and with the backend. All in two processes that import vLLM once."""
     launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     command = [sys.executable, *launch, str(HERE / "vllm_ranks.py"), str(folder), *MODELS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=850)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"model"')]
     return {line["model"]: line for line in lines}
