@@ -4,9 +4,9 @@ A row of H values is cut into groups with a bfloat16 scale each. A value is ``sc
 [-7, 7]. A packed row has the bytes of all q, then the scales, and is as long as the next multiple of 16 bytes. With 4 bits a byte has two
 numbers: that of value i of BLOCK values in the low half, and that of value ``i + BLOCK / 2`` in the high half.
 
-All arithmetic is in float32, and nothing is float16: values above 65504 stay what they are. q is made with the reciprocal of the rounded
-scale, so that the two are a pair. The values of a group are off by at most 1/250 or 1/14 of its largest one. A group with a value that is
-not finite is all NaN on the other side.
+All arithmetic is in float32, and nothing is float16: values above 65504 stay what they are. q is the value divided by the rounded scale,
+with which the other side multiplies it. The values of a group are off by at most 1/250 or 1/14 of its largest one. A group with a value
+that is not finite is all NaN on the other side.
 """
 
 import torch
@@ -21,7 +21,7 @@ TRIPS = {8: (8, 8), 6: (4, 8), 4: (4, 4)}
 GROUP = {8: 128, 4: 32}
 # Values that share bytes. A hidden size is a multiple of it.
 BLOCK = 128
-# A group with smaller values is scaled as if this were its largest one: the reciprocal of its scale stays finite.
+# A group with smaller values is scaled as if this were its largest one, so that its scale is not 0.
 LEAST = 2.0**-100
 
 
@@ -51,7 +51,7 @@ def pack(x: Tensor, rows: int, bits: int) -> Tensor:
     groups, most = x.unflatten(-1, (-1, GROUP[bits])), (1 << (bits - 1)) - 1
     largest = groups.abs().nan_to_num(torch.inf, torch.inf).amax(-1, keepdim=True).clamp_min(LEAST)
     scales = (largest * (1.0 / most)).bfloat16()
-    q = (groups * (1.0 / scales.float())).round().clamp(-most, most).nan_to_num(0.0).to(torch.int8)
+    q = (groups / scales.float()).round().clamp(-most, most).nan_to_num(0.0).to(torch.int8)
     if bits == 4:
         low, high = q.flatten(-2).unflatten(-1, (-1, BLOCK)).chunk(2, -1)
         q = (low & 15) | (high << 4)

@@ -60,9 +60,10 @@ def _scale(largest, MOST: tl.constexpr):
 
 @triton.jit
 def _quantised(x, scale, MOST: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr):
-    q = (_times(x, tl.div_rn(1.0, scale.to(tl.float32)), BLOCKS, PARTS) + ROUND) - ROUND
+    parts = tl.reshape(x, (BLOCKS * PARTS, HALF // PARTS))
+    q = (tl.div_rn(parts, tl.broadcast_to(scale.to(tl.float32)[:, None], parts.shape)) + ROUND) - ROUND
     q = tl.where(q == q, q, 0.0)
-    return tl.minimum(tl.maximum(q, -MOST), MOST).to(tl.int8)
+    return tl.reshape(tl.minimum(tl.maximum(q, -MOST), MOST).to(tl.int8), (BLOCKS, HALF))
 
 
 @triton.jit
