@@ -60,7 +60,7 @@ def rules_of_stand_ins():
 def _scaled_mm(a, b, scale_a, scale_b, bias=None, scale_result=None, dtype=None, fast=False):
     if scale_a.dtype != torch.float32:  # of 128 rows
         scale_a = scale_a.float().reshape(-1, _BLOCK, 4).mean(-1).reshape(-1, 1)
-    if scale_a.shape[0] not in (1, a.shape[0]):
+    if scale_a.numel() > 1 and scale_a.shape[0] != a.shape[0]:
         scale_a = scale_a.repeat_interleave(_BLOCK, 0)
     out = (a.float() * scale_a) @ (b.float() * (scale_b if scale_b.dtype == torch.float32 else 1.0))
     return (out if bias is None else out + bias).to(dtype or a.dtype)

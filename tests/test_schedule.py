@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from graphs import rewrite, trace_with_inputs, without_codegen
 from models import HIDDEN, VOCAB, parallel, whole
 from quantised import LINEARS
@@ -264,12 +265,12 @@ def times_of_experts():
     section = schedule.Section(H, "bfloat16", SIZES, 1, 0, ((("others", 1), *EXPERTS),) * schedule.PHASES, False)
     seen = []
 
-    def grouped(rows, weight, ends):
-        shares = ends.diff(prepend=ends.new_zeros(1))
-        seen.append((len(rows), int(ends[-1]), int(shares.max() - shares.min()) > 1))
+    def grouped(rows, weight, offs):
+        shares = offs.diff(prepend=offs.new_zeros(1))
+        seen.append((len(rows), int(offs[-1]), int(shares.max() - shares.min()) > 1))
         return rows @ weight[0]
 
-    with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(torch, "_grouped_mm", grouped):
+    with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(F, "grouped_mm", grouped):
         plan = schedule.agree_on(section, dist.group.WORLD.group_name, torch.device("cpu"), "auto", None)
     return plan.gain, sorted({rows for rows, _, _ in seen}), all(rows == last for rows, last, _ in seen), {skewed for *_, skewed in seen}
 

@@ -26,7 +26,7 @@ def describe(new: passes.Rewritten, requested: str) -> None:
         if not transport.name.startswith("process_group"):
             return
         if isinstance(transport, LowBit):
-            if reason := transport.in_16_bits(x, given["eps"]):
+            if reason := transport.in_16_bits(x):
                 report.reasons += [said] if (said := f"16 bits: {reason}") not in report.reasons else []
             else:
                 packed.add(given["site"])
@@ -39,4 +39,4 @@ def _bytes(site: Site, bits: int) -> float:
     """Bytes that each rank sends for a token at a site with a wire of so many bits."""
     hidden, dtype = int(site.shape[-1]), getattr(torch, site.dtype)
     world = resolve_process_group(site.group).size()
-    return codec.sent_bytes(hidden, dtype.itemsize, world, 16 if codec.refusal(dtype, hidden, bits) or not site.norm else bits)
+    return codec.sent_bytes(hidden, dtype.itemsize, world, 16 if codec.refusal(dtype, hidden, bits) else bits, bool(site.norm))

@@ -322,7 +322,7 @@ class Stage:
             elif kind == "experts":
                 experts, choices, channels, _ = sizes
                 rows, weight = norm.shape[0] * choices, self.weights[_weight((kind, *sizes))]
-                torch._grouped_mm(self.value(rows, channels), weight, self.ends(experts, rows, skewed))
+                F.grouped_mm(self.value(rows, channels), weight, offs=self.ends(experts, rows, skewed))
             elif not self.section.cuda_graphs:
                 for _ in range(sizes[0]):
                     self.small.add_(1)

@@ -19,10 +19,10 @@ from .graph_utils import WAIT, aten, c10d, calls, prims, value
 from .graph_utils import arguments as named
 
 
-def expand(graph: Graph, over_process_group: Callable[[str, torch.Tensor, float], bool]) -> None:
+def expand(graph: Graph, over_process_group: Callable[[str, torch.Tensor], bool]) -> None:
     """Replace the sites that the process group's own all-reduce carries, in place.
 
-    over_process_group: (group name, fake partial sums of a site, its eps) -> whether the site is replaced
+    over_process_group: (group name, fake partial sums of a site) -> whether the site is replaced
     """
     sums: dict[Node, Node] = {}  # start -> the sum that it begins
     for node in list(graph.nodes):
@@ -30,7 +30,7 @@ def expand(graph: Graph, over_process_group: Callable[[str, torch.Tensor, float]
             continue
         given = named(node)
         x = given["x"]
-        if given["token"] not in sums if calls(node, ops.wait) else not over_process_group(given["group"], value(x), given["eps"]):
+        if given["token"] not in sums if calls(node, ops.wait) else not over_process_group(given["group"], value(x)):
             continue
         with graph.inserting_before(node):
             emit = Emitter(graph, detect_fake_mode([value(x)]))

@@ -121,14 +121,11 @@ def is_process_group(group_name: str) -> bool:
     return all(transport.name == "process_group" for key, (transport, _) in chosen.items() if key[0] == group_name)
 
 
-def is_over_process_group(requested: str, group_name: str, x: torch.Tensor, eps: float) -> bool:
-    """Whether the process group's own all-reduce carries a site.
-
-    x, eps: of the site. A comparison of a symbolic size is a guard
-    """
+def is_over_process_group(requested: str, group_name: str, x: torch.Tensor) -> bool:
+    """Whether the process group's own all-reduce carries a site. x: its partial sums; a comparison of a symbolic size is a guard"""
     transport, _ = chosen.get((group_name, x.device, requested), (None, ""))
     if isinstance(transport, LowBit):
-        return bool(transport.in_16_bits(x, eps))
+        return bool(transport.in_16_bits(x))
     return transport is not None and transport.name == "process_group"
 
 

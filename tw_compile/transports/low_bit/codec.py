@@ -39,10 +39,14 @@ def row_bytes(hidden: int, bits: int) -> int:
     return -(-(hidden * bits // 8 + hidden // GROUP[bits] * 2) // 16) * 16
 
 
-def sent_bytes(hidden: int, itemsize: int, world: int, wire: int) -> float:
-    """Bytes that each rank sends for a token and a site. itemsize: bytes of a value of the model, which a wire of 16 bits sends"""
-    trips = [hidden * itemsize] * 2 if wire == 16 else [row_bytes(hidden, bits) for bits in TRIPS[wire]]
-    return sum(trips) * (world - 1) / world
+def sent_bytes(hidden: int, itemsize: int, world: int, wire: int, norm: bool = True) -> float:
+    """Bytes that each rank sends for a token and a site.
+
+    itemsize: bytes of a value of the model, which a wire of 16 bits sends
+    norm:     whether the site has a norm; without one, its second trip is the residual, which is not quantised
+    """
+    first, second = [hidden * itemsize] * 2 if wire == 16 else [row_bytes(hidden, bits) for bits in TRIPS[wire]]
+    return (first + (second if norm else hidden * itemsize)) * (world - 1) / world
 
 
 def pack(x: Tensor, rows: int, bits: int) -> Tensor:

@@ -3,7 +3,7 @@
 Each rank owns a part of the rows. First trip: every rank sends each owner its partial sums of the owner's rows, quantised (all-to-all).
 The owner adds them in float32 in rank order, adds the residual, and norms. Second trip: the owners send the norm, quantised, to all ranks
 (all-gather). All ranks unpack the same bytes, and so have the same bits. The residual is never quantised: it stays with the owner of its
-rows in float32, or is gathered in the model's dtype where something else reads it.
+rows in float32, or is gathered in the model's dtype where something else reads it, as from a site without a norm.
 """
 
 import contextlib
@@ -42,13 +42,8 @@ class LowBit(ProcessGroup):
         """A new transport of the same kind."""
         return LowBit(self.group_name, self.device, self.bits, least_bytes)
 
-    def in_16_bits(self, x: Tensor, eps: float) -> str:
-        """Why a site with these partial sums and eps is sent in 16 bits, the same on all ranks; '' if it is not.
-
-        x may have symbolic sizes.
-        """
-        if eps == WITHOUT_NORM:
-            return "a site without a norm sends its residual, which is not quantised"
+    def in_16_bits(self, x: Tensor) -> str:
+        """Why a site with these partial sums is sent in 16 bits, the same on all ranks; '' if it is not. x may have symbolic sizes"""
         if reason := codec.refusal(x.dtype, x.shape[-1], self.bits):
             return reason
         size = x.numel()
@@ -61,10 +56,10 @@ class LowBit(ProcessGroup):
         return ""
 
     def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
-        return super().fused(site, in_workspace) if self.in_16_bits(site.x, site.eps) else self._run(site, *self._results(site))
+        return super().fused(site, in_workspace) if self.in_16_bits(site.x) else self._run(site, *self._results(site))
 
     def _begin(self, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
-        if self.in_16_bits(site.x, site.eps):
+        if self.in_16_bits(site.x):
             return super()._begin(site)
         norm, residual = self._results(site)  # on the caller's stream, as its later work may reuse the memory
         with self._beside() as join:
@@ -108,9 +103,13 @@ class LowBit(ProcessGroup):
             parts = [rows] * self.world
             received = c10d.wait_tensor(c10d.all_to_all_single(sent, parts, parts, self.group_name))
             mine = self._codec.reduce(received.view(self.world, rows, -1), self.rank, flat, residual, trips)
-            self._codec.unpack(self._gathered(mine), norm, trips[1])
+            own = residual[self.rank * rows : (self.rank + 1) * rows]
+            if site.eps == WITHOUT_NORM:
+                norm.copy_(self._gathered(own.to(norm.dtype))[:tokens])
+            else:
+                self._codec.unpack(self._gathered(mine), norm, trips[1])
             if not site.sharded_residual:
-                residual.copy_(self._gathered(residual[self.rank * rows : (self.rank + 1) * rows]))
+                residual.copy_(self._gathered(own))
         return norm.view(shape), residual[:tokens].view(shape)
 
     def _gathered(self, mine: Tensor) -> Tensor:
