@@ -3,7 +3,7 @@
 A result file has one row for each size and side, with
 
     model, layers, tp, batch, tokens   the size. tokens: tokens of each sequence
-    quant                              how the linear layers are quantised: see quantised.py; "none" for 16 bits
+    quant                              how the linear layers are quantised: see quantisation.py; "none" for 16 bits
     link, wire                         of prefill.py: the fastest link that NCCL may use, and the bits of a value over the process group
     side, mode                         mode: the mode in force for a tokenweave side, from its report
     speedup, vs_nocomm                 time of the side inductor, and of no-comm, divided by the time of this side

@@ -10,7 +10,7 @@ import argparse
 import functools
 
 import common
-import quantised
+import quantisation
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="sequences")
     parser.add_argument("--cache", type=int, default=2048, help="tokens of each sequence in the KV cache, with the new one")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    quantised.add_option(parser)
+    quantisation.add_option(parser)
     parser.add_argument("--samples", type=int, default=15)
     args = parser.parse_args()
 
@@ -84,8 +84,8 @@ def main():
     measured_rows = []
     with torch.no_grad():
         model, config = build(args.model, args.layers, device, max(args.batch), args.cache)
-        quantised.quantised(model, args.quant)
-        sides = [common.Side(name, model) for name in quantised.able(args.sides, args.quant)]
+        quantisation.quantised(model, args.quant)
+        sides = [common.Side(name, model) for name in quantisation.able(args.sides, args.quant)]
         for batch in sorted(args.batch):
             size = {"model": args.model, "quant": args.quant, "layers": args.layers, "batch": batch, "tokens": 1}
             # Tokens in the first rank's part of the vocabulary, as the side without all-reduces can look up only its own part.
@@ -95,7 +95,7 @@ def main():
             common.show(size, measured)
             measured_rows += common.rows(size, measured, device)
             common.write(
-                quantised.name("decode", args.model, args.quant, ranks),
+                quantisation.name("decode", args.model, args.quant, ranks),
                 device,
                 f"a step with {args.cache} tokens in the KV cache; ms of a whole forward pass, from embedding to logits",
                 measured_rows,

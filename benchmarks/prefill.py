@@ -16,7 +16,7 @@ import os
 
 import common
 import opaque
-import quantised
+import quantisation
 import torch
 import torch.distributed as dist
 import variants
@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="of each sequence")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
     parser.add_argument("--sides", nargs="+", choices=common.SIDES, default=list(common.SIDES))
-    quantised.add_option(parser)
+    quantisation.add_option(parser)
     parser.add_argument(
         "--attention", choices=ATTENTION, default="sdpa", help="in the graph, or opaque to the compiler (opaque.py): cut in two, or whole"
     )
@@ -62,7 +62,7 @@ def main():
     compiled_for = sizes[:1] + [(batch, tokens) for batch, tokens in sizes if batch * tokens >= LARGE][:1]
     with torch.no_grad():
         model, config = variants.build(args.model, args.layers, device, ATTENTION[args.attention])
-        quantised.quantised(model, args.quant)
+        quantisation.quantised(model, args.quant)
         if args.attention != "sdpa":
             assert args.batch == [1], "opaque attention takes packed tokens"
             opaque.allocate(model, config, max(args.tokens))
@@ -70,7 +70,7 @@ def main():
         for batch, tokens in sizes:
             if (batch, tokens) in compiled_for:
                 torch._dynamo.reset()
-                sides = [common.Side(name, model, options=options) for name in quantised.able(args.sides, args.quant)]
+                sides = [common.Side(name, model, options=options) for name in quantisation.able(args.sides, args.quant)]
             kinds = {"quant": args.quant, "link": args.link, "wire": args.wire}
             size = {"model": args.model, "layers": args.layers, "batch": batch, "tokens": tokens} | kinds
             # Tokens in the first rank's part of the vocabulary, as the side without all-reduces can look up only its own part.
@@ -80,7 +80,7 @@ def main():
             common.show(size, measured)
             measured_rows += common.rows(size, measured, device)
             common.write(
-                quantised.name("prefill", args.model, args.quant, ranks)
+                quantisation.name("prefill", args.model, args.quant, ranks)
                 + ("" if args.batch == [1] else "-batches")
                 + ("" if args.attention == "sdpa" else f"-{args.attention}")
                 + _suffix(args.link, args.wire),

@@ -59,8 +59,10 @@ def _serve(rank, world, store, pipe):
     # Every mesh makes groups, and every gloo group has threads that hardly sleep: one mesh of a kind will do.
     dist.init_device_mesh = device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
     while True:
-        function, args = pipe.recv()
         try:
+            function, args = pipe.recv()  # imports the function's module
             pipe.send((function(*args), None))
+        except EOFError:  # the test run has ended
+            return
         except BaseException:
             pipe.send((None, traceback.format_exc()))

@@ -171,3 +171,9 @@ def test_no_file_is_too_long(path):
 def test_imports_are_seen():
     assert {"context", "compat", "autotune.plan", "passes.find", "transports.choose"} <= imports("forms")
     assert {"transports.choose", "site"} == imports("ops.direct")
+
+
+def test_scripts_have_names_of_their_own():
+    """Tests import benchmarks and examples by name: of two equal names, one would hide the other."""
+    paths = [path for folder in ("tests", "benchmarks", "examples") for path in (ROOT.parent / folder).glob("*.py")]
+    assert len({path.name for path in paths}) == len(paths)
