@@ -62,7 +62,7 @@ def _serve(rank, world, store, pipe):
         try:
             function, args = pipe.recv()  # imports the function's module
             pipe.send((function(*args), None))
-        except EOFError:  # the test run has ended
+        except EOFError:  # noqa: PERF203  # the test run has ended
             return
         except BaseException:
             pipe.send((None, traceback.format_exc()))
