@@ -3,6 +3,7 @@
 import fcntl
 import os
 import tempfile
+from collections import Counter
 
 # Before torch reads them. The ranks of a test share few cores: threads that wait for each other would take them.
 # Graphs are compiled anew in each test, while what the C++ compiler makes is kept by content: of equal kernels, one is built for all
@@ -25,6 +26,21 @@ from tw_compile.transports import choose
 def pytest_configure(config):
     if "tokenweave" not in torch._dynamo.list_backends(exclude_tags=()):  # run from a checkout, not installed
         torch._dynamo.register_backend(backend.tokenweave, name="tokenweave")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a test with the marker ``one_in(n)`` each n-th case runs, or with TW_FULL=1 all of them."""
+    if os.environ.get("TW_FULL"):
+        return
+    seen, left_out = Counter(), set()
+    for item in items:
+        if marker := item.get_closest_marker("one_in"):
+            test = item.parent, item.originalname
+            if seen[test] % marker.args[0]:
+                left_out.add(item)
+            seen[test] += 1
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
 
 
 @pytest.fixture(autouse=True)

@@ -50,6 +50,7 @@ def keys_of_first_half(new) -> int:
 SDPA = F.scaled_dot_product_attention
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("batch, tokens", [(1, 6), (1, 7), (1, 2), (4, 6), (3, 3)])
 def test_causal(batch, tokens, dynamic):
@@ -113,6 +114,7 @@ def random_mask(*shape):
     return torch.where(torch.rand(shape) > 0.3, 0.0, float("-inf")).index_fill(-1, torch.tensor([0]), 0.0)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["float", "bool"])
 @pytest.mark.parametrize("batch, shape", [(1, (1, 1, 6, 6)), (1, (1, HEADS, 6, 6)), (1, (6, 6)), (1, (1, 1, 1, 6)), (4, (4, 1, 6, 6)),
                                           (4, (1, 1, 6, 6)), (4, (4, 1, 1, 6)), (4, (6, 6)), (6, (6, 6)),
@@ -154,6 +156,7 @@ NOT_CAUSAL = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("form", ["bool", "float"])
 @pytest.mark.parametrize("mask", CAUSAL)
 def test_a_mask_that_holds_the_causal_one_spares_the_first_half_the_later_keys(mask, form):
@@ -165,6 +168,7 @@ def test_a_mask_that_holds_the_causal_one_spares_the_first_half_the_later_keys(m
     assert keys_of_first_half(split(attend)) == 3
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("form", ["bool", "float"])
 @pytest.mark.parametrize("mask", NOT_CAUSAL)
 def test_any_other_mask_does_not(mask, form):
@@ -286,6 +290,7 @@ def with_op(graph, op):
     return graph, mode
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("op", CUDA_OPS, ids=lambda op: op._schema.name.split("_product_")[1])
 @pytest.mark.parametrize("use", ["causal", "all keys", "masked"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

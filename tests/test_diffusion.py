@@ -14,6 +14,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_all_sums_are_sites(ranks, name):
     (reports, difference, error, eager_error), other = ranks(diffusion.forward, name)

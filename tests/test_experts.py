@@ -82,6 +82,7 @@ def check(form, k, routings=ROUTINGS, sizes=(9, 16, 301), **how):
     return new
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_routing(form, k):
@@ -118,6 +119,7 @@ PUT = {  # name -> (how rows are put back, why experts are not cut)
 }  # fmt: skip
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", PUT)
 def test_ways_back_to_the_order_of_the_tokens(name):
     put, reason = PUT[name]

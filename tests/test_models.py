@@ -42,8 +42,8 @@ def test_one_sequence_in_float32_on_four_ranks(four_ranks, checkpoint, name):
     assert outcome.difference < 2e-6 and outcome.error < 2e-6
 
 
-# By default some kinds: sliding windows, norms in other forms and places, experts, sums of two branches, of a shared expert, of experts.
-KINDS = "Qwen2, sliding window", "Gemma 2", "OLMo 2", "Qwen3-MoE", "Cohere", "GLM-4-MoE", "Llama 4"
+# By default some kinds: sliding windows, norms in other forms and places, experts, sums of two branches.
+KINDS = "Qwen2, sliding window", "Gemma 2", "GLM-4-MoE", "Llama 4"
 
 
 @pytest.mark.parametrize("name", [name for name in (MODELS if FULL else KINDS) if name not in ON_FOUR_RANKS])
@@ -52,7 +52,7 @@ def test_one_sequence_in_float32_on_two_ranks(ranks, checkpoint, name):
     assert outcome.difference < 2e-6 and outcome.error < 2e-6
 
 
-@pytest.mark.parametrize("name", MODELS if FULL else list(MODELS)[::8])
+@pytest.mark.parametrize("name", MODELS if FULL else list(MODELS)[::16])
 def test_a_batch_in_bfloat16_on_two_ranks(ranks, checkpoint, name):
     """The error is not above that of eager PyTorch."""
     outcome = check_forward(ranks, checkpoint(name), name, 3, 32, False, torch.bfloat16)
@@ -102,13 +102,15 @@ def test_generate_with_sampling(ranks, checkpoint):
     assert torch.equal(result.tokens, result.eager_tokens)
 
 
-@pytest.mark.parametrize("cache", ["static", "dynamic"] if FULL else ["dynamic"])
+@pytest.mark.skipif(not FULL, reason="TW_FULL=1")
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_generate_in_bfloat16(ranks, checkpoint, cache):
     """The tokens may differ; the logits that they are drawn from are as good as eager's."""
     result = check_generate(ranks, checkpoint("Qwen3"), cache, torch.bfloat16, do_sample=False)
     assert result.error <= 1.1 * result.eager_error < 0.03
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("cache, unsplit", [("dynamic", set()), ("static", {"aten.index_put.default"})])
 def test_a_prompt_in_chunks(ranks, checkpoint, cache, unsplit):
     """One sequence, cut along its tokens: those before it are in the cache.

@@ -99,6 +99,7 @@ CASES = {  # function -> (fused, woven)
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("tokens", [(8,), (1, 8), (4, 3)], ids=str)
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
 def test_of_what_is_fused_and_woven(function, tokens):

@@ -125,6 +125,7 @@ return %1, %5
 """)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "style, batch, mode, dynamic",
     [("functional", 1, "weave", False), ("functional", 4, "fuse", True), ("in_place", 1, "weave", False), ("in_place", 4, "weave", True)],

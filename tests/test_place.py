@@ -31,6 +31,7 @@ def halves(mode):
     return 2 if mode == "weave" else 1
 
 
+@pytest.mark.one_in(3)
 @MODES
 @pytest.mark.parametrize("style", ["functional", "in_place"])
 @pytest.mark.parametrize("batch", [1, 4])

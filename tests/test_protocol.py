@@ -56,6 +56,7 @@ def check(directory: Path, macros: str, optimise: str) -> tuple[str | None, str]
     return error and (error[1] or error[2]), out
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "macros",
     (
@@ -75,6 +76,7 @@ def test_protocol(macros, tmp_path):
     print(re.search(r"(\d+) states, stored", out)[0])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake(mistake, tmp_path):
     error, out = check(tmp_path, mistake, "-O0")

@@ -103,6 +103,7 @@ if os.environ.get("TW_FULL"):
     COMBINATIONS = THROUGH_INDUCTOR = list(itertools.product(plain, NORMS, (False, True), (1, 4)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("style, norm, dynamic, batch", COMBINATIONS)
 def test_llama(run, style, norm, dynamic, batch):
     """The rewritten graph, run as it is."""

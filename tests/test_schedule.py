@@ -186,6 +186,7 @@ WEIGHT, SCALES = ("tensor", "float8_e4m3fn", (H, H), (1, 0)), ("tensor", "float3
 NONE = ("constant", None)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind", [kind for kind in LINEARS if "tensor" not in kind])
 def test_quantised_linears_are_tuned_as_they_are(world, monkeypatch, kind, dynamic):
@@ -332,6 +333,7 @@ OPEN = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("batch, options, expected", OPEN)
 def test_what_is_left_to_decide_is_tuned(world, monkeypatch, batch, options, expected):
     monkeypatch.setattr(schedule, "possible", lambda device: True)

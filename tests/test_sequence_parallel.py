@@ -143,6 +143,7 @@ def count(graph, op):
     return len(graph.find_nodes(op="call_function", target=op))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("shape, dim", [((8,), 0), ((1, 8), 1), ((3, 8), 1), ((8, 3), 0)], ids=str)
 def test_sites_in_every_layout(shape, dim, dynamic):
@@ -358,6 +359,7 @@ def compare(mode, norm, dynamic):
     return done, wholes
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode, norm, dynamic", [("weave", "hf", False), ("weave", "torch", True), ("fuse", "torch", False)])
 def test_blocks_on_two_ranks(ranks, mode, norm, dynamic):
     (done, wholes), (_, others) = ranks(compare, mode, norm, dynamic)
@@ -369,6 +371,7 @@ def test_blocks_on_four_ranks(four_ranks):
     assert [done for done, _ in four_ranks(compare, "weave", "torch", False)] == [[("weave", 2, 0)] * 3] * 4
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("norm, batch", [("hf", 1), ("torch", 4)])
 def test_llama(run, norm, batch):  # noqa: F811
     check(run, "dtensor_sequence", norm, False, batch, codegen=False)

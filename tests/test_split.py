@@ -200,6 +200,7 @@ def test_at_the_threshold_it_is_woven():
 # --- what is cut -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("style, norm", [("functional", "hf"), ("in_place", "torch")])
@@ -312,6 +313,7 @@ def gathered(x, dim):
     return torch.cat(whole.chunk(2), dim)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_a_gather_along_another_dimension_than_the_first(batch, dynamic):
