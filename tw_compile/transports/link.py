@@ -9,7 +9,6 @@ import json
 import math
 import platform
 import statistics
-import time
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +20,7 @@ from .together import together
 
 BYTES = 16 << 20  # of an all-reduce that is measured
 SAMPLES = 5
+CALLS = 5  # all-reduces in a sample
 
 
 def host() -> str:
@@ -44,12 +44,14 @@ def measured(group_name: str, device: torch.device) -> str:
     what = "the measurement of a link"
     x = together(group_name, what, lambda: torch.zeros(BYTES // 2, dtype=torch.bfloat16, device=device), agree.PATIENCE_S)
     group, taken = resolve_process_group(group_name), []
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(1 + SAMPLES):
-        torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        dist.all_reduce(x, group=group)
-        torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - begin)
+        begin.record()
+        for _ in range(CALLS):  # one after the other, so that the time of the host is not in it
+            dist.all_reduce(x, group=group)
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / 1e3 / CALLS)
     said = agree.exchange(group_name, f"the end of {what}", json.dumps((host(), statistics.median(taken[1:]))))
     return in_words(*zip(*map(json.loads, said)))
 

@@ -18,7 +18,7 @@ log = logging.getLogger("tw_compile")
 # Numbers of tokens that are measured, of this hidden size and dtype. The process group's sites are several kernels, so that the host
 # needs a head start.
 TOKENS, HIDDEN, DTYPE = (32, 128, 512, 2048, 8192), 4096, torch.bfloat16
-HEAD_START = 20_000_000
+HEAD_START = 40_000_000
 # The threshold where a rank has too little memory to measure it; others measured 2 to 4 MB over fast links.
 RULE = 4 << 20
 
