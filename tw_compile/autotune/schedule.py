@@ -30,6 +30,7 @@ from ..compat import cuda_sleep, missing_on_gpus, resolve_process_group
 from ..options import Options
 from ..site import Site
 from ..transports import agree, choose
+from ..transports.process_group import ProcessGroup
 from .operands import Gemm, bytes_of, channels_of
 from .plan import SPLIT_RATIOS, Plan, by_rule, by_times, first_half, rule_of_cut
 
@@ -43,8 +44,9 @@ MAX_ELEMENTS = 1 << 26
 PHASES = 4  # phases of compute, each between two sites: two layers
 CTAS = 4, 6, 8, 12, 16, 24
 SAMPLES = 5
-# Clock cycles that the GPU waits before each sample, so that the host has enqueued most of it, and the sample measures the GPU alone.
-HEAD_START = 5_000_000
+# Clock cycles that the GPU waits before each sample, so that the host has enqueued most of it, and the sample measures the GPU alone. A
+# site of the process group is several calls of the host.
+HEAD_START, HEAD_START_OF_PROCESS_GROUP = 5_000_000, 40_000_000
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ class Stage:
             return time.perf_counter() - begin
         torch.cuda.synchronize(self.device)
         if self.section.cuda_graphs:
-            cuda_sleep(HEAD_START)
+            cuda_sleep(HEAD_START_OF_PROCESS_GROUP if isinstance(self.transport, ProcessGroup) else HEAD_START)
         self._fused(x, None, 0, 0)  # makes the ranks begin together
         if not self.section.cuda_graphs:
             torch.cuda.synchronize(self.device)
