@@ -43,6 +43,7 @@ def gpus(monkeypatch):
             "get_device_capability": lambda index: (9, 0), "can_device_access_peer": lambda index, other: True,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, changes.get(name, value))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(doctor.compat, "missing_on_gpus", list)
         monkeypatch.setattr(doctor, "_smi", lambda *arguments: smi if "topo" in arguments else "580.1\n580.1\n")
