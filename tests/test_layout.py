@@ -37,6 +37,7 @@ context
 
 passes
 passes.section
+passes.keep
 passes.wire
 passes.outline
 passes.layers

@@ -73,7 +73,7 @@ class Report:
     """What was found in one compiled graph, and what was done with it.
 
     requested:  the options that the user gave
-    mode:       the mode in force: ``weave``, ``fuse`` or ``off``
+    mode:       the mode in force: ``weave``, ``fuse`` or ``off``, also where sites are found and not fused, as that is not faster
     transport:  the transport of the sites: ``multimem``, ``peer`` or ``process_group``; ``process_group:8``, ``:6`` or ``:4`` where it has
                 so many bits; '' if there are no sites
     wire:       bits ("16", "8", "6", "4") -> bytes that each rank sends for a token at all sites with them; over the process group only

@@ -12,6 +12,7 @@ from .expand import expand
 from .find import Match, find
 from .fuse import fuse
 from .graph_utils import copied_graph, source_of, value
+from .keep import wins_nothing
 from .merge import Merged, merge
 from .outline import outline
 from .place import place
@@ -41,6 +42,7 @@ __all__ = [
     "split",
     "unshard",
     "weave",
+    "wins_nothing",
 ]
 
 
@@ -161,6 +163,15 @@ def _found(
             reduces = [replace(f, reason=unmerged.get(f.all_reduce, f.reason)) if isinstance(f, Refusal) else f for f in reduces]
             return work, scatters, reduces, sums
         skip |= refused
+
+
+def kept(new: Rewritten, original: Graph) -> Rewritten:
+    """The original graph in place of a fused one that wins nothing: see ``wins_nothing``. It has the report of the fused one."""
+    report = replace(new.report, mode="off", reasons=[*new.report.reasons, _KEPT])
+    return Rewritten(copied_graph(original), report)
+
+
+_KEPT = "Inductor's own graph is kept: over the process group in 16 bits, fused sites are not faster"
 
 
 def check_sites(new: Rewritten, options: Options) -> None:
