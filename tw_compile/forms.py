@@ -273,7 +273,7 @@ class Forms:
         """The rewritten graph that all ranks have agreed on, and whether they agreed now. See ``context.agreed``."""
 
         def attempt(decision):
-            return passes.rewrite(sized.gm.graph, self.options, self._may_be_symmetric, cut_of, decision)
+            return passes.rewrite(sized.gm.graph, self.options, self._may_be_symmetric, cut_of, decision, self._may_be_sharded)
 
         with self.compiler.inside(sized):
             return context.agreed(self.gm.graph, self.options, form, attempt)
@@ -298,8 +298,10 @@ class Forms:
         return min(first, length - first)
 
     def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
-        usable, _ = choose.candidates(self.options.carrier, group, device)
-        return any(name != "process_group" for name in usable)
+        return choose.may_be_symmetric(self.options.carrier, group, device)
+
+    def _may_be_sharded(self, group: str, device: torch.device) -> bool:
+        return choose.may_be_hierarchical(self.options.carrier, group, device)
 
     def _report(self, reason: str) -> Report:
         return Report(requested=self.options.requested, reasons=[reason])

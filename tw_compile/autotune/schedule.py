@@ -30,6 +30,7 @@ from ..compat import cuda_sleep, missing_on_gpus, resolve_process_group
 from ..options import Options
 from ..site import Site
 from ..transports import agree, choose
+from ..transports.process_group import ProcessGroup
 from .operands import Gemm, bytes_of, channels_of
 from .plan import SPLIT_RATIOS, Plan, by_rule, by_times, first_half, rule_of_cut
 
@@ -149,7 +150,7 @@ def _tune_schedule(section: Section, group: str, device: torch.device, requested
         plan = by_rule(section.hidden, sms_of(device), section.experts)
         log.warning("a schedule is not autotuned; a rule weaves from %d tokens on: %s", plan.min_tokens, max(lacking))
         return plan
-    ctas = (section.ctas,) if section.ctas or transport.name.startswith("process_group") else CTAS
+    ctas = (section.ctas,) if section.ctas or isinstance(transport, ProcessGroup) else CTAS
 
     def plan_of(variants: list[tuple[int, float]]) -> Plan:
         forms = [(*variant, experts) for experts in ((False, True) if section.experts else (False,)) for variant in variants]

@@ -77,12 +77,14 @@ def rewrite(
     may_be_symmetric: Callable[[str, object], bool],
     cut_of: Callable[[list[Node]], Cut | str],
     decision: Decision = Decision(),
+    may_be_sharded: Callable[[str, object], bool] = lambda group, device: False,
 ) -> Rewritten:
     """Find the sites of a graph, then fuse or weave them as the options ask. ``graph`` is not changed.
 
     may_be_symmetric: (group name, device) -> whether sites of the group may use symmetric memory
     cut_of:           the sites, as ``fused`` calls -> the cut, or why the graph is not woven; '' if the caller gives the reason
     decision:         what is not done, as some rank cannot do it
+    may_be_sharded:   (group name, device) -> whether residuals may stay sharded without symmetric memory and with 16 bits
     """
     report = Report(requested=options.requested)
     work = copied_graph(graph)
@@ -135,7 +137,8 @@ def rewrite(
         new.not_woven = cut
         if cut and cut != options.fused_only:
             report.reasons.append(f"not woven: {cut}")
-    place(work, all(may_be_symmetric(match.group, device) for match in matches), decision.gathered, options.carrier != options.transport)
+    symmetric, sharded = (all(may_be(match.group, device) for match in matches) for may_be in (may_be_symmetric, may_be_sharded))
+    place(work, symmetric, decision.gathered, sharded or options.carrier != options.transport)
     new.graph, report.sites = work, [_site(match, sums, site in woven) for match, site in zip(matches, sites)]
     return new
 
