@@ -85,7 +85,7 @@ def choose(
     requested: ``Options.carrier``: a transport, and behind a colon the bits of the wire if they are less than 16
     timeout_s: seconds that its kernels wait for another rank from now on; None leaves them as they are
 
-    The first time for a group, it is a collective on CUDA groups: the ranks agree on the transport.
+    The first time for a group, it is a collective on CUDA groups, and on a CPU for hierarchical: the ranks agree on the transport.
     Raises TokenWeaveError on all ranks if a forced transport is unavailable on one of them.
     """
     key = group_name, device, requested
