@@ -27,7 +27,7 @@ import torch.distributed._symmetric_memory as symm_mem
 
 import tw_compile
 from tw_compile.site import Site
-from tw_compile.transports import choose
+from tw_compile.transports import choose, link
 from tw_compile.transports.low_bit import threshold
 from tw_compile.transports.symmetric import tuning
 from tw_compile.transports.symmetric.transport import Symmetric
@@ -647,6 +647,36 @@ def check_opaque(device):
             assert torch.equal(captured, got)
             del graph
     opaque.state.refused = ""
+
+
+def check_hierarchical(device):
+    """Four GPUs as two hosts of two, by name: the error beside the process group, the same bits on all ranks in every run, and ``auto``."""
+    if (world := dist.get_world_size()) < 4:
+        llama.say("hierarchical: it needs four GPUs")
+        return
+    model, config = build(device)
+    ids, group = inputs(config, device, 2048), dist.group.WORLD.group_name
+    usual = compiled(model, **{"tokenweave.transport": "process_group"})(ids)[0].double()
+    choose.forget(group)
+    with mock.patch.dict(os.environ, {link.HOST_NAME: str(dist.get_rank() // (world // 2))}):
+        for bits, mode in itertools.product((16, 8), ("weave", "fuse")):
+            torch._dynamo.reset()
+            options = {"tokenweave.transport": "hierarchical", "tokenweave.wire": bits, "tokenweave.mode": mode, "triton.cudagraphs": True}
+            with mock.patch.object(threshold, "least_bytes", return_value=1):
+                run = compiled(model, **options)
+                results = [run(ids)[0].clone() for _ in range(4)]
+            report = tw_compile.reports()[-1]
+            name = "hierarchical" if bits == 16 else "hierarchical:8"
+            assert (report.mode, report.transport) == (mode, name), report
+            everybodys = [torch.empty_like(results[0]) for _ in range(world)]
+            dist.all_gather(everybodys, results[0])
+            assert all(torch.equal(each, results[0]) for each in [*results, *everybodys])
+            llama.say(f"{name}, {mode}: {error(results[0], usual):.3f} from the process group")
+            assert error(results[0], usual) < (4e-2 if bits == 16 else 0.1)
+        transport, why_not = choose.choose("auto", group, device)
+        assert transport.name in ("hierarchical", "process_group"), transport.name
+        llama.say(f"hierarchical: auto takes {transport.name}; {why_not}")
+    choose.forget(group)
 
 
 def check_models(device):

@@ -137,14 +137,14 @@ def test_mode_off_only_reports(world, quick, messages):
     assert messages() == []
 
 
-def test_small_graphs_are_fused_by_default(world, quick):
+def test_small_graphs_are_fused_by_default(world, quick, unexpanded):
     compiled(mlp)(*mlp_inputs(8))
     (report,) = tw_compile.reports()
     assert (report.mode, report.transport) == ("fuse", "process_group")
     assert report.reasons[0] == "not woven: fewer than 1024 tokens"
 
 
-def test_a_split_of_a_dynamic_length(world, quick):
+def test_a_split_of_a_dynamic_length(world, quick, unexpanded):
     """It may leave one token, and where it leaves none that is an error of ours if it is forced."""
 
     def run(tokens, **options):
@@ -201,14 +201,14 @@ def test_a_graph_break_gives_a_report_for_each_graph(world, quick):
 # --- Inductor's own --------------------------------------------------------------------------------------------------
 
 
-def test_modes_of_torch_compile_are_taken(world):
+def test_modes_of_torch_compile_are_taken(world, unexpanded):
     for mode in ("default", "reduce-overhead", "max-autotune-no-cudagraphs"):
         torch._dynamo.reset()
         compiled(Small().requires_grad_(False), mode=mode)(values(8, H), values(8, H))
         assert tw_compile.reports()[-1].mode == "fuse"
 
 
-def test_max_autotune_is_taken(world, quick):
+def test_max_autotune_is_taken(world, quick, unexpanded):
     compiled(mlp, mode="max-autotune")(*mlp_inputs(8))
     assert tw_compile.reports()[-1].mode == "fuse"
 

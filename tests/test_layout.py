@@ -37,6 +37,7 @@ context
 
 passes
 passes.section
+passes.keep
 passes.wire
 passes.outline
 passes.layers
@@ -84,11 +85,14 @@ ops.direct
 
 transports
 transports.choose
+transports.chains
 transports.low_bit
 transports.low_bit.threshold
+transports.hierarchical
 transports.low_bit.transport
 transports.low_bit.kernels
 transports.low_bit.codec
+transports.beside
 transports.process_group
 transports.link
 transports.symmetric

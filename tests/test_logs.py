@@ -23,7 +23,7 @@ assert not any(name.startswith("tw_compile") for name in sys.modules)
 backend = lambda *args, **kwargs: __import__("tw_compile.backend").backend.tokenweave(*args, **kwargs)
 f = lambda x, w: hf_norm(all_reduce(x), w)
 with torch.no_grad():
-    torch.compile(f, backend=backend)(values(8, 64), values(64))
+    torch.compile(f, backend=backend, options={"tokenweave.mode": "fuse"})(values(8, 64), values(64))
 """
 
 
@@ -56,7 +56,7 @@ def test_set_logs_knows_the_name():
     assert "tokenweave_report of graph" in run(COMPILE.replace("with torch", f"{set_logs}\nwith torch"))
 
 
-def test_an_artifact_of_a_form_that_a_later_call_compiles(world, monkeypatch):
+def test_an_artifact_of_a_form_that_a_later_call_compiles(world, unexpanded, monkeypatch):
     """It belongs to the graph that was compiled at first."""
     seen = []
     monkeypatch.setattr(logs, "artifact", lambda name, text, of, level=0: seen.append((name, str(of))))

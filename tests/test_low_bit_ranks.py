@@ -221,7 +221,7 @@ def test_a_bad_wire(wire):
 
 
 def test_a_wire_over_peer_memory():
-    with pytest.raises(TokenWeaveError, match="'tokenweave.wire' is 8, which only the process group has"):
+    with pytest.raises(TokenWeaveError, match="'tokenweave.wire' is 8, which symmetric memory does not have"):
         backend.parse({"tokenweave.wire": 8, "tokenweave.transport": "peer"})
     backend.parse({"tokenweave.wire": 16, "tokenweave.transport": "peer"})
 
@@ -249,7 +249,7 @@ def settled(seconds, kept, folder, poor=()):
         patch.setattr(torch.cuda, "mem_get_info", lambda device: ((1 << 20 if rank in poor else 1 << 40), 1 << 40))
         transport = LowBit(group, CPU, 8)
         if kept[rank]:
-            key = {"wire": 8, "link": "slow", "gpu": "GPU", "ranks": 2, "version": threshold.agree.version()}
+            key = {"transport": transport.name, "wire": 8, "link": "slow", "gpu": "GPU", "ranks": 2, "version": threshold.agree.version()}
             threshold.records.write("wire", key, kept[rank])
         return threshold.least_bytes(transport, "slow")
 

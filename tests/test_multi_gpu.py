@@ -30,8 +30,8 @@ def run(script, *arguments, launcher=()):
 @pytest.mark.parametrize(
     "check",
     (
-        "agreement", "repeats", "stress", "tuning", "graphs", "caches", "regions", "transports", "wire", "streams", "threads", "state",
-        "empty", "together", "opaque", "models",
+        "agreement", "repeats", "stress", "tuning", "graphs", "caches", "regions", "transports", "wire", "hierarchical", "streams",
+        "threads", "state", "empty", "together", "opaque", "models",
     ),
 )  # fmt: skip
 def test_on_all_gpus(check):

@@ -26,7 +26,7 @@ def test_every_mode(mode):
     assert parse({"tokenweave.mode": mode})[0].mode == mode
 
 
-@pytest.mark.parametrize("transport", ["auto", "multimem", "peer", "process_group"])
+@pytest.mark.parametrize("transport", ["auto", "multimem", "peer", "hierarchical", "process_group"])
 def test_every_transport(transport):
     assert parse({"tokenweave.transport": transport})[0].transport == transport
 
@@ -44,7 +44,9 @@ def test_an_unknown_option_like_none_of_them_still_lists_them_all():
     assert all(f"tokenweave.{name}" in message for name in ("mode", "transport", "min_tokens", "split", "ctas", "timeout"))
 
 
-@pytest.mark.parametrize("name, choices", [("mode", "auto, weave, fuse, off"), ("transport", "auto, multimem, peer, process_group")])
+@pytest.mark.parametrize(
+    "name, choices", [("mode", "auto, weave, fuse, off"), ("transport", "auto, multimem, peer, hierarchical, process_group")]
+)
 @pytest.mark.parametrize("value", ["Weave", "", None, 1, True, ["auto"]], ids=repr)
 def test_a_bad_choice(name, choices, value):
     assert error(**{name: value}) == f"option 'tokenweave.{name}' is {value!r}; it takes one of {choices}"

@@ -1,10 +1,12 @@
 """outline: layers that are alike are calls of one graph, which computes the same in every order that data flow allows."""
 
+from dataclasses import replace
+
 import expecttest
 import pytest
 import torch
 import torch._inductor.config
-from graphs import rewrite, run, shuffled, text, without_codegen
+from graphs import copy, rewrite, run, shuffled, text, without_codegen
 from models import VOCAB, parallel
 from sites import INNER, H, all_reduce, hf_norm, values
 from test_weave import Logging, designed
@@ -21,7 +23,7 @@ from tw_compile import backend, forms, ops, passes
 from tw_compile.ops import lowering
 from tw_compile.options import Options
 from tw_compile.passes import outline
-from tw_compile.passes.graph_utils import arguments, aten, prims
+from tw_compile.passes.graph_utils import arguments, aten, c10d, prims
 from tw_compile.site import Site
 from tw_compile.transports.symmetric.transport import Symmetric
 
@@ -430,6 +432,20 @@ def test_caches_through_inductor(workspace):
         got = torch.compile(cached(5), backend=backend.tokenweave, options={"tokenweave.mode": "fuse"})(*inputs)
     assert tw_compile.reports()[-1].alike == 3
     torch.testing.assert_close([got, *inputs], [*expected, *same], rtol=1e-4, atol=1e-4)
+
+
+@MODES
+def test_over_the_process_group_a_layer_reduces_what_it_has_made(mode):
+    """Inductor would make a copy of an input of the layer."""
+    rewritten = rewrite(mlps(5), *mlps_inputs(5, 16), mode=mode)
+    expanded = replace(rewritten, after=copy(rewritten.after))
+    passes.expand(expanded.after, lambda *_: True)
+    outlined = expanded.outlined()
+    outlined.check()
+    called, body = calls(outlined)
+    assert len(called) >= 3
+    reduced = [node.args[0].op for node in body.graph.nodes if node.target is c10d.all_reduce.default]
+    assert reduced == ["call_function"] * (2 if mode == "weave" else 1)
 
 
 # --- on GPUs, as fake tensors show them ----------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def test_a_cache_hit_has_the_same_report():
     constant = new_constant()
     first = compile_in_a_process(constant, autograd_cache=True, min_tokens=32)
     assert first["graph hits"] == first["autograd hits"] == 0
-    assert [report["mode"] for report in first["reports"]] == ["weave", "fuse"]
+    assert [report["mode"] for report in first["reports"]] == ["weave", "off"]
     again = compile_in_a_process(constant, autograd_cache=True, min_tokens=32)
     assert (again["graph hits"], again["autograd hits"]) == (2, 0), "what AOTAutograd caches does not know of the ranks"
     assert again["reports"] == first["reports"]

@@ -366,12 +366,12 @@ def of_plan():
 
 def test_a_plan_decides(ranks):
     for some, none in ranks(of_plan):
-        tuned, [(weave, split, _), (fuse, _, reason)] = some
+        tuned, [(weave, split, _), (kept, _, reason)] = some
         assert tuned == 1, "one section: the second graph has the plan of the first"
-        assert (weave, fuse, reason) == ("weave", "fuse", "not woven: fewer than 256 tokens")
+        assert (weave, kept, reason) == ("weave", "off", "not woven: fewer than 256 tokens")
         assert "5*s" in split[0]
         _, [(mode, _, reason)] = none
-        assert mode == "fuse"
+        assert mode == "off"
         assert reason == "not woven: autotuning measured no speed-up on this machine"
 
 

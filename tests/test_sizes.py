@@ -61,7 +61,7 @@ def test_each_call_takes_the_form_for_its_tokens(mark):
     for tokens in (48, 16, 300, 31, 32, 33, 7, 64, 2):
         run(function, tokens, mark=mark)
     assert graphs_of_dynamo() == 1, "a size was guarded on"
-    assert modes() == ["weave", "fuse", "weave"], "300 tokens are cut in whole tiles"
+    assert modes() == ["weave", "off", "weave"], "300 tokens are cut in whole tiles"
     assert [report.split[0] for report in tw_compile.reports() if report.split][1].count("128") == 1
 
 
@@ -69,7 +69,7 @@ def test_one_token_and_none_where_guards_are_dropped():
     function = compiled(mlp)
     for tokens in (48, 1, 0, 40):
         run(function, tokens, mark=MARKS["unbacked"])
-    assert modes() == ["weave", "fuse", "fuse"]
+    assert modes() == ["weave", "off", "off"]
 
 
 def test_sizes_that_torch_is_oblivious_of():
@@ -77,7 +77,7 @@ def test_sizes_that_torch_is_oblivious_of():
         function = compiled(mlp)
         for tokens in (48, 16):
             run(function, tokens, mark=MARKS["dynamic"])
-    assert modes() == ["weave", "fuse"]
+    assert modes() == ["weave", "off"]
 
 
 def test_a_half_of_one_sequence():
@@ -93,7 +93,7 @@ def test_a_half_of_one_sequence():
     assert modes() == ["weave"] * 3 and not any(report.joins for report in tw_compile.reports())
 
 
-def test_tokens_of_which_there_are_as_many_as_data_says_are_fused():
+def test_tokens_of_which_there_are_as_many_as_data_says_are_not_woven():
     def packed(x, keep, residual, weight):
         x, residual = x[keep], residual[keep]
         return hf_norm(residual + all_reduce(x), weight)
@@ -103,7 +103,7 @@ def test_tokens_of_which_there_are_as_many_as_data_says_are_fused():
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         torch.testing.assert_close(compiled(packed)(x, keep, residual, weight), packed(x, keep, residual, weight))
     (report,) = tw_compile.reports()
-    assert report.mode == "fuse" and report.reasons[0] == "not woven: its number of tokens depends on data"
+    assert report.mode == "off" and report.reasons[0] == "not woven: its number of tokens depends on data"
 
 
 def test_what_is_compiled_too_often_runs_uncompiled_and_right(monkeypatch, caplog):
@@ -130,7 +130,7 @@ def test_a_form_is_compiled_with_the_configuration_of_the_graph(monkeypatch):
 
 
 def test_the_kill_switch(monkeypatch):
-    for value, expected in (("fuse", "fuse"), ("off", "off"), ("", "weave")):
+    for value, expected in (("fuse", "off"), ("off", "off"), ("", "weave")):
         monkeypatch.setenv("TW_COMPILE_MODE", value)
         torch._dynamo.reset()
         run(compiled(mlp, mode="weave"), 48)
@@ -186,14 +186,14 @@ def test_a_graph_with_an_unknown_kind_of_input_is_left_to_inductor_with_the_reas
         run(compiled(mlp, mode="weave"), 48)
 
 
-def test_a_weave_that_fails_is_fused(monkeypatch):
+def test_a_weave_that_fails_is_not_woven(monkeypatch):
     def failing(*args):
         raise ValueError("no way")
 
     monkeypatch.setattr("tw_compile.passes.split", failing)
     run(compiled(mlp), 48)
     (report,) = tw_compile.reports()
-    assert report.mode == "fuse" and "no way" in report.reasons[0]
+    assert report.mode == "off" and "no way" in report.reasons[0]
 
 
 def test_transports_are_chosen_and_prepared_with_real_tensors(monkeypatch):

@@ -32,7 +32,7 @@ def test_what_it_compiles_is_not_compiled_again(world, capsys):
     run = compiled()
     with without_codegen():
         made = tw_compile.warmup(run, [64, (2, 8), 48])
-        assert [report.mode for report in made] == ["weave", "fuse", "weave"] and made == tw_compile.reports()
+        assert [report.mode for report in made] == ["weave", "off", "weave"] and made == tw_compile.reports()
         for shape in ((1, 64), (2, 8), (1, 48), (1, 40)):
             with torch.no_grad():
                 run(torch.randint(0, VOCAB, shape))
@@ -95,7 +95,7 @@ def on_a_rank(sizes, fails=None):
 
 
 def test_ranks(ranks):
-    assert ranks(on_a_rank, [[64, 8]] * 2) == [(["weave", "fuse"], True), (["weave", "fuse"], False)]
+    assert ranks(on_a_rank, [[64, 8]] * 2) == [(["weave", "off"], True), (["weave", "off"], False)]
     (message, _), (other, _) = ranks(on_a_rank, [[64, 8], [64]])
     assert message == other and "rank 0: [[[1, 64], [1, 8]], 2]; rank 1: [[[1, 64]], 2]" in message
     (message, _), (other, _) = ranks(on_a_rank, [[8]] * 2, 1)

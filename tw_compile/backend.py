@@ -63,18 +63,19 @@ def compile_graph(
     lowering.register()
     _fix_module_floats(gm)
     broken = breaks.break_of(gm)
-    if any(map(is_traceable_wrapper_subclass, inputs)):
-        regions.inline(gm)  # AOTAutograd does not pass a DTensor to a region
+    # AOTAutograd does not pass a DTensor to a region.
+    marked = any(map(is_traceable_wrapper_subclass, inputs)) and regions.inline(gm)
 
     def inner(gm, inputs, **kwargs):
         """Inductor's ``compile_fx_inner`` for a graph that AOTAutograd has traced, with the passes in front."""
         if not kwargs.get("is_inference"):
             say_once(_NEEDS_GRADIENTS)
             return compile_fx_inner(gm, inputs, **kwargs)
-        if regions.inline(gm):
+        inlined = regions.inline(gm)
+        if inlined:
             with torch.no_grad():
                 fake_tensor_prop(gm, inputs)
-        return compile_forms(gm, inputs, ours, inner_compile or _inductor, kwargs, compiler, broken)
+        return compile_forms(gm, inputs, ours, inner_compile or _inductor, kwargs, compiler, broken, marked or inlined)
 
     # Inductor's cache is keyed by the graph that the passes have made. AOTAutograd's cache is keyed by the graph before them, which does
     # not contain what the ranks have agreed on: it is off.

@@ -6,6 +6,7 @@ where a call has sizes that the compiled form does not cover.
 """
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.fx import GraphModule
 
-from . import context, passes
+from . import context, passes, sent
 from .autotune.plan import Place, Plan, first_half, place_of_cut
 from .compat import inductor_config as config
 from .compat import reorder_for_locality, view_to_reshape
@@ -45,6 +46,7 @@ def compile_forms(
     kwargs: dict,
     compiler: Callable[..., Compiler] = Compiler,
     broken: Break | None = None,
+    regions: bool = False,
 ) -> Callable:
     """What runs an inference graph: its ``Forms``; or what Inductor compiles, where the graph has no sites.
 
@@ -52,12 +54,13 @@ def compile_forms(
     inner_compile: Inductor's ``compile_fx_inner``, or a function like it; kwargs: its further arguments
     compiler:      makes the Compiler of the graph's forms
     broken:        where Dynamo broke the graph, or None
+    regions:       whether the user has marked layers that are to be compiled once
     Raises TokenWeaveError on all ranks for a request that cannot be met.
     """
     view_to_reshape(gm)
     if config.reorder_for_locality:
         reorder_for_locality(gm.graph)  # otherwise Inductor would reorder the woven graph
-    forms = Forms(compiler(gm, inputs, options, inner_compile, kwargs, broken))
+    forms = Forms(compiler(gm, inputs, options, inner_compile, kwargs, broken), regions)
     run = forms.begin()
     if run is not None:
         return run
@@ -87,6 +90,7 @@ class _Analysis:
 class Forms:
     """A graph that can be called: ``forms(args)`` with a list of its inputs, which it empties.
 
+    regions:   see ``compile_forms``
     left:      the report of a graph that is left to Inductor; None where it is not
     plan:      how the graph is woven; None until its sites are found
     variants:  FUSE, PLAIN or a Place -> the compiled variants of that form
@@ -97,8 +101,8 @@ class Forms:
 
     _boxed_call = True
 
-    def __init__(self, compiler: Compiler):
-        self.compiler, self.gm, self.options = compiler, compiler.gm, compiler.options
+    def __init__(self, compiler: Compiler, regions: bool = False):
+        self.compiler, self.gm, self.options, self.regions = compiler, compiler.gm, compiler.options, regions
         self.left: Report | None = None
         self.plan: Plan | None = None
         self.analyses: list[_Analysis] = []
@@ -149,9 +153,10 @@ class Forms:
         """What runs calls with these values of the symbols."""
         if values not in self.runs:
             known = dict(zip(self.sizes.symbols, values))
-            variant = self._variant(*self._form_of(known), known)
+            form, why = self._form_of(known)
+            variant = self._variant(form, why, known)
             self._prepare(variant, known)
-            run = self._entered(variant.run) if variant.sites else variant.run
+            run = variant.run if form == PLAIN else self._entered(variant.run)
             if len(self.runs) >= MOST_CALLS:
                 self.runs.clear()
             self.runs[values] = run
@@ -253,6 +258,7 @@ class Forms:
             else:
                 new, _ = self._agreed(FUSE, sized, lambda sites: "")
             new.report.reasons += [f"not woven: {why}"] if why != self.options.fused_only else []
+            new = self._kept(new, sized)
         sites = sites_of(new)  # before the compilation, which changes the graph
         if len(variants) < MOST_VARIANTS:
             run = self.compiler.compile(sized, new, together)
@@ -267,10 +273,21 @@ class Forms:
         """The rewritten graph that all ranks have agreed on, and whether they agreed now. See ``context.agreed``."""
 
         def attempt(decision):
-            return passes.rewrite(sized.gm.graph, self.options, self._may_be_symmetric, cut_of, decision)
+            return passes.rewrite(sized.gm.graph, self.options, self._may_be_symmetric, cut_of, decision, self._may_be_sharded)
 
         with self.compiler.inside(sized):
             return context.agreed(self.gm.graph, self.options, form, attempt)
+
+    def _kept(self, new: passes.Rewritten, sized: ForSizes) -> passes.Rewritten:
+        """The original graph in place of a fused one that wins nothing, unless it must be fused; else the fused one."""
+        if self.options.forced == "fuse" or self.regions or new.merged:
+            return new
+        over_process_group = functools.partial(choose.is_over_process_group, self.options.carrier)
+        with self.compiler.inside(sized):
+            if not passes.wins_nothing(new.graph, sized.gm.graph, new.sites.values(), over_process_group):
+                return new
+            sent.describe(new, self.options.carrier)
+        return passes.kept(new, sized.gm.graph)
 
     def _least_half(self, at: Place, values: Values) -> int:
         analysis = self._analysis_of(values)
@@ -281,8 +298,10 @@ class Forms:
         return min(first, length - first)
 
     def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
-        usable, _ = choose.candidates(self.options.carrier, group, device)
-        return any(name != "process_group" for name in usable)
+        return choose.may_be_symmetric(self.options.carrier, group, device)
+
+    def _may_be_sharded(self, group: str, device: torch.device) -> bool:
+        return choose.may_be_hierarchical(self.options.carrier, group, device)
 
     def _report(self, reason: str) -> Report:
         return Report(requested=self.options.requested, reasons=[reason])

@@ -20,10 +20,10 @@ class Options:
 
     mode:        ``auto`` weaves calls of at least ``min_tokens`` tokens, and fuses smaller ones. ``weave`` and ``fuse`` force it: a graph
                  that cannot be woven or fused is an error. ``off`` only reports.
-    transport:   how the ranks exchange data. ``auto`` takes the fastest of multimem, peer and process_group that all ranks have. A
-                 transport that is forced, and that a rank lacks, is an error.
-    wire:        bits of a value between the ranks over the process group. ``auto`` is 16, the model's dtype. 8, 6 (4 in the first trip, 8
-                 in the second) and 4 lose accuracy
+    transport:   how the ranks exchange data. ``auto`` takes the fastest of multimem, peer, hierarchical and process_group that all ranks
+                 have. A transport that is forced, and that a rank lacks, is an error.
+    wire:        bits of a value between the ranks over the process group, or over hierarchical between hosts. ``auto`` is 16, the
+                 model's dtype. 8, 6 (4 in the first trip, 8 in the second) and 4 lose accuracy
     min_tokens:  number of tokens of a forward pass, batch × sequence, from which a graph is woven
     split:       number of tokens in the first half
     ctas:        number of CTAs, one on each SM, of each communication kernel
@@ -47,7 +47,7 @@ class Options:
 
     CHOICES: ClassVar[dict[str, tuple[str | int, ...]]] = {
         "mode": ("auto", "weave", "fuse", "off"),
-        "transport": ("auto", "multimem", "peer", "process_group"),
+        "transport": ("auto", "multimem", "peer", "hierarchical", "process_group"),
         "wire": ("auto", 16, 8, 6, 4),
         "cuda_graphs": ("auto", True, False),
         "most": ("weave", "fuse", "off"),
@@ -91,9 +91,9 @@ class Options:
                     raise TokenWeaveError(f"option {name!r} is {value!r}; it takes one of {', '.join(map(str, choices))}")
             elif value != "auto" and (type(value) is not int or value < 1):
                 raise TokenWeaveError(f"option {name!r} is {value!r}; it takes 'auto' or a whole number from 1 on")
-        if ":" in self.carrier and self.transport not in ("auto", "process_group"):
+        if ":" in self.carrier and self.transport in ("multimem", "peer"):
             raise TokenWeaveError(
-                f"option 'tokenweave.wire' is {self.wire}, which only the process group has, and 'tokenweave.transport' is "
+                f"option 'tokenweave.wire' is {self.wire}, which symmetric memory does not have, and 'tokenweave.transport' is "
                 f"{self.transport!r}: leave one of them at 'auto'"
             )
 

@@ -73,10 +73,11 @@ class Report:
     """What was found in one compiled graph, and what was done with it.
 
     requested:  the options that the user gave
-    mode:       the mode in force: ``weave``, ``fuse`` or ``off``
-    transport:  the transport of the sites: ``multimem``, ``peer`` or ``process_group``; ``process_group:8``, ``:6`` or ``:4`` where it has
-                so many bits; '' if there are no sites
-    wire:       bits ("16", "8", "6", "4") -> bytes that each rank sends for a token at all sites with them; over the process group only
+    mode:       the mode in force: ``weave``, ``fuse`` or ``off``, also where sites are found and not fused, as that is not faster
+    transport:  the transport of the sites: ``multimem``, ``peer``, ``hierarchical`` or ``process_group``; the last two with ``:8``, ``:6``
+                or ``:4`` where they have so many bits; '' if there are no sites
+    wire:       bits ("16", "8", "6", "4") -> bytes that each rank sends for a token at all sites with them, over ``hierarchical`` to other
+                hosts; None over symmetric memory
     packed:     the number of sites that have the bits of the transport; the others have 16
     alike:      number of equal layers that are compiled as one; 0 if each layer is compiled
     split:      (first half, second half) along the cut axis, as numbers or symbolic text; None if the graph is not woven

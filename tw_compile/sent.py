@@ -1,4 +1,4 @@
-"""What the sites of a graph send over the process group: in how many bits, and how many bytes. It goes to the graph's report."""
+"""What the sites of a graph send over the process group, or between hosts: in how many bits, and how many bytes. For the report."""
 
 import torch
 
@@ -7,36 +7,41 @@ from .compat import resolve_process_group
 from .passes.graph_utils import arguments, calls, value
 from .report import Site
 from .transports import choose
+from .transports.hierarchical import Hierarchical
 from .transports.low_bit import codec
 from .transports.low_bit.transport import LowBit
+from .transports.process_group import ProcessGroup
 
 
 def describe(new: passes.Rewritten, requested: str) -> None:
-    """Add to the report of a rewritten graph what it sends, and why in 16 bits; nothing where a site is not over the process group.
+    """Add to the report of a rewritten graph what it sends, and why in 16 bits; nothing where a site is over symmetric memory.
 
     new:       before it is compiled, which changes its graph
     requested: ``Options.carrier``, for which the transports of the graph's groups are chosen
     """
-    report, packed = new.report, set()
+    report, packed, carriers = new.report, set(), {}
     for node in new.graph.nodes:
         if not calls(node, ops.start, ops.fused):
             continue
         given, x = arguments(node), value(node.args[0])
         transport, _ = choose.choose(requested, given["group"], x.device)
-        if not transport.name.startswith("process_group"):
+        if not isinstance(transport, ProcessGroup):
             return
-        if isinstance(transport, LowBit):
+        carriers[given["group"]] = transport
+        if isinstance(transport, LowBit) or (isinstance(transport, Hierarchical) and transport.bits < 16):
             if reason := transport.in_16_bits(x):
                 report.reasons += [said] if (said := f"16 bits: {reason}") not in report.reasons else []
             else:
                 packed.add(given["site"])
     report.packed = len(packed)
-    sent = {str(bits): round(sum(_bytes(site, bits) for site in report.sites)) for bits in (16, *codec.TRIPS)}
+    sent = {str(bits): round(sum(_bytes(site, bits, carriers[site.group]) for site in report.sites)) for bits in (16, *codec.TRIPS)}
     report.wire = {bits: number for bits, number in sent.items() if bits == "16" or number < sent["16"]}
 
 
-def _bytes(site: Site, bits: int) -> float:
-    """Bytes that each rank sends for a token at a site with a wire of so many bits."""
+def _bytes(site: Site, bits: int, transport: ProcessGroup) -> float:
+    """Bytes that each rank sends for a token at a site with a wire of so many bits; to other hosts, where there is a hierarchy."""
     hidden, dtype = int(site.shape[-1]), getattr(torch, site.dtype)
-    world = resolve_process_group(site.group).size()
-    return codec.sent_bytes(hidden, dtype.itemsize, world, 16 if codec.refusal(dtype, hidden, bits) else bits, bool(site.norm))
+    world, owners = resolve_process_group(site.group).size(), 1
+    if isinstance(transport, Hierarchical):
+        world, owners = transport.hosts, transport.ranks
+    return codec.sent_bytes(hidden, dtype.itemsize, world, 16 if codec.refusal(dtype, hidden, bits) else bits, bool(site.norm)) / owners

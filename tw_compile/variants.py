@@ -135,7 +135,7 @@ class Compiler:
             if self.options.forced or not together:
                 raise error or TokenWeaveError(failure)
             raise context.Left(failure) from error
-        if new.sites:
+        if new.report.sites:
             self.complete(new.report)
         assert run is not None
         return run

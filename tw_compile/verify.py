@@ -100,6 +100,7 @@ class _Comparer(Compiler):
         before, after = copied(sized.gm), copied(sized.gm, new.graph)
         if new.sites:
             sent.describe(new, self.options.carrier)
+        if new.report.sites:
             self.complete(new.report)
         self.found.reports.append(new.report)
         return _boxed(lambda args: self._compare(before, after, new, args))
@@ -113,7 +114,7 @@ class _Comparer(Compiler):
         run = _Run(after, set(_results(after.graph)))
         results = run.run(*args)
         differences = {number: _at_site(right, run, after.graph, number, pair) for number, pair in new.values.items()}
-        self.found.differences += [Difference(site, differences.get(i)) for i, site in enumerate(new.report.sites)]
+        self.found.differences += [Difference(new.report.sites[i], differences.get(i)) for i in new.sites]
         limits = {number: _tolerance(new.report.sites[number].dtype) for number in differences}
         off = [number for number, relative in differences.items() if relative is not None and relative > limits[number]]
         worst = max([_relative(a, b) for a, b in zip(results, outputs) if isinstance(b, torch.Tensor)], default=0.0)

@@ -29,5 +29,7 @@ def wire_text(transport: str, sent: dict[str, int], packed: int, sites: int) -> 
     """What each rank sends, in words. sent, packed: of a Report; sites: the number of all sites"""
     bits = transport.partition(":")[2] if packed else "16"
     others = ", ".join(f"{number / 1024:.1f} with {other}" for other, number in sent.items() if other != bits)
+    others = f"; {others}" if others else ""
     at = "" if packed in (0, sites) else f" at {packed} of {sites} sites"
-    return f"wire: {bits} bits{at}, {sent[bits] / 1024:.1f} KB from each rank for a token; {others}"
+    at += " between hosts" if transport.startswith("hierarchical") else ""
+    return f"wire: {bits} bits{at}, {sent[bits] / 1024:.1f} KB from each rank for a token{others}"

@@ -151,7 +151,7 @@ def _tune_schedule(section: Section, group: str, device: torch.device, requested
         plan = by_rule(section.hidden, sms_of(device), section.experts)
         log.warning("a schedule is not autotuned; a rule weaves from %d tokens on: %s", plan.min_tokens, max(lacking))
         return plan
-    ctas = (section.ctas,) if section.ctas or transport.name.startswith("process_group") else CTAS
+    ctas = (section.ctas,) if section.ctas or isinstance(transport, ProcessGroup) else CTAS
 
     def plan_of(variants: list[tuple[int, float]]) -> Plan:
         forms = [(*variant, experts) for experts in ((False, True) if section.experts else (False,)) for variant in variants]

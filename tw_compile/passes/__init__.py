@@ -12,6 +12,7 @@ from .expand import expand
 from .find import Match, find
 from .fuse import fuse
 from .graph_utils import copied_graph, source_of, value
+from .keep import wins_nothing
 from .merge import Merged, merge
 from .outline import outline
 from .place import place
@@ -41,6 +42,7 @@ __all__ = [
     "split",
     "unshard",
     "weave",
+    "wins_nothing",
 ]
 
 
@@ -75,12 +77,14 @@ def rewrite(
     may_be_symmetric: Callable[[str, object], bool],
     cut_of: Callable[[list[Node]], Cut | str],
     decision: Decision = Decision(),
+    may_be_sharded: Callable[[str, object], bool] = lambda group, device: False,
 ) -> Rewritten:
     """Find the sites of a graph, then fuse or weave them as the options ask. ``graph`` is not changed.
 
     may_be_symmetric: (group name, device) -> whether sites of the group may use symmetric memory
     cut_of:           the sites, as ``fused`` calls -> the cut, or why the graph is not woven; '' if the caller gives the reason
     decision:         what is not done, as some rank cannot do it
+    may_be_sharded:   (group name, device) -> whether residuals may stay sharded without symmetric memory and with 16 bits
     """
     report = Report(requested=options.requested)
     work = copied_graph(graph)
@@ -133,7 +137,8 @@ def rewrite(
         new.not_woven = cut
         if cut and cut != options.fused_only:
             report.reasons.append(f"not woven: {cut}")
-    place(work, all(may_be_symmetric(match.group, device) for match in matches), decision.gathered, options.carrier != options.transport)
+    symmetric, sharded = (all(may_be(match.group, device) for match in matches) for may_be in (may_be_symmetric, may_be_sharded))
+    place(work, symmetric, decision.gathered, sharded or options.carrier != options.transport)
     new.graph, report.sites = work, [_site(match, sums, site in woven) for match, site in zip(matches, sites)]
     return new
 
@@ -161,6 +166,15 @@ def _found(
             reduces = [replace(f, reason=unmerged.get(f.all_reduce, f.reason)) if isinstance(f, Refusal) else f for f in reduces]
             return work, scatters, reduces, sums
         skip |= refused
+
+
+def kept(new: Rewritten, original: Graph) -> Rewritten:
+    """The original graph in place of a fused one that wins nothing: see ``wins_nothing``. It has the report of the fused one."""
+    report = replace(new.report, mode="off", reasons=[*new.report.reasons, _KEPT])
+    return Rewritten(copied_graph(original), report)
+
+
+_KEPT = "Inductor's own graph is kept: over the process group in 16 bits, fused sites are not faster"
 
 
 def check_sites(new: Rewritten, options: Options) -> None:

@@ -20,7 +20,7 @@ from ..site import NEXT_SITE
 from .graph_utils import arguments, aten, c10d, calls, in_order, value
 from .rules.token_axis import expr
 
-# Calls with which a section begins: sites, and what ``expand`` has made of them.
+# Sites, and what ``expand`` has made of them.
 SITES = (ops.start, ops.fused, c10d.all_reduce.default)
 
 
@@ -45,14 +45,20 @@ class Repetition:
 
 
 def sections_of(graph: Graph) -> list[list[Node]]:
-    """The nodes from each site to the next."""
+    """The nodes from each site to the next.
+
+    A site begins a section. An all-reduce of PyTorch's own ends one: what it reduces is then mostly made in the same layer, and Inductor
+    reduces it in place. In a later layer it would be an input, of which Inductor makes a copy.
+    """
     sections: list[list[Node]] = []
     for node in graph.nodes:
-        if calls(node, *SITES):
+        if calls(node, ops.start, ops.fused):
             sections.append([])
         if sections and node.op == "call_function" and not is_write(node):
             sections[-1].append(node)
-    return sections
+        if calls(node, c10d.all_reduce.default):
+            sections.append([])
+    return [section for section in sections if section]
 
 
 def is_write(node: Node) -> bool:

@@ -1,7 +1,6 @@
 """Chooses the transport of a group's sites, once for each group and device. All ranks of the group take the same one."""
 
 import collections
-import functools
 import gc
 import json
 import logging
@@ -9,19 +8,19 @@ import threading
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .. import compat
 from ..compat import resolve_process_group
 from ..options import TokenWeaveError
-from ..site import WITHOUT_NORM, Site, add_norm
 from . import agree, link
+from .chains import chains, difference
+from .hierarchical import Hierarchical
 from .low_bit import threshold
 from .low_bit.transport import LowBit
 from .process_group import ProcessGroup
 from .symmetric import tuning
 from .symmetric.transport import Symmetric
-from .symmetric.tuning import LEAST_ROWS, MARGIN, Tuning, by_rule
+from .symmetric.tuning import MARGIN, Tuning, by_rule
 from .together import WorkspaceError, together
 
 log = logging.getLogger("tw_compile")
@@ -29,7 +28,8 @@ log = logging.getLogger("tw_compile")
 Transport = ProcessGroup | Symmetric
 
 _SYMMETRIC = {"multimem": True, "peer": False}  # name -> whether it uses multicast
-_ORDER = ("multimem", "peer", "process_group")
+_HIERARCHICAL = "hierarchical"
+_ORDER = ("multimem", "peer", _HIERARCHICAL, "process_group")
 # (group name, device, ``Options.carrier``) -> (transport, why it is not a better one)
 chosen: dict[tuple[str, torch.device, str], tuple[Transport, str]] = {}
 # (group name, device) -> what lies between the ranks of a CUDA group: see ``link.measured``
@@ -42,6 +42,9 @@ def unavailable(name: str, group_name: str, device: torch.device) -> str | None:
     """Why this rank cannot use a transport for a group; None if it can. It asks no other rank."""
     if name == "process_group":
         return None
+    if name == _HIERARCHICAL:
+        ranks = resolve_process_group(group_name).size()
+        return f"it needs two hosts with two ranks each, and the group has {ranks} ranks" if ranks < 4 else None
     return lacking(device) or Symmetric.unavailable(group_name, device, multicast=_SYMMETRIC[name])
 
 
@@ -52,11 +55,26 @@ def lacking(device: torch.device) -> str | None:
 
 
 def candidates(requested: str, group_name: str, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """(the requested transports that this rank can use, best first; name -> why it cannot use the others)"""
+    """(the requested transports that this rank can use, best first; name -> why it cannot use the others)
+
+    A small group has no hierarchy, and on a CPU nothing is measured: ``auto`` then does not ask for one.
+    """
     requested = requested.partition(":")[0]
     names = _ORDER if requested == "auto" else (requested,)
     reasons = {name: unavailable(name, group_name, device) for name in names}
-    return [n for n in names if reasons[n] is None], {n: r for n, r in reasons.items() if r is not None}
+    if requested == "auto" and (device.type != "cuda" or reasons[_HIERARCHICAL]):
+        del reasons[_HIERARCHICAL]
+    return [n for n, r in reasons.items() if r is None], {n: r for n, r in reasons.items() if r is not None}
+
+
+def may_be_symmetric(requested: str, group_name: str, device: torch.device) -> bool:
+    """Whether, as far as this rank knows, sites of a group may use symmetric memory."""
+    return any(name in _SYMMETRIC for name in candidates(requested, group_name, device)[0])
+
+
+def may_be_hierarchical(requested: str, group_name: str, device: torch.device) -> bool:
+    """The same of the transport across hosts."""
+    return _HIERARCHICAL in candidates(requested, group_name, device)[0]
 
 
 def choose(
@@ -67,17 +85,17 @@ def choose(
     requested: ``Options.carrier``: a transport, and behind a colon the bits of the wire if they are less than 16
     timeout_s: seconds that its kernels wait for another rank from now on; None leaves them as they are
 
-    The first time for a group, it is a collective on CUDA groups: the ranks agree on the transport.
+    The first time for a group, it is a collective on CUDA groups, and on a CPU for hierarchical: the ranks agree on the transport.
     Raises TokenWeaveError on all ranks if a forced transport is unavailable on one of them.
     """
     key = group_name, device, requested
     with _locks[group_name]:
         if key not in chosen:
             usable, reasons = candidates(requested, group_name, device)
-            if device.type == "cuda":
+            if device.type == "cuda" or _HIERARCHICAL in usable:
                 usable, reasons = _agree(group_name, usable, reasons)
-                if (group_name, device) not in links:
-                    links[group_name, device] = link.measured(group_name, device)
+            if device.type == "cuda" and (group_name, device) not in links:
+                links[group_name, device] = link.measured(group_name, device)
             name = _best(usable, reasons, group_name, device)
             asked, *bits = requested.split(":")
             if name is None:
@@ -132,7 +150,9 @@ def is_over_process_group(requested: str, group_name: str, x: torch.Tensor) -> b
 def another(requested: str, group_name: str, device: torch.device) -> Transport:
     """A new transport of the kind that is chosen, with memory of its own, which is freed when the transport is dropped."""
     transport, _ = choose(requested, group_name, device)
-    return transport.another(transport.least_bytes) if isinstance(transport, LowBit) else _make(transport.name, group_name, device)
+    if isinstance(transport, LowBit | Hierarchical):
+        return transport.another(transport.least_bytes)
+    return _make(transport.name, group_name, device)
 
 
 def workspace_bytes() -> dict[torch.device, int]:
@@ -146,8 +166,10 @@ def workspace_bytes() -> dict[torch.device, int]:
 def _make(name: str, group_name: str, device: torch.device, tuning: Tuning | None = None) -> Transport:
     if name in _SYMMETRIC:
         return Symmetric(group_name, device, multicast=_SYMMETRIC[name], tuning=tuning)
-    _, *bits = name.split(":")
-    return LowBit(group_name, device, int(bits[0])) if bits else ProcessGroup(group_name, device)
+    kind, *bits = name.split(":")
+    if kind == _HIERARCHICAL:
+        return Hierarchical(group_name, device, *map(int, bits))
+    return LowBit(group_name, device, *map(int, bits)) if bits else ProcessGroup(group_name, device)
 
 
 def _made(name: str, group_name: str, device: torch.device, tuning: Tuning | None = None) -> Transport:
@@ -170,10 +192,10 @@ def _best(usable: list[str], reasons: dict[str, str], group_name: str, device: t
             break  # nothing can be measured
         tested: Transport | None = None
         reason = None
-        if name in _SYMMETRIC:
-            tested, reason = self_tested(name, group_name, device)
-        else:
+        if name == "process_group":
             tested = _make(name, group_name, device)
+        else:
+            tested, reason = self_tested(name, group_name, device)
         if reason is None:
             right[name] = tested
         else:
@@ -197,13 +219,13 @@ def _best(usable: list[str], reasons: dict[str, str], group_name: str, device: t
 
 def _with_wire(transport: Transport, bits: int) -> tuple[Transport, str]:
     """(a transport whose values have so many bits, ''); or (the same transport, why not). A collective on CUDA groups."""
-    group_name, device = transport.group_name, transport.device
-    if transport.name != "process_group":
+    group_name, device, name = transport.group_name, transport.device, f"{transport.name}:{bits}"
+    if transport.name in _SYMMETRIC:
         return transport, f"transport {transport.name} is taken, which has 16 bits; transport process_group has {bits}"
     if device.type != "cuda":
-        return LowBit(group_name, device, bits), ""  # nothing can be measured: as asked, whatever the size
-    packed, reason = self_tested(f"process_group:{bits}", group_name, device)
-    if not isinstance(packed, LowBit) or reason:
+        return _make(name, group_name, device), ""  # nothing can be measured: as asked, whatever the size
+    packed, reason = self_tested(name, group_name, device)
+    if not isinstance(packed, LowBit | Hierarchical) or reason:
         return transport, str(reason)
     least = threshold.least_bytes(packed, links[group_name, device])
     if least is None:
@@ -235,130 +257,19 @@ def self_tested(name: str, group_name: str, device: torch.device) -> tuple[Trans
     with torch.inference_mode(False), torch.no_grad():
         try:
             transport = _made(name, group_name, device, by_rule(group.size()))
-            chains = together(group_name, "the self-test's inputs", lambda: _chains(group, device), agree.PATIENCE_S)
-            transport.prepare([(slot, c.dtype, (c.rows, _TEST_HIDDEN), c.center) for c in chains for slot in range(3)])
+            tests = together(group_name, "the self-test's inputs", lambda: chains(group, device), agree.PATIENCE_S)
+            transport.prepare([(slot, test.dtype, test.residual.shape, test.center) for test in tests for slot in range(3)])
         except WorkspaceError as error:  # raised on all ranks
             gc.collect()
             return None, f"its self-test failed: {error}"
         reason = ""
         try:
-            reason = _difference(transport, chains, group)
+            reason = difference(transport, tests, group)
         except Exception as error:  # the other ranks must know of any error
             reason = f"{type(error).__name__}: {error}"
     said = f"its self-test failed: {reason} on rank {group.rank()}" if reason else ""
     answers = agree.exchange(group_name, f"the self-test of transport {name}", said)
     return transport, next((answer for answer in answers if answer), None)
-
-
-_TOLERANCES = {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 1e-4}
-_COARSE = {"process_group:8": 0.05, "process_group:6": 0.5, "process_group:4": 0.5}
-_TEST_HIDDEN = 512
-_TEST_REPEATS = 10
-
-
-def _chains(group, device: torch.device) -> list["_Chain"]:
-    """The chains of the self-test: with both norms, and with sizes around each at which another kernel or workspace begins."""
-    switch = by_rule(group.size()).one_shot_rows
-    sizes = sorted({1, 5, switch, switch + 1, LEAST_ROWS - 1, LEAST_ROWS, LEAST_ROWS + 1, 2 * LEAST_ROWS + 1})
-    return [_Chain(group, device, dtype, center, rows) for dtype, center, some in (
-        (torch.bfloat16, False, sizes), (torch.bfloat16, True, (5, LEAST_ROWS + 1)),
-        (torch.float16, False, (5, LEAST_ROWS + 1)), (torch.float32, False, (5, LEAST_ROWS + 1)),
-    ) for rows in some]  # fmt: skip
-
-
-def _difference(transport, chains: list["_Chain"], group) -> str:
-    """How a transport's results differ from the process group's on this rank; '' if they do not.
-
-    It calls sites as the passes do: with a sharded residual and with a whole one, behind GEMMs and alone, woven and fused, with all
-    arguments that a norm can have; and many in a row. All calls come before all comparisons, so that no rank waits in a kernel for a rank
-    that has found a difference.
-    """
-    for chain in chains:
-        chain.reduce(group)
-    with transport.call():
-        for chain in chains:
-            chain.run(transport)
-        for _ in range(_TEST_REPEATS):
-            for chain in chains[::4]:
-                chain.fuse(transport, 2)
-    coarse = _COARSE.get(transport.name, 0.0)
-    return next((difference for chain in chains if (difference := chain.difference(coarse))), "")
-
-
-class _Chain:
-    """Sites in a row, and their correct results. x of the second site is the output of a GEMM."""
-
-    def __init__(self, group, device, dtype, center, rows):
-        self.dtype, self.center, self.rows = dtype, center, rows
-        everybodys, own = (torch.Generator().manual_seed(seed) for seed in (0, 1 + group.rank()))
-        draw = lambda generator, *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
-        self.a, self.b = draw(own, rows, 64), draw(own, 64, _TEST_HIDDEN) / 8
-        self.xs = [draw(own, rows, _TEST_HIDDEN), self.a @ self.b, draw(own, rows, _TEST_HIDDEN)]
-        self.residual = draw(everybodys, rows, _TEST_HIDDEN)
-        vector = functools.partial(draw, everybodys, _TEST_HIDDEN)
-        # The arguments of the first three sites: a weight in float32 only; everything; a weight only.
-        none, shift = (None, 1e-5, 1.0, 0.0, center), vector() if center else None
-        self.numerics: tuple[tuple, ...] = (
-            (vector().float(), None, *none), (vector(), vector(), shift, 1e-6, 0.5, 1.0, center), (vector(), None, *none)
-        )  # fmt: skip
-        if not center:  # a site without a norm
-            self.xs.append(draw(own, rows, _TEST_HIDDEN))
-            self.numerics += ((None, None, None, WITHOUT_NORM, 1.0, 0.0, False),)
-        self.got: list[tuple[int, torch.Tensor]] = []
-        self.right: list[torch.Tensor] = []
-
-    def reduce(self, group):
-        """Compute the correct results with the process group."""
-        residual = self.residual
-        for x, numerics in zip(self.xs, self.numerics):
-            total = x.to(torch.float32, copy=True)
-            dist.all_reduce(total, group=group)
-            norm, residual = add_norm(total, residual, *numerics)
-            self.right.append(norm)
-        self.right.append(residual)
-
-    def run(self, transport):
-        self.fuse(transport, 2)
-        chains = [self._weave(transport, slot) for slot in range(2)]
-        for _ in range(1 + len(self.xs)):  # sites of both slots are in flight
-            for chain in chains:
-                next(chain, None)
-
-    def fuse(self, transport, slot):
-        residual = self.residual
-        for number in range(len(self.xs)):
-            norm, residual = transport.fused(self._site(transport, residual, slot, number), False)
-            self.got.append((number, norm))
-        self.got.append((len(self.xs), residual))
-
-    def _weave(self, transport, slot):
-        residual = self.residual
-        for number in range(len(self.xs)):
-            transport.start(self._site(transport, residual, slot, number))
-            yield
-            norm, residual = transport.wait(slot, True)
-            self.got.append((number, norm.clone()))
-        self.got.append((len(self.xs), residual))
-
-    def _site(self, transport, residual, slot, number):
-        x = transport.linear(self.a, self.b, None, slot) if number == 1 else self.xs[number]
-        carries = number < len(self.xs) - 1  # a float32, sharded residual to the next site
-        given: tuple[Any, ...] = x, residual, *self.numerics[number], 0, slot, number, carries, carries
-        return Site(*given)
-
-    def difference(self, coarse: float) -> str | None:
-        """How the results differ from the correct ones; None if they do not. A single wrong value is a difference.
-
-        coarse: by how much the wire rounds
-        """
-        tolerance = max(_TOLERANCES[self.dtype], coarse)
-        for number, ours in self.got:
-            right = self.right[number]
-            error = ((ours.float() - right).abs() / (right.abs() + 4)).max().item()
-            if not error < tolerance:
-                what = "residual" if number == len(self.xs) else "norm"
-                return f"the {what} of {self.rows} tokens in {self.dtype} is off by {error:.1e}"
-        return None
 
 
 def _agree(group_name: str, usable: list[str], reasons: dict[str, str]) -> tuple[list[str], dict[str, str]]:
@@ -372,6 +283,12 @@ def _agree(group_name: str, usable: list[str], reasons: dict[str, str]) -> tuple
     for rank, (_, _, theirs) in enumerate(answers):
         for name, reason in theirs.items():
             against.setdefault(name, f"{reason} (rank {rank})")
-    if reason := link.apart([host for _, host, _ in answers]):
+    hosts = [host for _, host, _ in answers]
+    if reason := link.apart(hosts):
         against |= {name: reason for name in usable if name in _SYMMETRIC}
+    if _HIERARCHICAL in usable and isinstance(nested := link.nested(hosts), str):
+        if "process_group" in usable and len(set(hosts)) == 1:
+            usable = [name for name in usable if name != _HIERARCHICAL]  # nothing that ``auto`` could want
+        else:
+            against[_HIERARCHICAL] = nested
     return [name for name in usable if name not in against], against

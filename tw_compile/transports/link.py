@@ -7,6 +7,7 @@ import collections
 import contextlib
 import json
 import math
+import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -18,22 +19,38 @@ from ..compat import resolve_process_group
 from . import agree
 from .together import together
 
+# This environment variable names the host of a process. Processes with different names are on different hosts, also on one machine.
+HOST_NAME = "TW_COMPILE_HOST"
 BYTES = 16 << 20  # of an all-reduce that is measured
 SAMPLES = 5
 CALLS = 5  # all-reduces in a sample
 
 
 def host() -> str:
-    """Identifies the machine of this process."""
+    """Identifies the machine of this process. A name can make two hosts of a machine, and never one of two."""
+    machine = platform.node()
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
-    return platform.node()
+        machine = file.read().strip()
+    return f"{machine} {os.environ.get(HOST_NAME, '')}"
 
 
 def apart(hosts: list[str]) -> str:
     """Why the ranks of a group cannot have each other's memory mapped; '' if they are on one host. hosts: the host of each rank"""
     other = next((rank for rank, theirs in enumerate(hosts) if theirs != hosts[0]), None)
     return "" if other is None else f"the ranks of the group are not all on one host: rank {other} is not where rank 0 is"
+
+
+def nested(hosts: list[str]) -> list[list[int]] | str:
+    """The ranks on each host; or why they make no hierarchy. hosts: the host of each rank"""
+    on: dict[str, list[int]] = {}
+    for rank, theirs in enumerate(hosts):
+        on.setdefault(theirs, []).append(rank)
+    numbers = [*map(len, on.values())]
+    if len(numbers) == 1:
+        return "all ranks of the group are on one host"
+    if len(set(numbers)) > 1:
+        return f"the group has different numbers of ranks on its hosts: {' + '.join(map(str, numbers))}"
+    return "the group has one rank on each of its hosts" if numbers[0] == 1 else [*on.values()]
 
 
 def measured(group_name: str, device: torch.device) -> str:

@@ -77,7 +77,7 @@ class ProcessGroup:
     def _begin(self, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
         """Begin a site. Returns what waits for its results."""
         total = c10d.all_reduce_(site.x.clone(memory_format=torch.contiguous_format), "sum", self.group_name)
-        return lambda: _add_norm(c10d.wait_tensor(total), site)
+        return lambda: add_norm_of(c10d.wait_tensor(total), site)
 
     def workspace_bytes(self) -> int:
         return 0
@@ -86,7 +86,8 @@ class ProcessGroup:
         """Does nothing: the process group raises its own error for a rank that does not come."""
 
 
-def _add_norm(total: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+def add_norm_of(total: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """(norm, residual) of a site, from the sum over the ranks."""
     residual, weight, bias, shift, eps, scale, offset, center = site.addends
     dtype, of_residual = total.dtype, torch.float32 if site.fp32_residual else total.dtype
     plain = offset == 0.0 and bias is None and scale == 1.0 and (shift is None or shift.dtype == dtype)

@@ -9,7 +9,7 @@ import torch
 
 from ... import records
 from .. import agree
-from ..process_group import ProcessGroup
+from ..hierarchical import Hierarchical
 from ..symmetric.tuning import MARGIN, SAMPLES, seconds_of_call
 from .transport import LowBit
 
@@ -23,11 +23,11 @@ HEAD_START = 40_000_000
 RULE = 4 << 20
 
 
-def least_bytes(transport: LowBit, link: str) -> int | None:
+def least_bytes(transport: LowBit | Hierarchical, link: str) -> int | None:
     """The bytes from which on a wire is always faster; None if it never is. A collective of a CUDA group. link: see ``link.measured``"""
     key = {
-        "wire": transport.bits, "link": link, "gpu": torch.cuda.get_device_name(transport.device), "ranks": transport.world,
-        "version": agree.version(),
+        "transport": transport.name, "wire": transport.bits, "link": link, "gpu": torch.cuda.get_device_name(transport.device),
+        "ranks": transport.world, "version": agree.version(),
     }  # fmt: skip
     said = agree.exchange(transport.group_name, "the threshold of a wire", json.dumps((records.read("wire", key), _lacking(transport))))
     kept, lacking = zip(*map(json.loads, said))
@@ -44,7 +44,7 @@ def least_bytes(transport: LowBit, link: str) -> int | None:
     return found["least_bytes"]
 
 
-def _lacking(transport: LowBit) -> str:
+def _lacking(transport: LowBit | Hierarchical) -> str:
     """Why this rank cannot measure; '' if it can. It may take half of the free memory."""
     needed, (free, _) = 16 * max(TOKENS) * HIDDEN * DTYPE.itemsize, torch.cuda.mem_get_info(transport.device)
     return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else ""
@@ -64,9 +64,9 @@ def by_times(whole: list[float], packed: list[float]) -> int | None:
     return TOKENS[first] * HIDDEN * DTYPE.itemsize if first < len(TOKENS) else None
 
 
-def _seconds(packed: LowBit) -> tuple[list[float], list[float]]:
+def _seconds(packed: LowBit | Hierarchical) -> tuple[list[float], list[float]]:
     """Seconds of a call at TOKENS, of the slowest rank: (in 16 bits, with the wire)."""
-    transports = ProcessGroup(packed.group_name, packed.device), packed
+    transports = packed.in_full(), packed
     weight = torch.ones(HIDDEN, dtype=DTYPE, device=packed.device)
     runs = [(transport, weight, tokens, 0, HEAD_START) for transport in transports for tokens in TOKENS]
     taken = [[seconds_of_call(*run) for run in runs] for _ in range(SAMPLES + 1)]

@@ -6,8 +6,6 @@ The owner adds them in float32 in rank order, adds the residual, and norms. Seco
 rows in float32, or is gathered in the model's dtype where something else reads it, as from a site without a norm.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,16 +13,13 @@ from torch import Tensor
 
 from ...compat import resolve_process_group
 from ...site import WITHOUT_NORM, Site, empty_results
+from ..beside import Beside, rows_of
 from ..process_group import ProcessGroup, c10d
 from . import codec
 
 
-class LowBit(ProcessGroup):
-    """Sites in ``bits`` bits, 8, 6 or 4, from ``least_bytes`` bytes of partial sums on. Others are those of ProcessGroup.
-
-    On a GPU ``start`` enqueues both trips on a stream of their own, so that the other half computes beside them; ``wait`` waits for them.
-    On a CPU ``start`` does all of it. Calls share no memory.
-    """
+class LowBit(Beside):
+    """Sites in ``bits`` bits, 8, 6 or 4, from ``least_bytes`` bytes of partial sums on. Others are those of ProcessGroup."""
 
     def __init__(self, group_name: str, device: torch.device, bits: int, least_bytes: int = 0) -> None:
         super().__init__(group_name, device)
@@ -32,15 +27,18 @@ class LowBit(ProcessGroup):
         group = resolve_process_group(group_name)
         self.rank, self.world = group.rank(), group.size()
         self._codec: Any = codec
-        self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
             from . import kernels  # imports Triton
 
-            self._codec, self._side = kernels, torch.cuda.Stream(device, priority=-1)
+            self._codec = kernels
 
     def another(self, least_bytes: int) -> "LowBit":
         """A new transport of the same kind."""
         return LowBit(self.group_name, self.device, self.bits, least_bytes)
+
+    def in_full(self) -> ProcessGroup:
+        """The same in 16 bits."""
+        return ProcessGroup(self.group_name, self.device)
 
     def in_16_bits(self, x: Tensor) -> str:
         """Why a site with these partial sums is sent in 16 bits, the same on all ranks; '' if it is not. x may have symbolic sizes"""
@@ -55,37 +53,11 @@ class LowBit(ProcessGroup):
             return f"{self.bits} bits are faster here from {self.least_bytes >> 10} KB of partial sums on"
         return ""
 
-    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
-        return super().fused(site, in_workspace) if self.in_16_bits(site.x) else self._run(site, *self._results(site))
+    def is_plain(self, x: Tensor) -> bool:
+        return bool(self.in_16_bits(x))
 
-    def _begin(self, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
-        if self.in_16_bits(site.x):
-            return super()._begin(site)
-        norm, residual = self._results(site)  # on the caller's stream, as its later work may reuse the memory
-        with self._beside() as join:
-            results = self._run(site, norm, residual)
-
-        def finish(held: Site = site) -> tuple[Tensor, Tensor]:  # its tensors are read until then
-            join()
-            return results
-
-        return finish
-
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[Callable[[], None]]:
-        """On the side stream, behind the current one's work. Yields what lets the current stream wait for the end."""
-        if self._side is None:
-            yield lambda: None
-            return
-        fork, done = torch.cuda.Event(), torch.cuda.Event()
-        fork.record()
-        with torch.cuda.stream(self._side):
-            self._side.wait_event(fork)
-            yield lambda: torch.cuda.current_stream(self.device).wait_event(done)
-            done.record()
-
-    def _results(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Where the results of a site go: (norm, [T, H]; residual, [ranks * rows of an owner, H])."""
+    def results(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Memory for the results of a site: (norm, [T, H]; residual, [ranks * rows of an owner, H])."""
         norm, residual = empty_results(site.x, site.fp32_residual)
         hidden = norm.shape[-1]
         rows = self.world * self._rows(norm.numel() // hidden)
@@ -94,11 +66,11 @@ class LowBit(ProcessGroup):
     def _rows(self, tokens: int) -> int:
         return -(-tokens // self.world)
 
-    def _run(self, site: Site, norm: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, site: Site, norm: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         shape, tokens = site.x.shape, norm.shape[0]
         if tokens:
             rows, trips = self._rows(tokens), codec.TRIPS[self.bits]
-            flat = site._replace(x=_rows_of(site.x), residual=None if site.residual is None else _rows_of(site.residual))
+            flat = site._replace(x=rows_of(site.x), residual=None if site.residual is None else rows_of(site.residual))
             sent = self._codec.pack(flat.x, self.world * rows, trips[0])
             parts = [rows] * self.world
             received = c10d.wait_tensor(c10d.all_to_all_single(sent, parts, parts, self.group_name))
@@ -115,7 +87,3 @@ class LowBit(ProcessGroup):
     def _gathered(self, mine: Tensor) -> Tensor:
         """The rows of all ranks, in rank order."""
         return c10d.wait_tensor(c10d.all_gather_into_tensor(mine, self.world, self.group_name))
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()

@@ -1,0 +1,68 @@
+"""The base of the transports whose site is several collectives of process groups, with kernels between them."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..site import Site
+from .process_group import ProcessGroup
+
+
+class Beside(ProcessGroup):
+    """Sites that run beside the compute as a whole.
+
+    On a GPU ``start`` enqueues all of a site on a stream of its own, so that the other half computes beside it; ``wait`` waits for its
+    end. On a CPU ``start`` does all of it. Calls share no memory.
+    """
+
+    def __init__(self, group_name: str, device: torch.device) -> None:
+        super().__init__(group_name, device)
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def results(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Memory for the results of a site, as ``run`` takes it."""
+        raise NotImplementedError
+
+    def run(self, site: Site, norm: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Do a site on the current stream. Returns its results, which are in ``norm`` and ``residual``."""
+        raise NotImplementedError
+
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether a site with these partial sums is one all-reduce, as ProcessGroup has it."""
+        return False
+
+    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
+        return super().fused(site, in_workspace) if self.is_plain(site.x) else self.run(site, *self.results(site))
+
+    def _begin(self, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
+        if self.is_plain(site.x):
+            return super()._begin(site)
+        norm, residual = self.results(site)  # on the caller's stream, as its later work may reuse the memory
+        with self._beside() as join:
+            results = self.run(site, norm, residual)
+
+        def finish(held: Site = site) -> tuple[Tensor, Tensor]:  # its tensors are read until then
+            join()
+            return results
+
+        return finish
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[Callable[[], None]]:
+        """On the side stream, behind the current one's work. Yields what lets the current stream wait for the end."""
+        if self._side is None:
+            yield lambda: None
+            return
+        fork, done = torch.cuda.Event(), torch.cuda.Event()
+        fork.record()
+        with torch.cuda.stream(self._side):
+            self._side.wait_event(fork)
+            yield lambda: torch.cuda.current_stream(self.device).wait_event(done)
+            done.record()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., H] -> [T, H], contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
