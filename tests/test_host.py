@@ -159,12 +159,13 @@ class Workspace:
     def __init__(self, owner, dtype, hidden, rows):
         self.activations, self.whole_residual = (torch.zeros(rows, hidden, dtype=dtype) for _ in range(2))
         self.carried = torch.zeros(rows, hidden)
+        self.quantised, self.scales = torch.zeros(rows, hidden, dtype=torch.uint8), torch.zeros(rows)
         self.tuning, self.bytes = by_rule(owner.world), rows * hidden * 8
-        self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0), 64
+        self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0, 0), 64
         loaded = FUNCTION, THREADS, GROUPS, SHARED
         calls = owner._host
         kernel = SimpleNamespace(start=partial(calls.start, *loaded), launch=partial(calls.launch, *loaded), cluster=1)
-        self.kernels = lambda center: {"one_shot": kernel, "two_shot": kernel}
+        self.kernels = lambda center, output: {"one_shot": kernel, "two_shot": kernel}
 
 
 @pytest.fixture
@@ -191,7 +192,8 @@ def packed(sites, x):
     arguments = sites._call(SLOT, x.dtype, x.shape).arguments
     names = (
         "rows", "x", "residual", "bias", "weight", "norm_out", "residual_out", "site", "weight_is_float", "takes_carried", "whole",
-        "eps", "scale", "offset", "shift_is_float", "shift",
+        "eps", "scale", "offset", "shift_is_float", "shift", "quantised_out", "scale_out", "static_scale", "added", "least", "most",
+        "floor", "low", "high", "how", "narrow", "keeps_norm", "padding",
     )  # fmt: skip
     return SimpleNamespace(**dict(zip(names, Arguments._CALL.unpack(arguments._buffer[-Arguments._CALL.size :]))))
 
@@ -465,7 +467,7 @@ def test_shapes_are_forgotten_and_workspaces_are_not(symmetric_sites, monkeypatc
 # --- What all ranks make, or none ------------------------------------------------------------------------------------
 
 
-CALLS = [(0, torch.float32, (40, H), False), (1, torch.float32, (2, 100, H), False), (2, torch.float32, (0, H), True)]
+CALLS = [(0, torch.float32, (40, H), False, ""), (1, torch.float32, (2, 100, H), False, ""), (2, torch.float32, (0, H), True, "")]
 
 
 def test_workspaces_can_be_made_ahead(symmetric_sites, driver):
@@ -483,7 +485,7 @@ def test_workspaces_are_made_ahead_all_or_none(symmetric_sites, monkeypatch):
         return Workspace(owner, dtype, hidden, rows)
 
     monkeypatch.setattr(transport, "Workspace", fail)
-    calls = [(1, torch.float32, (40, H), False), *CALLS]
+    calls = [(1, torch.float32, (40, H), False, ""), *CALLS]
     for _ in range(2):
         with pytest.raises(WorkspaceError, match="no memory on rank 1"):
             symmetric_sites.prepare(calls)

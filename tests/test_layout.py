@@ -49,6 +49,7 @@ passes.halves
 passes.cut
 passes.unshard
 passes.merge
+passes.quantise
 passes.replicated
 passes.fuse
 passes.plain
@@ -106,6 +107,7 @@ transports.together
 transports.agree
 
 site
+quantise
 options
 report
 html

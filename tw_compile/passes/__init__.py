@@ -6,16 +6,18 @@ from dataclasses import dataclass, field, replace
 from torch.fx import Graph, Node
 
 from ..options import Options, TokenWeaveError
+from ..quantise import read
 from ..report import Refusal, Report, Site
 from .cut import Cut, choose_cut, stream
 from .expand import expand
 from .find import Match, find
 from .fuse import fuse
-from .graph_utils import copied_graph, source_of, value
+from .graph_utils import arguments, copied_graph, source_of, value
 from .merge import Merged, merge
 from .outline import outline
 from .place import place
 from .plain import plain
+from .quantise import quantise
 from .rules.experts import key_sorts
 from .rules.quantised import one_scale
 from .section import section_of
@@ -35,6 +37,7 @@ __all__ = [
     "merge",
     "outline",
     "place",
+    "quantise",
     "rewrite",
     "section_of",
     "source_of",
@@ -109,6 +112,8 @@ def rewrite(
     device = value(matches[0].total).device  # read now, as the passes below replace the node
     ctas = options.ctas if isinstance(options.ctas, int) else 0
     sites = fuse(work, matches, options.carrier, ctas)
+    quantise(work, sites, decision.unquantised)
+    outputs = {site: read(text).name if (text := arguments(site)["quantise"]) else "" for site in sites}
     woven: list[Node] = []
     report.mode = "fuse"
     alike = stream(sites)
@@ -134,7 +139,7 @@ def rewrite(
         if cut and cut != options.fused_only:
             report.reasons.append(f"not woven: {cut}")
     place(work, all(may_be_symmetric(match.group, device) for match in matches), decision.gathered, options.carrier != options.transport)
-    new.graph, report.sites = work, [_site(match, sums, site in woven) for match, site in zip(matches, sites)]
+    new.graph, report.sites = work, [_site(match, sums, site in woven, outputs[site]) for match, site in zip(matches, sites)]
     return new
 
 
@@ -187,11 +192,11 @@ def _nothing(kinds: list[str]) -> str:
     return "it contains no all-reduce; is the model tensor-parallel, and are its collectives inside the compiled region?"
 
 
-def _site(match: Match, sums: Mapping[str, Merged], woven: bool = False) -> Site:
+def _site(match: Match, sums: Mapping[str, Merged], woven: bool = False, output: str = "") -> Site:
     total = value(match.total)
     shape = tuple(size if isinstance(size, int) else str(size) for size in total.shape)
     dtype = str(total.dtype).removeprefix("torch.")
     device, has_residual = str(total.device), match.residual is not None
     name = str(match.all_reduce)
     merged = len(sums[name].all_reduces) if name in sums else 1
-    return Site(name, match.source, match.group, device, shape, dtype, has_residual, match.norm.kind, woven, merged)
+    return Site(name, match.source, match.group, device, shape, dtype, has_residual, match.norm.kind, woven, merged, output)

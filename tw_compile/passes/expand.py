@@ -4,6 +4,7 @@ A kernel of ours would save nothing there: the process group runs its all-reduce
 any case. So a fused site costs what it costs without this backend, and the halves of a woven one run beside each other.
 """
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..compat import detect_fake_mode
+from ..quantise import DIVIDE, DTYPES, MULTIPLY, Quantise, read
 from ..site import WITHOUT_NORM
 from .emit import Emitter
 from .graph_utils import WAIT, aten, c10d, calls, prims, value
@@ -37,33 +39,64 @@ def expand(graph: Graph, over_process_group: Callable[[str, torch.Tensor], bool]
             emit.like, emit.half = node, node.meta.get("half")
             if calls(node, ops.wait):
                 total = emit(ops.reduced, sums[given["token"]], sums.get(given["after"], given["after"]))
-                _replace(node, *_add_norm(emit, total, named(given["token"])))
+                _replace(node, *_site(emit, total, named(given["token"])))
                 continue
             total = emit(c10d.all_reduce.default, x, "sum", given["group"])
             if calls(node, ops.start):
                 sums[node] = total
             else:
-                _replace(node, *_add_norm(emit, emit(WAIT, total), given))
+                _replace(node, *_site(emit, emit(WAIT, total), given))
     for start in reversed(sums):
         graph.erase_node(start)
     graph.lint()
 
 
-def _replace(done: Node, norm: Node, residual: Node) -> None:
-    """Replace the results of a ``wait`` or ``fused`` call, and erase it."""
+def _replace(done: Node, *results: Node) -> None:
+    """Replace the results of a ``wait`` or ``fused`` call, and erase it. results: norm, residual, and those of the quantisation"""
     for result in [*done.users]:
         assert calls(result, operator.getitem)
-        result.replace_all_uses_with((norm, residual)[result.args[1]])
+        result.replace_all_uses_with(results[result.args[1]])
         done.graph.erase_node(result)
     done.graph.erase_node(done)
+
+
+def _site(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, ...]:
+    """The results of a site as calls of a graph."""
+    norm, residual = _add_norm(emit, total, given)
+    if not given["quantise"]:
+        return norm, residual
+    return norm, residual, *_quantised(emit, norm, read(given["quantise"]), given["static_scale"])
+
+
+def _cast(emit: Emitter, node: Node, to: torch.dtype) -> Node:
+    return node if value(node).dtype == to else emit(prims.convert_element_type.default, node, to)
+
+
+def _quantised(emit: Emitter, norm: Node, how: Quantise, scale: Node | None) -> tuple[Node, Node]:
+    """``quantise.quantised`` as calls of a graph."""
+    if scale is None:
+        largest = emit(aten.amax.default, emit(aten.abs.default, norm), [-1], True)
+        largest = _cast(emit, largest, value(norm).dtype if how.narrow else torch.float32)
+        for op, number in ((aten.add.Tensor, how.added), (aten.clamp_min.default, how.least)):
+            largest = emit(op, largest, number) if number else largest
+        scale = emit(aten.div.Tensor, largest, how.most)
+        scale = _cast(emit, emit(aten.clamp_min.default, scale, how.floor) if how.floor else scale, torch.float32)
+    y = _cast(emit, norm, torch.float32)
+    if how.how == MULTIPLY:
+        y = emit(aten.mul.Tensor, y, scale)
+    else:
+        divisor = emit(aten.where.ScalarSelf, emit(aten.eq.Scalar, scale, 0), 1.0, scale)
+        divides = how.how == DIVIDE
+        y = emit(aten.div.Tensor, y, divisor) if divides else emit(aten.mul.Tensor, y, emit(aten.reciprocal.default, divisor))
+    y = emit(aten.round.default, y) if how.dtype == "int8" else y
+    y = emit(aten.clamp_max.default, emit(aten.clamp_min.default, y, how.low), how.high)
+    return _cast(emit, y, DTYPES[how.dtype][0]), scale
 
 
 def _add_norm(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, Node]:
     """``site.add_norm`` as calls of a graph: (norm, residual), both in the dtype of the sum, as without this backend."""
     dtype = value(total).dtype
-
-    def cast(node: Node, to: torch.dtype) -> Node:
-        return node if value(node).dtype == to else emit(prims.convert_element_type.default, node, to)
+    cast = functools.partial(_cast, emit)
 
     def mean(node: Node) -> Node:
         return emit(aten.mean.dim, node, [-1], True)

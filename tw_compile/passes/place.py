@@ -8,8 +8,8 @@ copied in, and the norm is copied out. The pass finds, by the graph alone, where
 linear            The row-parallel GEMM writes to the workspace. Only the site reads the result, and the GEMM runs after the
                   slot's previous site. A GEMM that adds to the result of another one adds in the workspace. Scales may follow a GEMM
                   of 8 bits: then the last of the ops that Inductor compiles into one kernel is ``placed``, which writes there.
-in_workspace      The norm stays in the workspace. Only GEMMs read it, or what quantises it for them, and all of them run before the
-                  next write to the slot.
+in_workspace      The norm stays in the workspace, and so do the quantised norm and its scale. Only GEMMs read them, or what quantises
+                  the norm for them, and all of them run before the next write to the slot.
 sharded_residual  A float32 residual stays in the workspace. Each rank has its own rows.
 
 "Before" and "after" are by data flow, so they hold in any order that Inductor may choose.
@@ -38,6 +38,7 @@ from .graph_utils import (
     same_shape,
     value,
 )
+from .quantise import NORM, QUANTISED, RESIDUAL, SCALE
 from .rules.quantised import is_gemm
 from .rules.token_axis import is_pointwise
 
@@ -93,11 +94,11 @@ class _Site:
         for node in {self.node, self.done}:
             flags = {"fp32_residual": fp32_residual, "sharded_residual": sharded_residual, "in_workspace": in_workspace}
             node.args = in_order(node.target, arguments(node) | flags)
-        norm, residual = value(self.done)
+        norm, residual, *others = value(self.done)
         if fp32_residual:
             residual = residual.float()
-            self.done.meta["val"] = norm, residual
-            if (result := self.result(1)) is not None:
+            self.done.meta["val"] = norm, residual, *others
+            if (result := self.result(RESIDUAL)) is not None:
                 result.meta["val"] = residual
 
 
@@ -200,9 +201,8 @@ def _only_read_by(node: Node, site: _Site) -> bool:
 
 
 def _can_stay(site: _Site, following: _Site | None, before: Ancestors) -> bool:
-    """Whether the norm can stay in the workspace."""
-    norm = site.result(0)
-    left = list(norm.users) if norm is not None else []
+    """Whether the norm, what it is quantised to, and the scale can stay in the workspace."""
+    left = [user for index in (NORM, QUANTISED, SCALE) if (result := site.result(index)) is not None for user in result.users]
     seen = set(left)
     while left:
         reader = left.pop()
@@ -227,7 +227,7 @@ def _is_of_many(reduction: Node) -> bool:
 
 def _only_carried(site: _Site, following: _Site | None) -> bool:
     """Whether nobody reads the new residual but the slot's next site, as its residual."""
-    residual = site.result(1)
+    residual = site.result(RESIDUAL)
     if residual is None or not residual.users:
         return True
     if following is None or not same_shape(site.shape, following.shape):

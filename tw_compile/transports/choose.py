@@ -236,7 +236,7 @@ def self_tested(name: str, group_name: str, device: torch.device) -> tuple[Trans
         try:
             transport = _made(name, group_name, device, by_rule(group.size()))
             chains = together(group_name, "the self-test's inputs", lambda: _chains(group, device), agree.PATIENCE_S)
-            transport.prepare([(slot, c.dtype, (c.rows, _TEST_HIDDEN), c.center) for c in chains for slot in range(3)])
+            transport.prepare([(slot, c.dtype, (c.rows, _TEST_HIDDEN), c.center, "") for c in chains for slot in range(3)])
         except WorkspaceError as error:  # raised on all ranks
             gc.collect()
             return None, f"its self-test failed: {error}"

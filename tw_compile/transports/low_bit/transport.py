@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...compat import resolve_process_group
+from ...quantise import results
 from ...site import WITHOUT_NORM, Site, empty_results
 from ..process_group import ProcessGroup, c10d
 from . import codec
@@ -23,7 +24,8 @@ class LowBit(ProcessGroup):
     """Sites in ``bits`` bits, 8, 6 or 4, from ``least_bytes`` bytes of partial sums on. Others are those of ProcessGroup.
 
     On a GPU ``start`` enqueues both trips on a stream of their own, so that the other half computes beside them; ``wait`` waits for them.
-    On a CPU ``start`` does all of it. Calls share no memory.
+    On a CPU ``start`` does all of it. Calls share no memory. A norm travels in the wire's format also where a site quantises it, which each
+    rank does on arrival: the wire has a scale for each 128 or 32 values, and the quantisation one for all of a row.
     """
 
     def __init__(self, group_name: str, device: torch.device, bits: int, least_bytes: int = 0) -> None:
@@ -55,19 +57,21 @@ class LowBit(ProcessGroup):
             return f"{self.bits} bits are faster here from {self.least_bytes >> 10} KB of partial sums on"
         return ""
 
-    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
-        return super().fused(site, in_workspace) if self.in_16_bits(site.x) else self._run(site, *self._results(site))
+    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, ...]:
+        if self.in_16_bits(site.x):
+            return super().fused(site, in_workspace)
+        return results(*self._run(site, *self._results(site)), site.quantise, site.static_scale)
 
-    def _begin(self, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
+    def _begin(self, site: Site) -> Callable[[], tuple[Tensor, ...]]:
         if self.in_16_bits(site.x):
             return super()._begin(site)
         norm, residual = self._results(site)  # on the caller's stream, as its later work may reuse the memory
         with self._beside() as join:
-            results = self._run(site, norm, residual)
+            normed = self._run(site, norm, residual)
 
-        def finish(held: Site = site) -> tuple[Tensor, Tensor]:  # its tensors are read until then
+        def finish() -> tuple[Tensor, ...]:  # holds the site, whose tensors are read until then
             join()
-            return results
+            return results(*normed, site.quantise, site.static_scale)
 
         return finish
 
@@ -86,7 +90,7 @@ class LowBit(ProcessGroup):
 
     def _results(self, site: Site) -> tuple[Tensor, Tensor]:
         """Where the results of a site go: (norm, [T, H]; residual, [ranks * rows of an owner, H])."""
-        norm, residual = empty_results(site.x, site.fp32_residual)
+        norm, residual, *_ = empty_results(site.x, site.fp32_residual)
         hidden = norm.shape[-1]
         rows = self.world * self._rows(norm.numel() // hidden)
         return norm.view(-1, hidden), residual.new_empty(rows, hidden)
