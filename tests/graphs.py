@@ -23,7 +23,7 @@ from tw_compile import backend, ops, passes
 from tw_compile.ops import lowering
 from tw_compile.options import Options
 from tw_compile.passes.graph_utils import c10d, subgraphs
-from tw_compile.quantise import results
+from tw_compile.quantise import read, results
 from tw_compile.report import Report
 from tw_compile.site import Site, add_norm
 
@@ -162,6 +162,7 @@ def _positional(node, show):
         return map(show, node.args)
     named = [(a.name, v) for a, v in zip(node.target._schema.arguments, node.args)]
     dull = {"eps", "group", "transport", "ctas", "site"}
+    named = [(k, read(v).name if k == "quantise" and v else v) for k, v in named]
     said = [(k, v) for k, v in named if k not in dull and v is not None and v is not False and v != ""]
     said = [pair for pair in said if pair not in (("scale", 1.0), ("offset", 0.0))]
     return [show(v) if isinstance(v, Node) and k not in ("shift", "after") else f"{k}={show(v)}" for k, v in said]

@@ -641,11 +641,11 @@ class Machine:
                 memory = self.workspaces[rank][self.whole_at :]
                 eight_bits = [memory[: rows * self.hidden], memory[self.ROWS * self.hidden :][: 4 * rows]] if text else []
                 assert not (text and is_whole)
-                of_quantise = [*(t.data_ptr() for t in eight_bits), 0 if static_scale is None else static_scale.data_ptr()]
+                static_at = static_scale.data_ptr() if text and not read(text).per_token else 0
                 arguments.set(
                     rows, x.data_ptr(), *pointers, x.data_ptr(), residual.data_ptr(), 9 if rank in elsewhere else 7,
                     weight_is_float, takes_carried, is_whole, call["eps"], call["scale"], call["offset"], shift_is_float, shift,
-                    *(of_quantise if text else (0, 0, 0)), *numbers_of(text),
+                    *((t.data_ptr() for t in eight_bits) if text else (0, 0)), static_at, *numbers_of(text),
                 )  # fmt: skip
                 step = steps[rank * len(calls) + number]
                 step.site = ctypes.addressof(arguments._buffer)
@@ -905,7 +905,8 @@ def test_both_transports_touch_every_vector_once_at_the_same_addresses(machine, 
 
 
 QUANTISATIONS = {  # what the kernels take of a Quantise, in turns
-    "fp8": ["1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0", "1 divide 0 0.0 1e-12 448.0 0.0 -448.0 448.0", "0 multiply 0 0.0 0.0 1.0 0.0 -448.0 448.0"],
+    "fp8": ["1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0", "1 divide 0 0.0 1e-12 448.0 0.0 -448.0 448.0",
+            "0 multiply 0 0.0 0.0 1.0 0.0 -448.0 448.0"],
     "int8": ["1 inverse 1 0.0 0.0 127.5 1.1920928955078125e-07 -128.0 127.0", "1 divide 0 1e-3 1e-2 127.0 1e-3 -127.0 127.0",
              "0 divide 0 0.0 0.0 1.0 0.0 -128.0 127.0"],
 }  # fmt: skip

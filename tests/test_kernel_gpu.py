@@ -332,11 +332,11 @@ def test_a_norm_is_quantised(dtype, hidden, world, center):
         norm, _ = group.fused(*given, **numerics)[0]
         norm = norm.clone()
         for j, text in enumerate(QUANTISATIONS):
-            quantise, in_workspace, sharded = f"{text} {i % 2}", (i + j) % 2 == 0, j != i
+            quantise, in_workspace = f"{text} {i % 2}", (i + j) % 2 == 0
             q, scales = quantised(norm, read(quantise), scale)
             for run in (group.fused, group.overlapped):
                 group.poison()
-                results = run(*given, sharded, in_workspace, quantise=quantise, scale=scale, **numerics)
+                results = run(*given, True, in_workspace, quantise=quantise, scale=scale, **numerics)
                 for kept, _, ours, *of_rows in results:
                     assert_same(ours, q)
                     assert not of_rows or torch.equal(of_rows[0], scales)

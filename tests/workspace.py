@@ -80,16 +80,13 @@ class _Slot:
     def write(self, value):
         """Into the buffer: what was there is gone."""
         value = value.clone()
-        self._forget()
+        self.buffer.fill_(NAN)
         return self.buffer[: value.numel()].view(value.shape).copy_(value)
 
     def start(self, site):
         assert self.pending is None, "two sites of a slot under way"
         self.pending = site._replace(x=site.x.clone())
-        self._forget()  # the kernel may write from here on
-
-    def _forget(self):
-        self.buffer.fill_(NAN)
+        self.buffer.fill_(NAN)  # the kernel may write from here on
         for tensor in self.quantised:
             tensor.copy_(torch.full_like(tensor, NAN, dtype=torch.float32) if tensor.is_floating_point() else torch.full_like(tensor, 99))
 

@@ -53,7 +53,8 @@ class Quantise(NamedTuple):
 def read(text: str) -> Quantise:
     """The Quantise of a text."""
     dtype, per_token, how, narrow, *numbers, keeps_norm = text.split()
-    return Quantise(dtype, per_token == "1", how, narrow == "1", *map(float, numbers), keeps_norm == "1")
+    added, least, most, floor, low, high = map(float, numbers)
+    return Quantise(dtype, per_token == "1", how, narrow == "1", added, least, most, floor, low, high, keeps_norm == "1")
 
 
 def quantised(norm: Tensor, how: Quantise, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -195,7 +195,7 @@ class Stage:
             self.values = draw(max(self.section.sizes) * self.channels)
             weight, one = (torch.ones(shape, device=self.device) for shape in ((self.section.hidden,), ()))
             given = {"weight": weight.to(self.dtype), "quantise": self.section.quantise, "static_scale": one}
-            self.site = functools.partial(Site, **given, fp32_residual=True, sharded_residual=True)
+            self.site: Callable[..., Site] = functools.partial(Site, **given, fp32_residual=True, sharded_residual=True)
             self.small = torch.zeros(8, device=self.device, dtype=self.dtype)
             for op in self.gemms:
                 self.gemms[op] = Gemm(op, max(self.section.sizes), draw)

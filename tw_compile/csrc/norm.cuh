@@ -1,6 +1,6 @@
-// The work of a group on a row: sum over the ranks, bias, scale, residual, norm, quantisation. All kernels use this code, with the same layout of a
-// row for a given hidden size. So the bits of a row depend only on its data: not on the kernel, the rank, the batch, or the number of
-// CTAs and groups.
+// The work of a group on a row: sum over the ranks, bias, scale, residual, norm, quantisation. All kernels use this code, with the same
+// layout of a row for a given hidden size. So the bits of a row depend only on its data: not on the kernel, the rank, the batch, or the
+// number of CTAs and groups.
 //
 // Products and sums are intrinsics, so that the compiler cannot contract them in one place and not in another.
 #pragma once
@@ -208,9 +208,13 @@ class Rows {
   template <class Store, class StoreScale>
   __device__ __forceinline__ void quantise(Store store, StoreScale store_scale) {
     static_assert(Layout::kVector == 8, "norms of 16 bits are quantised");
-    const bool is_given = site_.static_scale != nullptr;
-    const float scale = is_given ? *site_.static_scale : scale_of<Element>(site_, over_row(largest_, larger));
-    if (!is_given && threadIdx.x == 0) store_scale(__float_as_uint(scale));
+    float scale;
+    if (site_.static_scale != nullptr) {
+      scale = __uint_as_float(ptx::load_word(site_.static_scale));
+    } else {
+      scale = scale_of<Element>(site_, over_row(largest_, larger));
+      if (threadIdx.x == 0) store_scale(__float_as_uint(scale));
+    }
     const Scaler<kWorld> scaled(site_, scale);
 #pragma unroll 1
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {

@@ -12,8 +12,9 @@ Memory
     The transports over symmetric memory keep a workspace for each *slot*: 0 and 1 for the woven halves, 2 for values that are not split.
     Inductor does not own this memory (see ``lowering``). Three flags say how a graph uses it:
 
-    in_workspace      The norm may be returned in the workspace, where the kernel has written it, and so may the quantised norm and
-                      its scales. The graph does not read them after the slot's next ``linear``, ``placed``, ``start`` or ``fused``.
+    in_workspace      The norm may be returned in the workspace, where the kernel has written it. The graph does not read it after the
+                      slot's next ``linear``, ``placed``, ``start`` or ``fused``. So may the quantised norm and its scale, which the
+                      graph does not read after the slot's next ``start`` or ``fused``.
     fp32_residual     The new residual is float32 and not rounded. Only the slot's next site reads it, as its residual.
     sharded_residual  Only with ``fp32_residual``: the new residual may stay in the workspace, where each rank has its own rows, in an
                       order of the transport. Otherwise it is a new tensor with all rows.

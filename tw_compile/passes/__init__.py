@@ -6,18 +6,17 @@ from dataclasses import dataclass, field, replace
 from torch.fx import Graph, Node
 
 from ..options import Options, TokenWeaveError
-from ..quantise import read
 from ..report import Refusal, Report, Site
 from .cut import Cut, choose_cut, stream
 from .expand import expand
 from .find import Match, find
 from .fuse import fuse
-from .graph_utils import arguments, copied_graph, source_of, value
+from .graph_utils import copied_graph, source_of, value
 from .merge import Merged, merge
 from .outline import outline
 from .place import place
 from .plain import plain
-from .quantise import quantise
+from .quantise import outputs, quantise
 from .rules.experts import key_sorts
 from .rules.quantised import one_scale
 from .section import section_of
@@ -112,8 +111,8 @@ def rewrite(
     device = value(matches[0].total).device  # read now, as the passes below replace the node
     ctas = options.ctas if isinstance(options.ctas, int) else 0
     sites = fuse(work, matches, options.carrier, ctas)
-    quantise(work, sites, decision.unquantised)
-    outputs = {site: read(text).name if (text := arguments(site)["quantise"]) else "" for site in sites}
+    if options.carrier == options.transport:  # with fewer bits the norm travels in a format of its own
+        quantise(work, sites, decision.unquantised)
     woven: list[Node] = []
     report.mode = "fuse"
     alike = stream(sites)
@@ -139,7 +138,9 @@ def rewrite(
         if cut and cut != options.fused_only:
             report.reasons.append(f"not woven: {cut}")
     place(work, all(may_be_symmetric(match.group, device) for match in matches), decision.gathered, options.carrier != options.transport)
-    new.graph, report.sites = work, [_site(match, sums, site in woven, outputs[site]) for match, site in zip(matches, sites)]
+    names = outputs(work)
+    new.graph = work
+    report.sites = [_site(match, sums, site in woven, names.get(i, "")) for i, (match, site) in enumerate(zip(matches, sites))]
     return new
 
 

@@ -4,7 +4,6 @@ A kernel of ours would save nothing there: the process group runs its all-reduce
 any case. So a fused site costs what it costs without this backend, and the halves of a woven one run beside each other.
 """
 
-import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +13,12 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..compat import detect_fake_mode
-from ..quantise import DIVIDE, DTYPES, MULTIPLY, Quantise, read
+from ..quantise import read
 from ..site import WITHOUT_NORM
 from .emit import Emitter
 from .graph_utils import WAIT, aten, c10d, calls, prims, value
 from .graph_utils import arguments as named
+from .quantise import emit_quantised
 
 
 def expand(graph: Graph, over_process_group: Callable[[str, torch.Tensor], bool]) -> None:
@@ -65,38 +65,15 @@ def _site(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, ...]
     norm, residual = _add_norm(emit, total, given)
     if not given["quantise"]:
         return norm, residual
-    return norm, residual, *_quantised(emit, norm, read(given["quantise"]), given["static_scale"])
-
-
-def _cast(emit: Emitter, node: Node, to: torch.dtype) -> Node:
-    return node if value(node).dtype == to else emit(prims.convert_element_type.default, node, to)
-
-
-def _quantised(emit: Emitter, norm: Node, how: Quantise, scale: Node | None) -> tuple[Node, Node]:
-    """``quantise.quantised`` as calls of a graph."""
-    if scale is None:
-        largest = emit(aten.amax.default, emit(aten.abs.default, norm), [-1], True)
-        largest = _cast(emit, largest, value(norm).dtype if how.narrow else torch.float32)
-        for op, number in ((aten.add.Tensor, how.added), (aten.clamp_min.default, how.least)):
-            largest = emit(op, largest, number) if number else largest
-        scale = emit(aten.div.Tensor, largest, how.most)
-        scale = _cast(emit, emit(aten.clamp_min.default, scale, how.floor) if how.floor else scale, torch.float32)
-    y = _cast(emit, norm, torch.float32)
-    if how.how == MULTIPLY:
-        y = emit(aten.mul.Tensor, y, scale)
-    else:
-        divisor = emit(aten.where.ScalarSelf, emit(aten.eq.Scalar, scale, 0), 1.0, scale)
-        divides = how.how == DIVIDE
-        y = emit(aten.div.Tensor, y, divisor) if divides else emit(aten.mul.Tensor, y, emit(aten.reciprocal.default, divisor))
-    y = emit(aten.round.default, y) if how.dtype == "int8" else y
-    y = emit(aten.clamp_max.default, emit(aten.clamp_min.default, y, how.low), how.high)
-    return _cast(emit, y, DTYPES[how.dtype][0]), scale
+    return norm, residual, *emit_quantised(emit, norm, read(given["quantise"]), given["static_scale"])
 
 
 def _add_norm(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, Node]:
     """``site.add_norm`` as calls of a graph: (norm, residual), both in the dtype of the sum, as without this backend."""
     dtype = value(total).dtype
-    cast = functools.partial(_cast, emit)
+
+    def cast(node: Node, to: torch.dtype) -> Node:
+        return node if value(node).dtype == to else emit(prims.convert_element_type.default, node, to)
 
     def mean(node: Node) -> Node:
         return emit(aten.mean.dim, node, [-1], True)

@@ -11,6 +11,8 @@ linear            The row-parallel GEMM writes to the workspace. Only the site r
 in_workspace      The norm stays in the workspace, and so do the quantised norm and its scale. Only GEMMs read them, or what quantises
                   the norm for them, and all of them run before the next write to the slot.
 sharded_residual  A float32 residual stays in the workspace. Each rank has its own rows.
+quantise          A quantised norm has the place in the workspace where a residual would be that is whole. So the graph quantises the norm
+                  of a site whose residual is not sharded.
 
 "Before" and "after" are by data flow, so they hold in any order that Inductor may choose.
 """
@@ -38,7 +40,7 @@ from .graph_utils import (
     same_shape,
     value,
 )
-from .quantise import NORM, QUANTISED, RESIDUAL, SCALE
+from .quantise import NORM, QUANTISED, RESIDUAL, SCALE, in_graph
 from .rules.quantised import is_gemm
 from .rules.token_axis import is_pointwise
 
@@ -70,6 +72,10 @@ def place(graph: Graph, workspace: bool, gathered: Collection[int] = (), sharded
         for site, following in zip(chain, [*chain[1:], None]):
             fp32 = site.number not in gathered and _only_carried(site, following)
             site.set_flags(fp32, (workspace or sharded) and fp32, workspace and _can_stay(site, following, before))
+    for site in sites if workspace else ():
+        given = arguments(site.node)
+        if given["quantise"] and not given["sharded_residual"]:
+            in_graph(graph, site.node, site.done)
     graph.lint()
 
 
@@ -202,12 +208,20 @@ def _only_read_by(node: Node, site: _Site) -> bool:
 
 def _can_stay(site: _Site, following: _Site | None, before: Ancestors) -> bool:
     """Whether the norm, what it is quantised to, and the scale can stay in the workspace."""
-    left = [user for index in (NORM, QUANTISED, SCALE) if (result := site.result(index)) is not None for user in result.users]
+    # Partial sums overwrite the norm. A quantised one lies elsewhere: only the next site overwrites it.
+    limits = {NORM: following.writer, QUANTISED: following.node, SCALE: following.node} if following else {}
+    results = {index: site.result(index) for index in (NORM, QUANTISED, SCALE)}
+    return all(_is_read_before(result, limits.get(i), before) for i, result in results.items() if result is not None)
+
+
+def _is_read_before(result: Node, limit: Node | None, before: Ancestors) -> bool:
+    """Whether all kernels that read a result of a site run before ``limit``."""
+    left = list(result.users)
     seen = set(left)
     while left:
         reader = left.pop()
-        if calls(reader, *_GEMMS) or is_gemm(reader) or (calls(reader, *_REDUCTIONS) and _is_of_many(reader)):
-            if following is not None and not before(reader, following.writer):
+        if calls(reader, *_GEMMS, ops.placed) or is_gemm(reader) or (calls(reader, *_REDUCTIONS) and _is_of_many(reader)):
+            if limit is not None and not before(reader, limit):
                 return False
         elif calls(reader, operator.getitem) or _is_compiled(reader):
             new = [user for user in reader.users if user not in seen]

@@ -75,7 +75,8 @@ def quantise(graph: Graph, sites: list[Node], plain: Collection[int] = ()) -> No
         norm = next((user for user in site.users if user.args[1] == NORM), None)
         found = list(_quantisations(norm)) if norm is not None else []
         if found:
-            _replace(graph, site, [each for each in found if _is_same(each, found[0])])
+            most = max(found, key=lambda one: sum(_is_same(one, other) for other in found))
+            _replace(graph, site, [each for each in found if _is_same(each, most)])
     sort_and_clean(graph, stays)
     for site in sites:
         if read_by := arguments(site)["quantise"]:
@@ -268,3 +269,50 @@ def _replace(graph: Graph, site: Node, found: list[_Found]) -> None:
 def _set(site: Node, how: Quantise, static_scale: Node | None) -> None:
     site.args = in_order(site.target, arguments(site) | {"quantise": str(how), "static_scale": static_scale})
     site.meta["val"] = empty_results(value(site.args[0]), False, str(how))
+
+
+def in_graph(graph: Graph, start: Node, done: Node) -> None:
+    """Let the graph quantise the norm of a site, in place of the site. done: the ``wait`` of ``start``, or ``fused`` itself"""
+    how, scale, x = read(arguments(done)["quantise"]), arguments(done)["static_scale"], value(start.args[0])
+    for node in {start, done}:
+        node.args = in_order(node.target, arguments(node) | {"quantise": "", "static_scale": None})
+    done.meta["val"] = empty_results(x, arguments(done)["fp32_residual"])
+    with graph.inserting_before(done.next):
+        emit = Emitter(graph, detect_fake_mode([x]))
+        emit.like, emit.half = done, done.meta.get("half")
+        norm = emit(operator.getitem, done, NORM)
+        results = {NORM: norm, **dict(zip((QUANTISED, SCALE), emit_quantised(emit, norm, how, scale)))}
+    for old in [user for user in done.users if user is not norm and user.args[1] in results]:
+        old.replace_all_uses_with(results[old.args[1]])
+        graph.erase_node(old)
+
+
+def emit_quantised(emit: Emitter, norm: Node, how: Quantise, scale: Node | None) -> tuple[Node, Node]:
+    """``quantise.quantised`` as calls of a graph."""
+
+    def cast(node: Node, to: torch.dtype) -> Node:
+        return node if value(node).dtype == to else emit(_CAST, node, to)
+
+    if scale is None:
+        largest = emit(aten.amax.default, emit(aten.abs.default, norm), [-1], True)
+        largest = largest if how.narrow else cast(largest, torch.float32)
+        for op, number in ((aten.add.Tensor, how.added), (aten.clamp_min.default, how.least)):
+            largest = emit(op, largest, number) if number else largest
+        scale = emit(aten.div.Tensor, largest, how.most)
+        scale = cast(emit(aten.clamp_min.default, scale, how.floor) if how.floor else scale, torch.float32)
+    y = cast(norm, torch.float32)
+    if how.how == MULTIPLY:
+        y = emit(aten.mul.Tensor, y, scale)
+    else:
+        divisor = emit(aten.where.ScalarSelf, emit(aten.eq.Scalar, scale, 0), 1.0, scale)
+        divides = how.how == DIVIDE
+        y = emit(aten.div.Tensor, y, divisor) if divides else emit(aten.mul.Tensor, y, emit(aten.reciprocal.default, divisor))
+    y = emit(aten.round.default, y) if how.dtype == "int8" else y
+    y = emit(aten.clamp_max.default, emit(aten.clamp_min.default, y, how.low), how.high)
+    return cast(y, DTYPES[how.dtype][0]), scale
+
+
+def outputs(graph: Graph) -> dict[int, str]:
+    """Number of a site that ends in a quantisation -> its name in reports."""
+    sites = [arguments(node) for node in graph.nodes if calls(node, ops.start, ops.fused)]
+    return {given["site"]: read(given["quantise"]).name for given in sites if given["quantise"]}

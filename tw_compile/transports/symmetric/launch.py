@@ -9,8 +9,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from ...quantise import DTYPES, read
-from ...quantise import results as quantise_results
-from ...site import Site, empty_results
+from ...site import Site
 from . import nvrtc
 from .arguments import numbers_of
 from .tuning import two_shot_ctas
@@ -63,8 +62,8 @@ class Call:
         self.ctas_alone = workspace.tuning.ctas_alone(rows)
         # (center, dtype of a quantised norm or '', ctas, default_ctas) -> (Kernel, number of CTAs): see grid
         self.launcher = functools.cache(self._launcher)
-        self.nothing = self.partials.new_empty(0)
         self._quantised = functools.cache(self._in_workspace)
+        self._nothing = self.partials.new_empty(0)  # in place of a norm that is quantised
 
     def _launcher(self, center: bool, output: str, ctas: int, default_ctas: int) -> tuple[nvrtc.Kernel, int]:
         kernel = self.workspace.kernels(center, output)[self.kernel]
@@ -82,30 +81,22 @@ class Call:
         in_workspace: whether the norm may stay in the workspace
         alone:        whether the kernel is on the current stream. Then one_shot, which only has results of this rank, writes new tensors
         """
-        x, quantise, sharded = site.x, site.quantise, site.sharded_residual
+        x, quantise = site.x, site.quantise
         new = alone and self.one_shot
-        kept = not quantise or read(quantise).keeps_norm
-        norm = empty_like(x) if new and not in_workspace and kept else self.norm
-        quantised: tuple[Tensor, ...] = ()
-        if quantise and sharded and (in_workspace or not new):
-            quantised = self._quantised(quantise)
-        elif quantise and new:
-            quantised = empty_results(x, False, quantise)[2:]
-        # Without a place for both, the residual that is whole takes it, and what is read is quantised afterwards.
-        return Outputs(norm, empty_like(x) if new and not sharded else self.whole_residual, quantised, new)
+        norm = empty_like(x) if new and not in_workspace and _keeps_norm(quantise) else self.norm
+        residual = empty_like(x) if new and not site.sharded_residual else self.whole_residual
+        quantised = self._quantised(quantise) if quantise else ()
+        return Outputs(norm, residual, tuple(map(empty_like, quantised)) if new and not in_workspace else quantised, new)
 
     def results(self, site: Site, outputs: "Outputs", in_workspace: bool) -> tuple[Tensor, ...]:
         """The results of a site whose kernel writes to ``outputs``, as ``quantise.results`` has them."""
         norm, residual, quantised, new = outputs
-        kept = not site.quantise or not quantised or read(site.quantise).keeps_norm
-        if not new:
-            norm = norm.clone() if kept and not in_workspace else norm
-            quantised = quantised if in_workspace else tuple(map(torch.clone, quantised))
-            residual = residual if site.sharded_residual else residual.clone()
-        residual = self.carried() if site.sharded_residual else residual
-        if site.quantise and not quantised:
-            return quantise_results(norm, residual, site.quantise, site.static_scale)
-        return norm if kept else self.nothing, residual, *quantised
+        norm = norm if _keeps_norm(site.quantise) else self._nothing
+        if not (new or in_workspace):
+            norm, quantised = norm.clone(), tuple(map(torch.clone, quantised))
+        if site.sharded_residual:
+            return norm, self.carried(), *quantised
+        return norm, residual if new else residual.clone(), *quantised
 
     def grid(self, ctas: int, default_ctas: int, cluster: int = 1) -> int:
         """The number of CTAs of a kernel, a multiple of ``cluster``, the same on all ranks.
@@ -134,6 +125,8 @@ class Call:
         quantised = outputs.quantised
         if fp32_residual is not sharded_residual:
             raise RuntimeError("over symmetric memory fp32_residual and sharded_residual must be equal")
+        if text and not sharded_residual:
+            raise RuntimeError("over symmetric memory only a site with a sharded residual quantises its norm")
         if shift is not None and not center:
             raise RuntimeError("only a LayerNorm has a shift")
         x_at = residual_at = weight_at = bias_at = shift_at = 0
@@ -177,6 +170,10 @@ class Call:
         )  # fmt: skip
         kernel, grid = self.launcher(center, output, ctas, default_ctas)
         return kernel, grid, (x, residual, weight, bias, shift, static_scale)
+
+
+def _keeps_norm(quantise: str) -> bool:
+    return not quantise or read(quantise).keeps_norm
 
 
 def _with_own_storage(t: Tensor) -> Tensor:

@@ -142,8 +142,8 @@ class Symmetric:
         before = set(self._workspaces)
         try:
             for slot, dtype, shape, center, output in calls:
-                for each in {"", output} if 0 not in shape else ():  # it is also quantised behind the kernel: see Call.outputs
-                    self._call(slot, dtype, torch.Size(shape)).workspace.kernels(center, each)
+                if 0 not in shape:
+                    self._call(slot, dtype, torch.Size(shape)).workspace.kernels(center, output)
         except RuntimeError as error:
             self._drop(set(self._workspaces) - before)
             self.raise_if_lost(error)
