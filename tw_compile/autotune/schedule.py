@@ -60,7 +60,7 @@ class Section:
                    experts, choices of a token, rows, columns), a grouped GEMM; ("others", number of other kernels); and ("unsplit", *op),
                    an op that needs both halves: one of these, or without ``op`` another. The last GEMM of a phase has ``hidden`` columns
     cuda_graphs:   whether CUDA graphs run the graph, so that the host's time does not count
-    quantise:      the quantisation in which the sites end, as ``site.Site`` has it
+    quantise:      the quantisation in which sites end, as ``site.Site`` has it; over the process group Inductor's kernels quantise
     """
 
     hidden: int
@@ -194,7 +194,8 @@ class Stage:
             self.weights = {(*of, k, n): draw(*of, n, k).mul_(k**-0.5).transpose(-1, -2) for *of, k, n in self.weights}
             self.values = draw(max(self.section.sizes) * self.channels)
             weight, one = (torch.ones(shape, device=self.device) for shape in ((self.section.hidden,), ()))
-            given = {"weight": weight.to(self.dtype), "quantise": self.section.quantise, "static_scale": one}
+            quantise = "" if self.transport.name.startswith("process_group") else self.section.quantise
+            given = {"weight": weight.to(self.dtype), "quantise": quantise, "static_scale": one}
             self.site: Callable[..., Site] = functools.partial(Site, **given, fp32_residual=True, sharded_residual=True)
             self.small = torch.zeros(8, device=self.device, dtype=self.dtype)
             for op in self.gemms:

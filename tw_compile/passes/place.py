@@ -127,7 +127,7 @@ def _use_workspace(graph: Graph, previous: _Site | None, site: _Site, before: An
     if not _is_linear(last):
         gemm = max(filter(is_later, _gemms_behind(last)), key=before.bit.__getitem__, default=None)  # as many as possible run before
         if gemm not in (None, last) and not is_view(last.target):
-            _place(graph, last, site)
+            _place(graph, last, site, before)
             site.writer = gemm
         return
     linear = _made_linear(graph, last, site, before)
@@ -195,10 +195,11 @@ def _is_compiled(node: Node) -> bool:
     return calls(node, prims.convert_element_type.default, *_REDUCTIONS) or is_pointwise(node.target) or is_view(node.target)
 
 
-def _place(graph: Graph, last: Node, site: _Site) -> None:
+def _place(graph: Graph, last: Node, site: _Site, before: Ancestors) -> None:
     with graph.inserting_after(last):
         placed = graph.call_function(ops.placed, (last, site.slot, site.group, site.transport))
     placed.meta = dict(last.meta)
+    before.replace(last, placed)
     last.replace_all_uses_with(placed, delete_user_cb=lambda user: user is not placed)
 
 
