@@ -914,7 +914,8 @@ QUANTISATIONS = {  # what the kernels take of a Quantise, in turns
 
 @needs_gxx
 @pytest.mark.parametrize("transport, dtype, output, hidden, center", [
-    ("peer", torch.float16, "int8", 520, True), ("peer", torch.bfloat16, "fp8", 9216, False), ("multimem", torch.bfloat16, "int8", 64, False),
+    ("peer", torch.float16, "int8", 520, True), ("peer", torch.bfloat16, "fp8", 9216, False),
+    ("multimem", torch.bfloat16, "int8", 64, False),
 ], ids=str)  # fmt: skip
 def test_a_norm_is_quantised(machine, transport, dtype, output, hidden, center):
     """To the bits of the reference, also where the norm does not come out, and of a row of zeros."""

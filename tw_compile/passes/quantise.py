@@ -13,7 +13,7 @@ no rank has all rows when it could quantise the first one.
 """
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -253,17 +253,26 @@ def _of_rows(reduction: Node) -> bool:
 def _replace(graph: Graph, site: Node, found: list[_Found]) -> None:
     """Let a site return what ``found``, equal quantisations of its norm, compute."""
     how = found[0].how
-    _set(site, how._replace(keeps_norm=True), None if how.per_token else found[0].scale)
+    replaced = {QUANTISED: [each.q for each in found]} | ({SCALE: [each.scale for each in found]} if how.per_token else {})
     with graph.inserting_before(site.next):
         emit = Emitter(graph, detect_fake_mode([value(site.args[0])]))
-        replaced = {QUANTISED: [each.q for each in found]} | ({SCALE: [each.scale for each in found]} if how.per_token else {})
+        try:
+            shapes = {old: _shape(emit, value(old).shape) for olds in replaced.values() for old in olds}
+        except KeyError:
+            return  # several sizes depend on data
+        _set(site, how._replace(keeps_norm=True), None if how.per_token else found[0].scale)
         for index, olds in replaced.items():
             emit.like = olds[0]
             result = emit(operator.getitem, site, index)
             for old in olds:
                 is_alike = same_shape(value(result).shape, value(old).shape)
-                shape = [] if is_alike else [emit.size(size) for size in value(old).shape]
-                old.replace_all_uses_with(result if is_alike else emit(aten.reshape.default, result, shape))
+                old.replace_all_uses_with(result if is_alike else emit(aten.reshape.default, result, shapes[old]))
+
+
+def _shape(emit: Emitter, shape: Sequence[Any]) -> list[Any]:
+    """A shape as an argument of a reshape."""
+    unknown = [size for size in shape if not isinstance(size, int)]
+    return [size if isinstance(size, int) else -1 if len(unknown) == 1 else emit.size(size) for size in shape]
 
 
 def _set(site: Node, how: Quantise, static_scale: Node | None) -> None:
