@@ -1,6 +1,7 @@
 """Models of 8 bits on one GPU: one process plays two ranks, as in test_kernel_gpu.py. The graphs are compiled by Inductor."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -109,8 +110,8 @@ def test_nothing_is_copied_between_gemm_and_kernel(monkeypatch, linear, dtype, m
 
     reserve_memory()
     group = Ranks(RANKS)
-    for slot in (0, 1) if mode == "weave" else (2,):
-        group.workspaces(BF16, HIDDEN, ROWS // halves, slot, output="int8" if dtype is torch.int8 else "fp8")
+    for slot, output in itertools.product((0, 1) if mode == "weave" else (2,), ("", "int8" if dtype is torch.int8 else "fp8")):
+        group.workspaces(BF16, HIDDEN, ROWS // halves, slot, output=output)
     use(monkeypatch, over(group))
 
     def step(transport, rank):

@@ -114,6 +114,8 @@ def _quantisation(quotient: Node, row: Node, rows: list[Node]) -> _Found | None:
     low, high = (own if given is None else sorted((own, given, 0.0))[1] for own, given in zip(_LIMITS[name], limits))
     if rounds is not (name == "int8"):
         return None
+    if rounds and not (float(low).is_integer() and float(high).is_integer()):
+        return None  # what is rounded first and limited then is no whole number
     if all(map(is_one, value(by).shape)) and value(by).dtype == torch.float32 and _is_given(by):
         if None in limits:
             return None  # values that are too large would become NaN, and not the largest one
