@@ -96,7 +96,7 @@ class Ways(Stage):
                     x = self.transport.linear(parts[slot], self.weights[phase[-1][1:]], None, slot)
                 else:
                     x = self.compute(phase, norm, slot, tokens, sum(pieces[:slot]))
-                self.transport.start(self._site(x, residual, ctas, slot, number))
+                self.transport.start(self.site(x, residual, ctas=ctas, slot=slot, number=number))
         for slot in slots:
             self.transport.wait(slot, True)
 

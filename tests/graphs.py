@@ -23,6 +23,7 @@ from tw_compile import backend, ops, passes
 from tw_compile.ops import lowering
 from tw_compile.options import Options
 from tw_compile.passes.graph_utils import c10d, subgraphs
+from tw_compile.quantise import read, results
 from tw_compile.report import Report
 from tw_compile.site import Site, add_norm
 
@@ -161,7 +162,8 @@ def _positional(node, show):
         return map(show, node.args)
     named = [(a.name, v) for a, v in zip(node.target._schema.arguments, node.args)]
     dull = {"eps", "group", "transport", "ctas", "site"}
-    said = [(k, v) for k, v in named if k not in dull and v is not None and v is not False]
+    named = [(k, read(v).name if k == "quantise" and v else v) for k, v in named]
+    said = [(k, v) for k, v in named if k not in dull and v is not None and v is not False and v != ""]
     said = [pair for pair in said if pair not in (("scale", 1.0), ("offset", 0.0))]
     return [show(v) if isinstance(v, Node) and k not in ("shift", "after") else f"{k}={show(v)}" for k, v in said]
 
@@ -176,7 +178,7 @@ def _type(value):
         return f"({', '.join(map(_type, value))})"
     if not isinstance(value, torch.Tensor):
         return str(value)
-    short = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+    short = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float8_e4m3fn: "fp8", torch.int8: "i8"}
     return f"{short.get(value.dtype, value.dtype)}[{', '.join(map(str, value.shape))}]"
 
 
@@ -274,12 +276,13 @@ class Plain:
     def start(self, *given):
         site = Site._make(given[:-2])
         assert site.slot not in self.pending, "a slot's site is started before its last one was waited for"
-        self.pending[site.slot] = site.x.dtype, add_norm(site.x * RANKS, *site.addends)
+        self.pending[site.slot] = site, add_norm(site.x * RANKS, *site.addends)
         return site.x.new_empty(0)
 
     def wait(self, token, x, residual, weight, bias, shift, after, slot, fp32_residual, *others):
-        dtype, (norm, total) = self.pending.pop(slot)
-        return norm.to(dtype), total if fp32_residual else total.to(dtype)
+        site, (norm, total) = self.pending.pop(slot)
+        total = total if fp32_residual else total.to(x.dtype)
+        return results(norm.to(x.dtype), total, site.quantise, site.static_scale)
 
     def fused(self, *given):
         return fused(self, *given)
@@ -289,7 +292,7 @@ def fused(transport, *given):
     """The op of this name by the other two."""
     *site, in_workspace, group, name = given
     transport.start(*site, group, name)
-    return transport.wait(None, *site[:5], None, site[10], *site[12:], in_workspace, group, name)
+    return transport.wait(None, *site[:5], None, site[10], *site[12:14], in_workspace, *site[14:], group, name)
 
 
 OPS = "linear", "scaled_linear", "scaled_linear_v2", "placed", "start", "wait", "fused"

@@ -535,7 +535,7 @@ def check_state(device):
     groups = [dist.group.WORLD.group_name, dist.new_group(range(dist.get_world_size())).group_name]
     one, other = (Symmetric(group, device, False, 60.0, tuning.by_rule(dist.get_world_size())) for group in groups)
     for symmetric in (one, other):
-        symmetric.prepare([(slot, torch.bfloat16, (512, 8192), False) for slot in range(2)])
+        symmetric.prepare([(slot, torch.bfloat16, (512, 8192), False, "") for slot in range(2)])
     try:
         with one.call(), other.call():
             one.start(Site(*site.arguments(0, 512), 4, 0))
@@ -575,7 +575,7 @@ def check_empty(device):
 
 def check_together(device):
     """What a rank cannot make no rank makes: a transport, or a workspace later on; and how much memory there is then."""
-    group, rank, calls = dist.group.WORLD.group_name, dist.get_rank(), [(n, torch.bfloat16, (512 << n, 8192), n == 2) for n in range(3)]
+    group, rank, calls = dist.group.WORLD.group_name, dist.get_rank(), [(n, torch.bfloat16, (512 << n, 8192), n == 2, "") for n in range(3)]
     fails = RuntimeError("made to fail")
 
     def raises(*args, **kwargs):

@@ -159,12 +159,13 @@ class Workspace:
     def __init__(self, owner, dtype, hidden, rows):
         self.activations, self.whole_residual = (torch.zeros(rows, hidden, dtype=dtype) for _ in range(2))
         self.carried = torch.zeros(rows, hidden)
+        self.quantised, self.scales = torch.zeros(rows, hidden, dtype=torch.uint8), torch.zeros(rows)
         self.tuning, self.bytes = by_rule(owner.world), rows * hidden * 8
-        self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0), 64
+        self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0, 0), 64
         loaded = FUNCTION, THREADS, GROUPS, SHARED
         calls = owner._host
         kernel = SimpleNamespace(start=partial(calls.start, *loaded), launch=partial(calls.launch, *loaded), cluster=1)
-        self.kernels = lambda center: {"one_shot": kernel, "two_shot": kernel}
+        self.kernels = lambda center, output: {"one_shot": kernel, "two_shot": kernel}
 
 
 @pytest.fixture
@@ -191,7 +192,8 @@ def packed(sites, x):
     arguments = sites._call(SLOT, x.dtype, x.shape).arguments
     names = (
         "rows", "x", "residual", "bias", "weight", "norm_out", "residual_out", "site", "weight_is_float", "takes_carried", "whole",
-        "eps", "scale", "offset", "shift_is_float", "shift",
+        "eps", "scale", "offset", "shift_is_float", "shift", "quantised_out", "scale_out", "static_scale", "added", "least", "most",
+        "floor", "low", "high", "how", "narrow", "keeps_norm", "padding",
     )  # fmt: skip
     return SimpleNamespace(**dict(zip(names, Arguments._CALL.unpack(arguments._buffer[-Arguments._CALL.size :]))))
 
@@ -211,6 +213,29 @@ def test_a_start_and_a_wait(symmetric_sites, driver):
     assert calls == 2 * [*once, ("wait", CURRENT, done, 0, 0)]
     assert torch.equal(symmetric_sites._call(SLOT, x.dtype, x.shape).partials, x), "two_shot reads it in the workspace"
     assert packed(symmetric_sites, x).rows == 64 and packed(symmetric_sites, x).site == 7
+
+
+@pytest.mark.parametrize("rows", (7, 64))
+def test_a_norm_that_is_quantised(symmetric_sites, rows):
+    x, of_rows, given = torch.randn(rows, H).bfloat16(), "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0", torch.tensor([0.5])
+
+    def quantised(text, in_workspace, carried=True, scale=given):
+        return symmetric_sites.fused(Site(x, None, *site(), 4, SLOT, 7, carried, carried, text, scale), in_workspace)
+
+    norm, _, q, scale = quantised(f"{of_rows} 0", True)
+    assert (norm.numel(), q.dtype, q.shape, scale.shape) == (0, torch.float8_e4m3fn, x.shape, (rows, 1))
+    call = packed(symmetric_sites, x)
+    assert (call.quantised_out, call.scale_out, call.static_scale) == (q.data_ptr(), scale.data_ptr(), 0)
+    assert (call.most, call.low, call.high, call.how, call.narrow, call.keeps_norm) == (448.0, -448.0, 448.0, 0, 1, 0)
+    norm, _, mine, _ = quantised(f"{of_rows} 1", False)
+    assert norm.shape == x.shape and packed(symmetric_sites, x).keeps_norm and mine.data_ptr() != q.data_ptr()
+    norm, _, q = quantised("int8 0 multiply 0 0.0 0.0 1.0 0.0 -128.0 127.0 0", True)
+    call = packed(symmetric_sites, x)
+    assert q.dtype == torch.int8 and (call.scale_out, call.static_scale, call.how) == (0, given.data_ptr(), 2)
+    with pytest.raises(RuntimeError, match="must be one number in float32"):
+        quantised("int8 0 multiply 0 0.0 0.0 1.0 0.0 -128.0 127.0 0", True, scale=None)
+    with pytest.raises(RuntimeError, match="only a site with a sharded residual"):
+        quantised(f"{of_rows} 0", True, carried=False)
 
 
 def test_gemms_have_a_carveout_while_kernels_may_run_beside_them(symmetric_sites, monkeypatch):
@@ -243,7 +268,7 @@ def test_the_kernel_is_given_what_it_can_read(symmetric_sites, driver, rows):
     _, residual = symmetric_sites.fused(Site(x, None, *site(), 0, SLOT, 0, True, True), True)
     assert driver.noted() == [launched(CURRENT, {3: 3, 64: 32}[rows])]
     symmetric_sites.start(Site(x, residual, *site(aligned, bias, odd, True), 4, SLOT, 0, True, True))
-    given, (held_x, *_, held_bias, held_shift) = packed(symmetric_sites, x), symmetric_sites._pending[SLOT][2]
+    given, (held_x, *_, held_bias, held_shift, _) = packed(symmetric_sites, x), symmetric_sites._pending[SLOT][3]
     assert (given.takes_carried, given.residual, given.residual_out) == (1, residual.data_ptr(), residual.data_ptr())
     assert (given.weight, given.weight_is_float) == (aligned.data_ptr(), 1)
     assert (given.bias, given.shift, given.shift_is_float) == (held_bias.data_ptr(), held_shift.data_ptr(), 0)
@@ -465,7 +490,7 @@ def test_shapes_are_forgotten_and_workspaces_are_not(symmetric_sites, monkeypatc
 # --- What all ranks make, or none ------------------------------------------------------------------------------------
 
 
-CALLS = [(0, torch.float32, (40, H), False), (1, torch.float32, (2, 100, H), False), (2, torch.float32, (0, H), True)]
+CALLS = [(0, torch.float32, (40, H), False, ""), (1, torch.float32, (2, 100, H), False, ""), (2, torch.float32, (0, H), True, "")]
 
 
 def test_workspaces_can_be_made_ahead(symmetric_sites, driver):
@@ -483,7 +508,7 @@ def test_workspaces_are_made_ahead_all_or_none(symmetric_sites, monkeypatch):
         return Workspace(owner, dtype, hidden, rows)
 
     monkeypatch.setattr(transport, "Workspace", fail)
-    calls = [(1, torch.float32, (40, H), False), *CALLS]
+    calls = [(1, torch.float32, (40, H), False, ""), *CALLS]
     for _ in range(2):
         with pytest.raises(WorkspaceError, match="no memory on rank 1"):
             symmetric_sites.prepare(calls)

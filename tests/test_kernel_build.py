@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tw_compile.quantise import DTYPES as EIGHT_BITS
+from tw_compile.quantise import quantised, read
 from tw_compile.site import WITHOUT_NORM, all_reduce_add_norm
 from tw_compile.transports.symmetric import nvrtc
-from tw_compile.transports.symmetric.arguments import Arguments
+from tw_compile.transports.symmetric.arguments import Arguments, numbers_of
 from tw_compile.transports.symmetric.arguments import macros as all_macros
 from tw_compile.transports.symmetric.layout import Layout, own_rows
 from tw_compile.transports.symmetric.tuning import by_rule
@@ -32,9 +34,9 @@ SHARED = 227 * 1024  # of a CTA on sm_90 and sm_100
 HIDDEN = (8, 64, 4096, 5120, 8192, 16384, 32768)
 
 
-def macros(dtype, hidden, world, transport, center, rank=0, layouts=Layout):
+def macros(dtype, hidden, world, transport, center, rank=0, layouts=Layout, output=""):
     layout = layouts.of(hidden, dtype.itemsize, world, transport, center, SHARED)
-    return all_macros(dtype, hidden, world, rank, transport, center, layout)
+    return all_macros(dtype, hidden, world, rank, transport, center, layout, output)
 
 
 def layouts(groups, depth):
@@ -74,12 +76,12 @@ def test_sass(arch, kernel, dtype, transport, tmp_path):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel, output", [*((kernel, "") for kernel in KERNELS), ("two_shot", "fp8")])
 @pytest.mark.parametrize("arch, shared", [("sm_80", 163 * 1024), ("sm_86", 99 * 1024), ("sm_120a", 99 * 1024)])
-def test_other_gpus_that_peer_is_for(arch, shared, kernel):
-    """Without clusters, and with less shared memory."""
+def test_other_gpus_that_peer_is_for(arch, shared, kernel, output):
+    """Without clusters, with less shared memory, and without an instruction for FP8."""
     layout = Layout.of(8192, 2, 4, "peer", False, shared)
-    wanted = all_macros(torch.bfloat16, 8192, 4, 1, "peer", False, layout)
+    wanted = all_macros(torch.bfloat16, 8192, 4, 1, "peer", False, layout, output)
     assert layout.cluster == 1
     _, messages = nvrtc.compile_kernel(kernel, nvrtc.options(arch, wanted))
     assert messages == ""
@@ -93,8 +95,21 @@ def test_sass_of_a_layer_norm(kernel, dtype, transport, tmp_path):
     check_sass("sm_90a", kernel, dtype, transport, True, tmp_path)
 
 
-def check_sass(arch, kernel, dtype, transport, center, tmp_path):
-    command = nvrtc.options(arch, macros(dtype, 8192, 8, transport, center))
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "kernel, transport, output, center",
+    [
+        *(("two_shot", transport, "fp8", False) for transport in ("peer", "multimem")),
+        *(("two_shot", "peer", "int8", True), ("one_shot", "peer", "fp8", False), ("one_shot", "multimem", "int8", False)),
+    ],
+)
+def test_sass_of_a_norm_that_is_quantised(kernel, transport, output, center, tmp_path):
+    """Vectors of 8 bytes, and a word for the scale."""
+    check_sass("sm_90a", kernel, torch.bfloat16, transport, center, tmp_path, output)
+
+
+def check_sass(arch, kernel, dtype, transport, center, tmp_path, output=""):
+    command = nvrtc.options(arch, macros(dtype, 8192, 8, transport, center, output=output))
     cubin, messages = nvrtc.compile_kernel(kernel, [*command, "--ptxas-options=-v"])
     assert set(re.findall(r"(\d+) bytes spill", messages)) == {"0"}, messages
     sass = disassemble(cubin, tmp_path)
@@ -105,7 +120,8 @@ def check_sass(arch, kernel, dtype, transport, center, tmp_path):
     stores = [store for store in re.findall(r"(STG\S*STRONG\.SYS)", sass) if "128" in store]
     assert stores
     # All wide accesses are 16 bytes wide, and what is not wide is a flag, an epoch or an error word.
-    assert set(re.findall(r"(?:LDG|STG)\.E\.(\d+|[A-Z])", sass)) <= {"128", "S"}
+    assert set(re.findall(r"(?:LDG|STG)\.E\.(\d+|[A-Z])", sass)) <= {"128", "S", *(["64"] if output else [])}
+    assert bool(output) == ("F2FP.SATFINITE.E4M3" in sass or "F2I" in sass)
     if transport == "peer":
         assert not multicast_loads
         # Each thread has a vector of each of the 7 other ranks in flight, for each vector of its own part of the row.
@@ -212,15 +228,19 @@ using std::min;
 #define __forceinline__ inline
 #define __noinline__
 
+struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float4 { float x, y, z, w; };
 struct uint3 { u32 x, y, z; };
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 inline u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 inline float __fadd_rn(float a, float b) { volatile float r = a + b; return r; }
 inline float __fmul_rn(float a, float b) { volatile float r = a * b; return r; }
+inline float __fdiv_rn(float a, float b) { volatile float r = a / b; return r; }
+inline int __float2int_rn(float a) { return std::isnan(a) ? 0 : std::lrint(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
 namespace cpu {
@@ -306,7 +326,9 @@ inline u32 uniform(u32 value) { return value; }
 inline uint4 load(const void* p) { uint4 v; memcpy(&v, p, 16); return v; }
 inline void store(void* p, uint4 v) { memcpy(p, &v, 16); }
 inline uint4 load_sys(const void* p) { cpu::pause(); return load(p); }
-inline void store_sys(void* p, uint4 v) { cpu::pause(); store(p, v); }
+template <class T>
+void store_sys(void* p, T v) { cpu::pause(); memcpy(p, &v, sizeof v); }
+inline void store(void* p, uint2 v) { memcpy(p, &v, 8); }
 inline uint4 load_constant(const void* p) { return load(p); }
 // Copies are made as late as they may be.
 inline u32 shared_address(const void* p) { return (const char*)p - (const char*)cpu::self->cta->shared.data(); }
@@ -371,8 +393,9 @@ inline uint4 multimem_load_add_fp32(const void* p) {
   return add_all(p, 4, [](uint4 v, int i) { return __uint_as_float(word(v, i)); },
                  [](float* s) { uint4 v; memcpy(&v, s, 16); return v; });
 }
-inline void multimem_store(void* p, uint4 v) {
-  for (char* workspace : cpu::workspaces) store(workspace + ((char*)p - cpu::kMulticast), v);
+template <class T>
+void multimem_store(void* p, T v) {
+  for (char* workspace : cpu::workspaces) store_sys(workspace + ((char*)p - cpu::kMulticast), v);
 }
 }  // namespace ptx
 """
@@ -397,7 +420,8 @@ struct Recorder : tw::TW_TRANSPORT<Element, kWorld, kRank> {
     accesses.push_back({Base::site.rank, 0, at});
     Base::load_reduce(pending, places, at);
   }
-  void store(u64 at, uint4 vector) const {
+  template <class Vector>
+  void store(u64 at, Vector vector) const {
     accesses.push_back({Base::site.rank, 1, at});
     Base::store(at, vector);
   }
@@ -407,13 +431,13 @@ template <int kRank = 0>
 static void two_shot(const void* p) {
   const Site& site = *(const Site*)p;
   using Group = tw::Group<TW_THREADS, TW_GROUPS>;
-  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_NORM, Layout, Group, kWorld, kRank, TW_DEPTH>(site);
+  if (site.rank == kRank) return tw::two_shot<Recorder, tw::TW_NORM, tw::TW_OUTPUT, Layout, Group, kWorld, kRank, TW_DEPTH>(site);
   if constexpr (kRank + 1 < kWorld) two_shot<kRank + 1>(p);
 }
 template <int kRank = 0>
 static void one_shot(const void* p) {
   const Site& site = *(const Site*)p;
-  if (site.rank == kRank) return tw::one_shot<Recorder, tw::TW_NORM, Layout, kWorld, kRank>(site);
+  if (site.rank == kRank) return tw::one_shot<Recorder, tw::TW_NORM, tw::TW_OUTPUT, Layout, kWorld, kRank>(site);
   if constexpr (kRank + 1 < kWorld) one_shot<kRank + 1>(p);
 }
 static void (*const kernels[])(const void*) = {two_shot<>, one_shot<>};
@@ -421,7 +445,7 @@ static const uint3 blocks[] = {{TW_THREADS, TW_GROUPS, 1}, {TW_THREADS, 1, 1}};
 
 // One call of one rank: what a stream does before, the launch, what it does after.
 struct Copy { char *to; const char *from; u64 bytes; };
-struct Step { const void* site; u64 kernel, grid; Copy before, after[2]; };
+struct Step { const void* site; u64 kernel, grid; Copy before, after[4]; };
 
 static void body() {
   cpu::self->kernel(cpu::self->site);
@@ -517,7 +541,7 @@ class Step(ctypes.Structure):
         ("kernel", ctypes.c_uint64),
         ("grid", ctypes.c_uint64),
         ("before", Copy),
-        ("after", Copy * 2),
+        ("after", Copy * 4),
     ]
 
 
@@ -532,11 +556,12 @@ class Machine:
     CTAS = 32
     MULTICAST = 1 << 60
 
-    def __init__(self, directory: Path, dtype, hidden, world, transport, center=False, layouts=Layout):
+    def __init__(self, directory: Path, dtype, hidden, world, transport, center=False, layouts=Layout, output=""):
         self.dtype, self.hidden, self.world, self.transport, self.center = dtype, hidden, world, transport, center
-        defines = [f"-D{name}={value}" for name, value in macros(dtype, hidden, world, transport, center, layouts=layouts).items()]
+        wanted = macros(dtype, hidden, world, transport, center, layouts=layouts, output=output)
+        defines = [f"-D{name}={value}" for name, value in wanted.items()]
         # a name of its own, as the loader takes one file for another of the same name
-        self.library = directory / f"{dtype}-{hidden}-{world}-{transport}-{center}-{layouts.__name__}".replace("torch.", "")
+        self.library = directory / f"{dtype}-{hidden}-{world}-{transport}-{center}-{layouts.__name__}{output}".replace("torch.", "")
         if not self.library.exists():
             for path in nvrtc.SOURCES.glob("*.cuh"):
                 shutil.copy(path, directory)
@@ -569,6 +594,7 @@ class Machine:
             timeout_s,
             self.whole_at,
             self.staging_at,
+            self.whole_at + self.ROWS * self.hidden,
         )
 
     def region(self, rank, begin, rows, dtype=None):
@@ -578,14 +604,16 @@ class Machine:
     def run(self, calls, seed=0, kernel=None, ctas=3, whole=True, carried=False, timeout_s=1e3, lost=(), fewer=(), elsewhere=()):
         """Run calls back to back on all ranks, without any meeting between them other than the kernels' own.
 
-        calls: dicts of partials [W][T, H], residual, weight, bias, shift, eps, scale, offset, center, which is that of the kernels
+        calls: dicts of partials [W][T, H], residual, weight, bias, shift, eps, scale, offset, center, which is that of the kernels; also
+               quantise and static_scale, as a Site has them, and then whole is False
         kernel:  of all calls, or None for the one that each has on GPUs
         whole:   whether the last residual leaves whole, and not carried
         carried: whether all calls but the last carry their residual to the next, whatever that has as ``residual``
         lost:    ranks that never come
         fewer:   ranks that run one row less than the others
         elsewhere: ranks that are at site 9, where the others are at site 7
-        Returns [calls][ranks] of (norm, residual); of a carried residual, in float32, rows of others are NaN.
+        Returns [calls][ranks] of (norm, residual); of a carried residual, in float32, rows of others are NaN. With quantise of
+        (norm, or the partial sums where it is not kept, residual, q, scales, or bytes of 0x7F where there are none).
         """
         steps = (Step * (self.world * len(calls)))()
         results, alive = [], []
@@ -612,9 +640,15 @@ class Machine:
                 *pointers, shift = [0 if t is None else t.data_ptr() for t in mine]
                 weight_is_float, shift_is_float = (t is not None and t.dtype == torch.float32 for t in mine[2:])
                 assert call["center"] == self.center
+                text, static_scale = call.get("quantise", ""), call.get("static_scale")
+                memory = self.workspaces[rank][self.whole_at :]
+                eight_bits = [memory[: rows * self.hidden], memory[self.ROWS * self.hidden :][: 4 * rows]] if text else []
+                assert not (text and is_whole)
+                static_at = static_scale.data_ptr() if text and not read(text).per_token else 0
                 arguments.set(
                     rows, x.data_ptr(), *pointers, x.data_ptr(), residual.data_ptr(), 9 if rank in elsewhere else 7,
                     weight_is_float, takes_carried, is_whole, call["eps"], call["scale"], call["offset"], shift_is_float, shift,
+                    *((t.data_ptr() for t in eight_bits) if text else (0, 0)), static_at, *numbers_of(text),
                 )  # fmt: skip
                 step = steps[rank * len(calls) + number]
                 step.site = ctypes.addressof(arguments._buffer)
@@ -625,7 +659,14 @@ class Machine:
                 step.after[0] = Copy(norm_out.data_ptr(), x.data_ptr(), size)
                 of_residual = residual_out if is_whole else residual_out[begin:end]
                 step.after[1] = Copy(of_residual.data_ptr(), residual.data_ptr(), residual.numel() * residual.itemsize)
-                results[-1].append((norm_out, residual_out))
+                outs = [torch.full_like(t, 0x7F) for t in eight_bits]
+                for copy, (out, there) in enumerate(zip(outs, eight_bits)):
+                    there.fill_(0x7F)
+                    step.after[2 + copy] = Copy(out.data_ptr(), there.data_ptr(), there.numel())
+                if text:
+                    how = read(text)
+                    outs = [outs[0].view(EIGHT_BITS[how.dtype][0]).view(rows, -1), outs[1].view(torch.float32).view(rows, 1)]
+                results[-1].append((norm_out, residual_out, *outs))
         pointers = (ctypes.c_void_p * self.world)(*(w.data_ptr() for w in self.workspaces))
         self.status = self.run_steps.run(steps, ctypes.c_uint64(len(calls)), pointers, ctypes.c_uint32(seed))
         return results
@@ -869,6 +910,46 @@ def test_both_transports_touch_every_vector_once_at_the_same_addresses(machine, 
         for rank, at in loads:
             begin, end = own_rows(rank, world, rows)
             assert begin * row <= at < end * row
+
+
+QUANTISATIONS = {  # what the kernels take of a Quantise, in turns
+    "fp8": ["1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0", "1 divide 0 0.0 1e-12 448.0 0.0 -448.0 448.0",
+            "0 multiply 0 0.0 0.0 1.0 0.0 -448.0 448.0"],
+    "int8": ["1 inverse 1 0.0 0.0 127.5 1.1920928955078125e-07 -128.0 127.0", "1 divide 0 1e-3 1e-2 127.0 1e-3 -127.0 127.0",
+             "0 divide 0 0.0 0.0 1.0 0.0 -128.0 127.0"],
+}  # fmt: skip
+
+
+@needs_gxx
+@pytest.mark.parametrize("transport, dtype, output, hidden, center", [
+    ("peer", torch.float16, "int8", 520, True), ("peer", torch.bfloat16, "fp8", 9216, False),
+    ("multimem", torch.bfloat16, "int8", 64, False),
+], ids=str)  # fmt: skip
+def test_a_norm_is_quantised(machine, transport, dtype, output, hidden, center):
+    """To the bits of the reference, also where the norm does not come out, and of a row of zeros."""
+    world = 2
+    kernels = machine(dtype, hidden, world, transport, center, Layout, output)
+    for (i, numbers), (kernel, rows) in itertools.product(enumerate(QUANTISATIONS[output]), (("one_shot", 2), ("two_shot", 5))):
+        call = example(dtype, hidden, world, rows, i, center=center)
+        for values in (*call["partials"], call["residual"]):
+            values[1] = 0
+        scale = torch.tensor([[0.011, 90.0]["multiply" in numbers]])
+        how = read(f"{output} {numbers} 1")
+        kept, alone = (
+            kernels.run([call | {"quantise": str(each), "static_scale": scale}], i, kernel, 2, whole=False)[0]
+            for each in (how, how._replace(keeps_norm=False))
+        )
+        assert kernels.status == 0
+        if transport == "peer":
+            assert_right([of_rank[:2] for of_rank in kept], call, world, False, kernel == "one_shot")
+        norm = kept[0][0]
+        q, scales = quantised(norm, how, scale)
+        assert norm.isfinite().all() and not q[1].float().any()
+        for _, _, ours, of_rows in (*kept, *alone):
+            assert torch.equal(ours.view(torch.uint8), q.view(torch.uint8))
+            assert torch.equal(of_rows, scales) if how.per_token else of_rows.view(torch.uint8).eq(0x7F).all()
+        for (unwritten, *_), partial in zip(alone, call["partials"]):
+            assert torch.equal(unwritten, partial)
 
 
 @needs_gxx

@@ -23,6 +23,7 @@ import torch
 import torch.distributed._symmetric_memory as symm_mem
 
 from tw_compile import files
+from tw_compile.quantise import quantised, read
 from tw_compile.site import WITHOUT_NORM, Site
 from tw_compile.transports import agree
 from tw_compile.transports.symmetric import gemms, nvrtc, transport
@@ -50,6 +51,7 @@ LAYER_NORM_SIZES = [  # some of them
     *((BF16, hidden, 8) for hidden in (64, 5120, 32768)),
     *((FP16, 5120, 3), (FP32, 4096, 4), (FP32, 32768, 2)),
 ]
+QUANTISED_SIZES = [(BF16, 8192, 2, False), (BF16, 5120, 8, False), (FP16, 5120, 3, True), (BF16, 32768, 8, False)]
 CTAS = 4
 
 
@@ -123,9 +125,9 @@ class Ranks:
                 caller.wait_stream(stream)
         return results
 
-    def workspaces(self, dtype, hidden, rows, slot=2, center=False):
+    def workspaces(self, dtype, hidden, rows, slot=2, center=False, output=""):
         """Make sure of workspaces and kernels, so that nothing is allocated or loaded while a kernel waits for another."""
-        self.each(lambda s, rank: s.prepare([(slot, dtype, (rows, hidden), center)]))
+        self.each(lambda s, rank: s.prepare([(slot, dtype, (rows, hidden), center, output)]))
 
     def poison(self):
         """NaN over everything but the epochs."""
@@ -134,17 +136,21 @@ class Ranks:
             for workspace in sites._workspaces.values():
                 workspace.memory[: workspace.bytes - 4 * workspace.max_ctas].fill_(255)
 
-    def fused(self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=2, **numerics):
-        """x: [W, T, H]; numerics: what ``site`` takes. Returns [(norm, residual)] of all ranks."""
+    def fused(
+        self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=2, quantise="", scale=None, **numerics
+    ):
+        """x: [W, T, H]; numerics: what ``site`` takes. Returns [(norm, residual)] of all ranks, and with quantise what that adds."""
         shift, *rest = site(**numerics)
-        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1])
-        given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual
+        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1], quantise.partition(" ")[0])
+        given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual, quantise, scale
         return self.each(lambda s, rank: s.fused(Site(x[rank], *given), in_workspace))
 
-    def overlapped(self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=0, **numerics):
+    def overlapped(
+        self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=0, quantise="", scale=None, **numerics
+    ):
         shift, *rest = site(**numerics)
-        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1])
-        given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual
+        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1], quantise.partition(" ")[0])
+        given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual, quantise, scale
         self.each(lambda s, rank: s.start(Site(x[rank], *given)))
         return self.each(lambda s, rank: s.wait(slot, in_workspace))
 
@@ -186,6 +192,11 @@ def prepared():
         for center, sizes in ((False, SIZES), (True, LAYER_NORM_SIZES))
         for (dtype, hidden, world), kernel in itertools.product(sizes, ("two_shot", "one_shot"))
         for rank in range(world)
+    ]
+    jobs += [
+        (kernel, arch, macros(dtype, hidden, world, rank, "peer", center, layout(dtype, hidden, world, center), output))
+        for (dtype, hidden, world, center), output in itertools.product(QUANTISED_SIZES, ("fp8", "int8"))
+        for kernel, rank in itertools.product(("two_shot", "one_shot"), range(world))
     ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: nvrtc.cubin(*job), jobs))
@@ -301,6 +312,36 @@ def check_numbers(dtype, hidden, world, center):
                 assert_carried_or_whole(residual_of_rank, r, sharded_residual, rank, world, dtype.itemsize)
                 if not sharded_residual:
                     assert_same(residual_of_rank, results[0][1])
+
+
+QUANTISATIONS = (
+    "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0", "fp8 1 divide 0 0.0 1e-12 448.0 0.0 -448.0 448.0",
+    "fp8 0 divide 0 0.0 0.0 1.0 0.0 -448.0 448.0", "fp8 0 multiply 0 0.0 0.0 1.0 0.0 -448.0 448.0",
+    "int8 1 inverse 1 0.0 0.0 127.5 1.1920928955078125e-07 -128.0 127.0", "int8 1 divide 0 1e-6 0.0 127.0 0.0 -127.0 127.0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, hidden, world, center", QUANTISED_SIZES, ids=str)
+def test_a_norm_is_quantised(dtype, hidden, world, center):
+    """To the bits of the eager reference of the norm that the kernels make without it, on all ranks; over poisoned memory."""
+    group, d, scale = ranks(world), data(dtype, hidden, world), torch.tensor(0.013, device="cuda")
+    numerics = dict(center=center, shift=d["shift"] if center else None)
+    d["x"][:, 0], d["residual"][0] = 0, 0
+    for i, rows in enumerate((1, 2, 31, 32, 100, 257, 1024)):
+        given = d["x"][:, :rows], d["residual"][:rows], d["weight"], None
+        norm, _ = group.fused(*given, **numerics)[0]
+        norm = norm.clone()
+        for j, text in enumerate(QUANTISATIONS):
+            quantise, in_workspace = f"{text} {i % 2}", (i + j) % 2 == 0
+            q, scales = quantised(norm, read(quantise), scale)
+            for run in (group.fused, group.overlapped):
+                group.poison()
+                results = run(*given, True, in_workspace, quantise=quantise, scale=scale, **numerics)
+                for kept, _, ours, *of_rows in results:
+                    assert_same(ours, q)
+                    assert not of_rows or torch.equal(of_rows[0], scales)
+                    assert kept.shape == (norm.shape if i % 2 else (0,)) and torch.equal(kept, norm if i % 2 else kept)
+                    assert center or not ours[0].float().any(), "a row of zeros"
 
 
 @pytest.mark.parametrize(
@@ -600,7 +641,7 @@ def test_a_cubin_that_does_not_load_is_made_anew():
     whole = path.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], files._sealed(b"no cubin")):
         path.write_bytes(damaged)
-        assert s._kernel("two_shot", BF16, 8192, False).launch
+        assert s._kernel("two_shot", BF16, 8192, False, "").launch
         assert path.read_bytes() == whole
 
 

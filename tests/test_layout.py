@@ -50,6 +50,7 @@ passes.halves
 passes.cut
 passes.unshard
 passes.merge
+passes.quantise
 passes.replicated
 passes.fuse
 passes.plain
@@ -110,6 +111,7 @@ transports.together
 transports.agree
 
 site
+quantise
 options
 report
 html

@@ -21,17 +21,17 @@ def where():
     return dist.group.WORLD.group_name, "process_group"
 
 
-def start(inputs, slot=0, fp32_residual=False):
+def start(inputs, slot=0, fp32_residual=False, quantise=("", None)):
     """What ``start`` takes of a site with these inputs."""
-    return *inputs, 0, slot, 0, fp32_residual, False, *where()
+    return *inputs, 0, slot, 0, fp32_residual, False, *quantise, *where()
 
 
-def wait(token, inputs, slot=0, fp32_residual=False):
-    return token, *inputs[:5], None, slot, fp32_residual, False, False, *where()
+def wait(token, inputs, slot=0, fp32_residual=False, quantise=("", None)):
+    return token, *inputs[:5], None, slot, fp32_residual, False, False, *quantise, *where()
 
 
-def fused(inputs, slot=0, fp32_residual=False):
-    return *inputs, 0, slot, 0, fp32_residual, False, False, *where()
+def fused(inputs, slot=0, fp32_residual=False, quantise=("", None)):
+    return *inputs, 0, slot, 0, fp32_residual, False, *quantise, False, *where()
 
 
 SITES = {
@@ -87,6 +87,16 @@ def test_opcheck_wait(transport, inputs, fp32_residual):
     given = inputs(torch.bfloat16)
     token = ops.start(*start(given, fp32_residual=fp32_residual))
     torch.library.opcheck(ops.wait, wait(token, given, fp32_residual=fp32_residual))
+
+
+@pytest.mark.parametrize("quantise", [
+    ("fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 0", None), ("int8 0 multiply 0 0.0 0.0 1.0 0.0 -128.0 127.0 1", torch.tensor(20.0)),
+], ids=str)  # fmt: skip
+def test_opcheck_of_a_norm_that_is_quantised(transport, quantise):
+    given = SITES["bias, factor and offset"](torch.bfloat16)
+    torch.library.opcheck(ops.fused, fused(given, quantise=quantise))
+    token = ops.start(*start(given, quantise=quantise))
+    torch.library.opcheck(ops.wait, wait(token, given, quantise=quantise))
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(5), torch.randn(6, 5)], ids=["no bias", "bias", "onto"])

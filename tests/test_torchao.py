@@ -33,11 +33,13 @@ class Kind:
 
     config:    the configuration of torchao; '' for that of the example
     per:       its granularity; '' for none
+    output:    how the sites quantise their norms, but for the last one, which no quantised linear reads
     not_woven: the beginning of the reason why it is fused, or ''
     """
 
     config: str = ""
     per: str = ""
+    output: str = ""
     not_woven: str = ""
 
     def made(self):
@@ -56,11 +58,11 @@ class Kind:
 
 FP8, INT8 = "Float8DynamicActivationFloat8WeightConfig", "Int8DynamicActivationInt8WeightConfig"
 KINDS = {
-    "fp8": Kind(),
-    "torchao int8 dynamic": Kind(INT8),
+    "fp8": Kind(output="FP8 per token"),
+    "torchao int8 dynamic": Kind(INT8, output="INT8 per token"),
     "torchao int8 weight-only": Kind("Int8WeightOnlyConfig"),
-    "torchao fp8 per row": Kind(FP8, "PerRow"),
-    "torchao fp8 per tensor": Kind(FP8, "PerTensor", ONE_SCALE),
+    "torchao fp8 per row": Kind(FP8, "PerRow", "FP8 per token"),
+    "torchao fp8 per tensor": Kind(FP8, "PerTensor", not_woven=ONE_SCALE),
 }
 
 
@@ -144,6 +146,7 @@ def check(kind, outcomes):
     assert first.report == second.report
     assert (first.report.mode, first.report.joins) == ("fuse" if KINDS[kind].not_woven else "weave", [])
     assert len(first.report.sites) == 1 + 2 * LAYERS and not first.report.refusals
+    assert [site.output for site in first.report.sites] == [KINDS[kind].output] * 2 * LAYERS + [""]
     assert any(reason.startswith(KINDS[kind].not_woven) for reason in first.report.reasons)
     assert first.error <= 1.05 * first.eager_error
 

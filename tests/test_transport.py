@@ -60,14 +60,16 @@ class Stand(ProcessGroup):
         return super().start(site)
 
     def wait(self, slot, in_workspace):
-        norm, residual = super().wait(slot, in_workspace)
-        if self._is("a vector"):
+        norm, residual, *others = super().wait(slot, in_workspace)
+        if self._is("a vector") and norm.numel():
             norm[-1, 16:24] = norm[0, 16:24]
-        return norm, residual
+        return norm, residual, *others
 
     def fused(self, site, in_workspace):
-        norm, residual = super().fused(site, in_workspace)
-        return norm * (1.5 if self._is("fused") or (self._is("33 tokens") and len(site.x) == 33) else 1.0), residual
+        norm, residual, *others = super().fused(site, in_workspace)
+        if others and self._is("scales"):
+            others[1] = others[1].roll(1, 0)
+        return norm * (1.5 if self._is("fused") or (self._is("33 tokens") and len(site.x) == 33) else 1.0), residual, *others
 
 
 def settle(requested, missing=(), wrong=(), how="fused", hosts=("here", "here")):
@@ -126,7 +128,7 @@ def test_a_forced_transport_never_falls_back(ranks):
         assert "which is not possible here: multimem: its self-test failed" in answer
 
 
-@pytest.mark.parametrize("how", ("linear", "no shift", "no offset", "LayerNorm", "a vector", "33 tokens"))
+@pytest.mark.parametrize("how", ("linear", "no shift", "no offset", "LayerNorm", "a vector", "33 tokens", "scales"))
 def test_whatever_is_wrong_is_noticed(ranks, how):
     for name, why_not in ranks(settle, "auto", (), [1], how):
         assert name == "peer"

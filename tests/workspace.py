@@ -13,6 +13,7 @@ import torch
 from graphs import RANKS, fused
 from quantised import EMULATED
 
+from tw_compile.quantise import results
 from tw_compile.site import Site, add_norm
 
 ENTRIES = 1 << 16
@@ -60,11 +61,11 @@ class Workspace:
         self._slot(group, site.slot, site.x.dtype).start(site)
         return site.x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, shift, after, slot, fp32_residual, sharded_residual, in_workspace, group, transport):
+    def wait(self, token, x, residual, weight, bias, shift, after, slot, fp32_residual, sharded_residual, in_workspace, *others):
         assert fp32_residual == sharded_residual
         self.lent["in_workspace"] += in_workspace
         self.lent["sharded_residual"] += sharded_residual
-        return self._slot(group, slot, x.dtype).finish(sharded_residual, in_workspace)
+        return self._slot(others[-2], slot, x.dtype).finish(sharded_residual, in_workspace)
 
     def fused(self, *given):
         return fused(self, *given)
@@ -74,6 +75,7 @@ class _Slot:
     def __init__(self, buffer, own_rows):
         self.buffer, self.own_rows = buffer, own_rows
         self.every_row, self.pending = None, None  # every_row: of the sharded residual, as all ranks together have it
+        self.quantised = []  # what stands in the workspace of the last quantised norm
 
     def write(self, value):
         """Into the buffer: what was there is gone."""
@@ -85,19 +87,22 @@ class _Slot:
         assert self.pending is None, "two sites of a slot under way"
         self.pending = site._replace(x=site.x.clone())
         self.buffer.fill_(NAN)  # the kernel may write from here on
+        for tensor in self.quantised:
+            tensor.copy_(torch.full_like(tensor, NAN, dtype=torch.float32) if tensor.is_floating_point() else torch.full_like(tensor, 99))
 
     def finish(self, sharded_residual, in_workspace):
         x, (residual, *others) = self.pending.x, self.pending.addends  # read as late as possible: it must still be there
         if residual is not None and residual.data_ptr() == self.own_rows.data_ptr():
             residual = self.every_row
         norm, total = add_norm(x * RANKS, residual, *others)
+        norm, _, *quantised = results(norm.to(x.dtype), total, self.pending.quantise, self.pending.static_scale)
         self.pending = None
-        norm = norm.to(x.dtype)
         norm = self.write(norm) if in_workspace else norm
+        self.quantised = quantised if in_workspace else []
         if sharded_residual:
             self.every_row = total
-            return norm, self._poisoned(total)
-        return norm, total.to(x.dtype)
+            return norm, self._poisoned(total), *quantised
+        return norm, total.to(x.dtype), *quantised
 
     def _poisoned(self, total):
         """The residual with this rank's rows alone."""

@@ -78,7 +78,8 @@ def _sites(report: "Report") -> str:
     """The table of sites; equal sites are one row, as the layers of a model are alike."""
     done = {True: "woven", False: "fused" if report.mode != "off" else "found"}
     rows = Counter(
-        (done[s.woven], "×".join(map(str, s.shape)), s.dtype, form_of(s.norm, s.residual, s.merged), short(s.source)) for s in report.sites
+        (done[s.woven], "×".join(map(str, s.shape)), s.dtype, form_of(s.norm, s.residual, s.merged, s.output), short(s.source))
+        for s in report.sites
     )
     cells = [(what, count, *rest) for (what, *rest), count in rows.items()]
     return _table("Sites", ("", "number", "shape", "dtype", "op", "place"), cells)

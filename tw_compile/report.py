@@ -25,6 +25,7 @@ class Site:
     norm:       ``RMSNorm``, ``LayerNorm``, or '' where the graph ends before the norm
     woven:      whether the site is cut into two halves
     merged:     the number of all-reduces of the model that the site does in one
+    output:     how the site quantises its norm, such as ``FP8 per token``; '' if it does not
     """
 
     all_reduce: str
@@ -37,6 +38,7 @@ class Site:
     norm: str
     woven: bool = False
     merged: int = 1
+    output: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Report:
         lines += [f"  graph break at {short(self.broken.source)}: {self.broken.reason}"] if self.broken else []
         done = {True: "woven", False: "fused"} if self.mode != "off" else {False: "found"}
         found = [
-            (done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), form_of(s.norm, s.residual, s.merged))
+            (done[s.woven], f"{'×'.join(map(str, s.shape))} {s.dtype}", short(s.source), form_of(s.norm, s.residual, s.merged, s.output))
             for s in self.sites
         ]
         found += [("refused", r.all_reduce, short(r.source), r.reason) for r in self.refusals]

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import quantise as quantisation
+
 # The slot of values that are not split. Slots 0 and 1 are for the woven halves.
 SLOT_WHOLE = 2
 
@@ -30,6 +32,8 @@ class Site(NamedTuple):
     number:           the number of the site, for error messages; NEXT_SITE for the number after the slot's last one
     fp32_residual:    the new residual is float32
     sharded_residual: only the slot's next site reads the new residual, so that it may be in a form of the transport
+    quantise:         the norm is quantised: a ``quantise.Quantise`` as text; or ''. Only with x in bfloat16 or float16
+    static_scale:     the scale of that quantisation, float32 with one element; not used where each row has its own
     """
 
     x: Tensor
@@ -46,6 +50,8 @@ class Site(NamedTuple):
     number: int = 0
     fp32_residual: bool = False
     sharded_residual: bool = False
+    quantise: str = ""
+    static_scale: Tensor | None = None
 
     @property
     def addends(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, float, float, bool]:
@@ -53,10 +59,14 @@ class Site(NamedTuple):
         return self[1:9]
 
 
-def empty_results(x: Tensor, fp32_residual: bool) -> tuple[Tensor, Tensor]:
-    """(norm, residual) as a site on x returns them, with undefined values. fp32_residual: the residual is float32"""
+def empty_results(x: Tensor, fp32_residual: bool, quantise: str = "") -> tuple[Tensor, ...]:
+    """(norm, residual) as a site on x returns them, with undefined values; see ``quantise.results`` for more than these two.
+
+    fp32_residual: the residual is float32
+    """
     norm = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return norm, torch.empty_like(norm, dtype=torch.float32 if fp32_residual else x.dtype)
+    residual = torch.empty_like(norm, dtype=torch.float32 if fp32_residual else x.dtype)
+    return quantisation.empty_results(norm, residual, quantise)
 
 
 def add_norm(

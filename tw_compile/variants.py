@@ -31,6 +31,7 @@ from .compat import (
 from .compat import inductor_config as config
 from .options import Options, TokenWeaveError
 from .passes.graph_utils import arguments, calls, value
+from .quantise import read
 from .report import Break, Report, record
 from .sizes import ForSizes, copied, for_sizes
 from .transports import choose
@@ -45,7 +46,8 @@ class Variant:
 
     sized: the graph with the sizes that it was compiled for, and the conditions on others
     run:   the compiled graph: a function of a list of inputs
-    sites: for each site: group, device, slot, dtype, shape of the reduced value in the symbols of ``sized``, whether a LayerNorm follows
+    sites: for each site: group, device, slot, dtype, shape of the reduced value in the symbols of ``sized``, whether a LayerNorm follows,
+           the dtype of 8 bits that the norm is quantised to, or ''
     """
 
     sized: ForSizes
@@ -55,10 +57,10 @@ class Variant:
     def workspaces(self, values: Values) -> dict[tuple[str, torch.device], list[tuple]]:
         """(group, device) -> the arguments of ``transport.prepare`` for a call with these values of the symbols."""
         found: dict[tuple[str, torch.device], dict[tuple, None]] = {}
-        for group, device, slot, dtype, shape, center in self.sites:
+        for group, device, slot, dtype, shape, center, output in self.sites:
             numbers = tuple(self.sized.number(size, values) for size in shape)
             if None not in numbers:
-                found.setdefault((group, device), {})[slot, dtype, numbers, center] = None
+                found.setdefault((group, device), {})[slot, dtype, numbers, center, output] = None
         return {place: [*prepared] for place, prepared in found.items()}
 
 
@@ -199,7 +201,8 @@ def sites_of(new: passes.Rewritten) -> list[tuple]:
     for node in new.graph.nodes if new.sites else ():
         if calls(node, ops.start, ops.fused):
             given, x = arguments(node), value(node.args[0])
-            found.append((given["group"], x.device, given["slot"], x.dtype, tuple(x.shape), given["center"]))
+            output = read(given["quantise"]).dtype if given["quantise"] else ""
+            found.append((given["group"], x.device, given["slot"], x.dtype, tuple(x.shape), given["center"], output))
     return found
 
 

@@ -19,10 +19,13 @@ def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float
     return f"woven from {min_tokens} tokens on, with {cut}: {gain:.2f} times as fast as fused at the most tokens"
 
 
-def form_of(norm: str, residual: bool, merged: int = 1) -> str:
-    """The steps of a site, in words. norm: '' for none; residual: whether one is added; merged: how many all-reduces it does in one"""
+def form_of(norm: str, residual: bool, merged: int = 1, output: str = "") -> str:
+    """The steps of a site, in words.
+
+    norm: '' for none; residual: whether one is added; merged: how many all-reduces it does in one; output: as of a report's ``Site``
+    """
     reduced = f"{merged} all-reduces in one" if merged > 1 else "all-reduce"
-    return " + ".join(filter(None, [reduced, "add" if residual else "", norm]))
+    return " + ".join(filter(None, [reduced, "add" if residual else "", norm, output]))
 
 
 def wire_text(transport: str, sent: dict[str, int], packed: int, sites: int) -> str:

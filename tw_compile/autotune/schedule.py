@@ -62,6 +62,7 @@ class Section:
                    experts, choices of a token, rows, columns), a grouped GEMM; ("others", number of other kernels); and ("unsplit", *op),
                    an op that needs both halves: one of these, or without ``op`` another. The last GEMM of a phase has ``hidden`` columns
     cuda_graphs:   whether CUDA graphs run the graph, so that the host's time does not count
+    quantise:      the quantisation in which sites end, as ``site.Site`` has it; over the process group Inductor's kernels quantise
     """
 
     hidden: int
@@ -71,6 +72,7 @@ class Section:
     ctas: int
     phases: tuple
     cuda_graphs: bool
+    quantise: str = ""
 
     @property
     def experts(self) -> list[tuple[int, int]]:
@@ -193,7 +195,10 @@ class Stage:
             # Transposed, as in models. Random, as GEMMs of zeros take less power and so are faster.
             self.weights = {(*of, k, n): draw(*of, n, k).mul_(k**-0.5).transpose(-1, -2) for *of, k, n in self.weights}
             self.values = draw(max(self.section.sizes) * self.channels)
-            self.weight = torch.ones(self.section.hidden, device=self.device, dtype=self.dtype)
+            weight, one = (torch.ones(shape, device=self.device) for shape in ((self.section.hidden,), ()))
+            quantise = "" if self.transport.name.startswith("process_group") else self.section.quantise
+            given = {"weight": weight.to(self.dtype), "quantise": quantise, "static_scale": one}
+            self.site: Callable[..., Site] = functools.partial(Site, **given, fp32_residual=True, sharded_residual=True)
             self.small = torch.zeros(8, device=self.device, dtype=self.dtype)
             for op in self.gemms:
                 self.gemms[op] = Gemm(op, max(self.section.sizes), draw)
@@ -267,10 +272,13 @@ class Stage:
         woven = len(pieces) > 1
         begun: set[int] = set()
 
+        def finish(slot: int, norm: Tensor, residual: Tensor, *_: Tensor) -> None:
+            norms[slot], residuals[slot] = norm if norm.numel() else norms[slot], residual
+
         def wait(slot: int) -> None:
             if slot in begun:
                 begun.remove(slot)
-                norms[slot], residuals[slot] = self.transport.wait(slot, True)
+                finish(slot, *self.transport.wait(slot, True))
 
         def work(ops: list[tuple], slot: int) -> None:
             wait(slot)
@@ -294,10 +302,10 @@ class Stage:
                 work(last, slot)
                 x = self._reduced(phase[-1], pieces[slot], norms[slot], slot)
                 if woven:
-                    self.transport.start(self._site(x, residuals[slot], ctas, slot, number))
+                    self.transport.start(self.site(x, residuals[slot], ctas=ctas, slot=slot, number=number))
                     begun.add(slot)
                 else:
-                    norms[slot], residuals[slot] = self._fused(x, residuals[slot], slot, number)
+                    finish(slot, *self._fused(x, residuals[slot], slot, number))
         for slot in [*begun]:
             wait(slot)
 
@@ -349,11 +357,8 @@ class Stage:
             keys = heads_of(kv_heads, before)
             F.scaled_dot_product_attention(query, keys, keys, **gqa)
 
-    def _fused(self, x: Tensor, residual: Tensor | None, slot: int, number: int) -> tuple[Tensor, Tensor]:
-        return self.transport.fused(self._site(x, residual, 0, slot, number), True)
-
-    def _site(self, x: Tensor, residual: Tensor | None, ctas: int, slot: int, number: int) -> Site:
-        return Site(x, residual, self.weight, ctas=ctas, slot=slot, number=number, fp32_residual=True, sharded_residual=True)
+    def _fused(self, x: Tensor, residual: Tensor | None, slot: int, number: int) -> tuple[Tensor, ...]:
+        return self.transport.fused(self.site(x, residual, slot=slot, number=number), True)
 
     def _input(self, norm: Tensor, channels: int) -> Tensor:
         """An input with this number of channels for as many tokens as ``norm`` has; ``norm`` itself if it fits."""

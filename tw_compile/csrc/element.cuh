@@ -19,6 +19,7 @@ struct bf16 {
     return make_uint4(ptx::pack_bf16(f[0], f[1]), ptx::pack_bf16(f[2], f[3]), ptx::pack_bf16(f[4], f[5]),
                       ptx::pack_bf16(f[6], f[7]));
   }
+  static __device__ __forceinline__ float rounded(float f) { return __uint_as_float(ptx::pack_bf16(f, 0.0f) << 16); }
   static __device__ __forceinline__ uint4 multimem_load_add(const void* p) { return ptx::multimem_load_add_bf16(p); }
 };
 
@@ -37,6 +38,7 @@ struct fp16 {
     return make_uint4(ptx::pack_fp16(f[0], f[1]), ptx::pack_fp16(f[2], f[3]), ptx::pack_fp16(f[4], f[5]),
                       ptx::pack_fp16(f[6], f[7]));
   }
+  static __device__ __forceinline__ float rounded(float f) { return ptx::unpack_fp16_low(ptx::pack_fp16(f, 0.0f)); }
   static __device__ __forceinline__ uint4 multimem_load_add(const void* p) { return ptx::multimem_load_add_fp16(p); }
 };
 

@@ -1,10 +1,11 @@
-// The work of a group on a row: sum over the ranks, bias, scale, residual, norm. All kernels use this code, with the same layout of a
-// row for a given hidden size. So the bits of a row depend only on its data: not on the kernel, the rank, the batch, or the number of
-// CTAs and groups.
+// The work of a group on a row: sum over the ranks, bias, scale, residual, norm, quantisation. All kernels use this code, with the same
+// layout of a row for a given hidden size. So the bits of a row depend only on its data: not on the kernel, the rank, the batch, or the
+// number of CTAs and groups.
 //
 // Products and sums are intrinsics, so that the compiler cannot contract them in one place and not in another.
 #pragma once
 #include "group.cuh"
+#include "quantise.cuh"
 #include "vector.cuh"
 
 namespace tw {
@@ -63,8 +64,9 @@ struct LayerNorm {
   static constexpr bool kCenters = true;
 };
 
-// The rows of a group, one after the other. For each row call add() for its chunks in order, then normalise().
-template <class Norm, class Layout, class Transport, class Group, int kWorld>
+// The rows of a group, one after the other. For each row call add() for its chunks in order, then normalise(), then quantise() if Output
+// quantises.
+template <class Norm, class Output, class Layout, class Transport, class Group, int kWorld>
 class Rows {
  public:
   using Element = typename Layout::Element;
@@ -162,12 +164,14 @@ class Rows {
     }
   }
 
-  // Calls store(byte offset in the row, vector) for norm = row / sqrt(mean(row²) + eps) * (weight + offset) + shift.
+  // Calls store(byte offset in the row, vector) for norm = row / sqrt(mean(row²) + eps) * (weight + offset) + shift. If the norm is
+  // quantised, calls it only where the norm is kept as well.
   template <class Store>
   __device__ __forceinline__ void normalise(Store store) {
     if constexpr (Norm::kCenters) sum_ = center(row_mean(sum_));
     const float spread = row_mean(sum_);
     const float factor = site_.eps < 0.0f ? 1.0f : ptx::rsqrt(__fadd_rn(spread, site_.eps));  // see site.cuh
+    if constexpr (Output::kQuantises) largest_ = 0.0f;
 #pragma unroll 1
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
 #pragma unroll
@@ -186,7 +190,42 @@ class Rows {
 #pragma unroll
         for (int i = 0; i < Layout::kVector; ++i) r[i] = __fmul_rn(__fmul_rn(r[i], factor), weight[i]);
         if constexpr (Norm::kCenters) add_shift(v, r);
-        store(Layout::offset(chunk, u), Element::pack(r));
+        const uint4 rounded = Element::pack(r);
+        if constexpr (Output::kQuantises) {
+          if (site_.keeps_norm) store(Layout::offset(chunk, u), rounded);
+          Element::unpack(rounded, r);
+#pragma unroll
+          for (int i = 0; i < Layout::kVector; ++i) largest_ = larger(largest_, magnitude(r[i]));
+          kept_.put(chunk, u, r);
+        } else {
+          store(Layout::offset(chunk, u), rounded);
+        }
+      }
+    }
+  }
+
+  // Calls store(byte offset in the quantised row, 8 elements), and once in the group store_scale(scale) if the row has its own.
+  template <class Store, class StoreScale>
+  __device__ __forceinline__ void quantise(Store store, StoreScale store_scale) {
+    static_assert(Layout::kVector == 8, "norms of 16 bits are quantised");
+    float scale;
+    if (site_.static_scale != nullptr) {
+      scale = __uint_as_float(ptx::load_word(site_.static_scale));
+    } else {
+      scale = scale_of<Element>(site_, over_row(largest_, larger));
+      if (threadIdx.x == 0) store_scale(__float_as_uint(scale));
+    }
+    const Scaler<kWorld> scaled(site_, scale);
+#pragma unroll 1
+    for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+#pragma unroll
+      for (int u = 0; u < Layout::kUnroll; ++u) {
+        if (!Layout::holds(Layout::vector(chunk, u))) continue;
+        float r[Layout::kVector];
+        kept_.get(chunk, u, r);
+#pragma unroll
+        for (int i = 0; i < Layout::kVector; ++i) r[i] = scaled(r[i]);
+        store(Layout::offset(chunk, u) / 2, make_uint2(Output::pack(r[0], r[1], r[2], r[3]), Output::pack(r[4], r[5], r[6], r[7])));
       }
     }
   }
@@ -230,39 +269,44 @@ class Rows {
     shift.each(site_.shift_is_float != 0, [&](int i, float s) { r[i] = __fadd_rn(r[i], s); });
   }
 
-  __device__ __forceinline__ float row_mean(float value) { return __fmul_rn(row_sum(value), 1.0f / Layout::kHidden); }
+  __device__ __forceinline__ float row_mean(float value) {
+    const float sum = over_row(value, [](float a, float b) { return __fadd_rn(a, b); });
+    return __fmul_rn(sum, 1.0f / Layout::kHidden);
+  }
 
-  // The sum of one value of each thread, always in the same order. One barrier is enough: the next call writes the other half of
+  // Combines one value of each thread, always in the same order. One barrier is enough: the next call writes the other half of
   // of_warps_, and no warp can reach the call after it, which writes this half, before all warps have read this half.
-  __device__ __forceinline__ float row_sum(float value) {
+  template <class Combine>
+  __device__ __forceinline__ float over_row(float value, Combine combine) {
 #pragma unroll
-    for (int lane = 16; lane > 0; lane /= 2) value = __fadd_rn(value, __shfl_xor_sync(0xffffffffu, value, lane));
+    for (int lane = 16; lane > 0; lane /= 2) value = combine(value, __shfl_xor_sync(0xffffffffu, value, lane));
     float* of_warp = of_warps_ + half_ * 32;
     half_ ^= 1;
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
     Group::sync();
-    float sum = 0.0f;
+    float all = 0.0f;
 #pragma unroll
     for (int quad = 0; quad < Layout::kWarps; quad += 4) {
       const float4 four = *reinterpret_cast<const float4*>(of_warp + quad);
-      sum = quad == 0 ? four.x : __fadd_rn(sum, four.x);
-      if (quad + 1 < Layout::kWarps) sum = __fadd_rn(sum, four.y);
-      if (quad + 2 < Layout::kWarps) sum = __fadd_rn(sum, four.z);
-      if (quad + 3 < Layout::kWarps) sum = __fadd_rn(sum, four.w);
+      all = quad == 0 ? four.x : combine(all, four.x);
+      if (quad + 1 < Layout::kWarps) all = combine(all, four.y);
+      if (quad + 2 < Layout::kWarps) all = combine(all, four.z);
+      if (quad + 3 < Layout::kWarps) all = combine(all, four.w);
     }
-    return sum;
+    return all;
   }
 
   static constexpr int kScratchBytes = 2 * 32 * 4;
 
   const Site<kWorld>& site_;
   const Transport& transport_;
-  float* const of_warps_;  // two sums of each warp
+  float* const of_warps_;  // two values of each warp
   Kept<Layout> kept_;
   const u32 places_;  // address in shared memory of the thread's first place
   Vector<Layout> raw_weight_[Layout::kUnroll];
   float weight_[Layout::kUnroll][Layout::kVector];
   float sum_ = 0.0f;  // sum of the thread's squares; for a LayerNorm first the sum of its elements
+  float largest_ = 0.0f;  // magnitude of the thread's part of the norm
   u32 half_ = 0;
 };
 

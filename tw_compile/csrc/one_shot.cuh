@@ -3,7 +3,7 @@
 //   for each row of the CTA:
 //   1. copy the row of this rank's partial sums to the staging place of this CTA
 //   2. barrier: all ranks have copied the row
-//   3. fetch the row from all ranks, add the residual, norm, and store both on this rank
+//   3. fetch the row from all ranks, add the residual, norm, quantise, and store the results on this rank
 //
 // A CTA does not wait until the peers have finished reading. Instead it has two staging places, which it uses in turns. The place
 // that it writes in round e was last read before round e - 1. The CTA has seen all peers arrive at the barrier of round e - 1, and
@@ -15,13 +15,13 @@
 
 namespace tw {
 
-template <template <class, int, int> class TransportOf, class Norm, class Layout, int kWorld, int kRank>
+template <template <class, int, int> class TransportOf, class Norm, class Output, class Layout, int kWorld, int kRank>
 __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld, kRank>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
   using OneGroup = Group<Layout::kThreads, 1>;
-  Rows<Norm, Layout, Transport, OneGroup, kWorld> rows(site, transport, ptx::shared_memory());
+  Rows<Norm, Output, Layout, Transport, OneGroup, kWorld> rows(site, transport, ptx::shared_memory());
   rows.fetch_weight();
   bool first = true;
 
@@ -76,6 +76,10 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
       });
     }
     rows.normalise([&](u64 offset, uint4 norm) { ptx::store(site.norm_out + at + offset, norm); });
+    if constexpr (Output::kQuantises) {
+      rows.quantise([&](u64 offset, uint2 q) { ptx::store(site.quantised_out + at / 2 + offset, q); },
+                    [&](u32 scale) { ptx::store_word(site.scale_out + row, scale); });
+    }
   }
   barrier.close();
 }

@@ -34,6 +34,20 @@ __device__ __forceinline__ void store(void* p, uint4 v) {
                :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+// The same for 8 bytes, and for a word: a vector of quantised elements, and a scale.
+
+__device__ __forceinline__ void store_sys(void* p, uint2 v) {
+  asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1, %2};" :: "l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void store_sys(void* p, u32 v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ void store(void* p, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" :: "l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+
 // For data that is not written while the kernel runs. Goes through L1.
 __device__ __forceinline__ uint4 load_constant(const void* p) {
   uint4 v;
@@ -97,6 +111,15 @@ __device__ __forceinline__ void multimem_store(void* p, uint4 v) {
   asm volatile("multimem.st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};"
                :: "l"(p), "f"(__uint_as_float(v.x)), "f"(__uint_as_float(v.y)), "f"(__uint_as_float(v.z)),
                   "f"(__uint_as_float(v.w)) : "memory");
+}
+
+__device__ __forceinline__ void multimem_store(void* p, uint2 v) {
+  asm volatile("multimem.st.relaxed.sys.global.v2.f32 [%0], {%1, %2};"
+               :: "l"(p), "f"(__uint_as_float(v.x)), "f"(__uint_as_float(v.y)) : "memory");
+}
+
+__device__ __forceinline__ void multimem_store(void* p, u32 v) {
+  asm volatile("multimem.st.relaxed.sys.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
 }
 
 // Orders accesses to one location through two addresses: its own and the multicast address.
@@ -165,6 +188,13 @@ __device__ __forceinline__ float unpack_fp16_high(u32 v) {
   float f;
   asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(v));
   return f;
+}
+
+// Two floats of e4m3 in 16 bits, with the first one in the low byte. What is larger than 448 becomes 448. From compute capability 8.9 on.
+__device__ __forceinline__ u32 pack_e4m3(float low, float high) {
+  unsigned short v;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(v) : "f"(high), "f"(low));
+  return v;
 }
 
 __device__ __forceinline__ float rsqrt(float x) {

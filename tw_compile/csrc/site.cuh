@@ -16,6 +16,7 @@ struct Site {
   u64 timeout_ns;           // a barrier that waits longer gives up
   u64 whole_residual_at;    // byte offsets in the workspace
   u64 staging_at;
+  u64 scales_at;  // of quantised norms, which two_shot writes where a residual that is whole would be
   u32 rank;
 
   // Different in each call.
@@ -36,6 +37,14 @@ struct Site {
   // For a LayerNorm.
   u32 shift_is_float;
   const char* shift;  // [H], or null for zeros
+
+  // For a norm that is quantised: see quantise.cuh. The numbers are those of quantise.Quantise.
+  char* quantised_out;        // one_shot: [rows, H]. two_shot writes it to the workspaces, at whole_residual_at
+  u32* scale_out;             // one_shot: [rows] in float32. two_shot writes them to the workspaces, at scales_at
+  const u32* static_scale;    // one for all rows, a float32, or null where each has its own
+  float added, least, most, floor, low, high;
+  u32 how, narrow, keeps_norm;
+  u32 padding;
 };
 
 }  // namespace tw

@@ -61,7 +61,8 @@ struct Peer {
       for (int i = 0; i < Element::kVector; ++i) sum[i] = rank == 0 ? part[i] : __fadd_rn(sum[i], part[i]);
     }
   }
-  __device__ __forceinline__ void store(u64 at, uint4 vector) const {
+  template <class Vector>
+  __device__ __forceinline__ void store(u64 at, Vector vector) const {
 #pragma unroll
     for (int i = 0; i < kWorld; ++i) ptx::store_sys(site.workspace[i] + at, vector);
   }
@@ -91,7 +92,10 @@ struct Multimem {
   __device__ __forceinline__ void total(const Pending& pending, Own, Places, float (&sum)[Element::kVector]) const {
     Element::unpack(pending.sum, sum);
   }
-  __device__ __forceinline__ void store(u64 at, uint4 vector) const { ptx::multimem_store(site.multicast + at, vector); }
+  template <class Vector>
+  __device__ __forceinline__ void store(u64 at, Vector vector) const {
+    ptx::multimem_store(site.multicast + at, vector);
+  }
 };
 
 }  // namespace tw

@@ -14,5 +14,5 @@ using Group = tw::Group<TW_THREADS, TW_GROUPS>;
 extern "C" __global__ void TW_CLUSTERS __launch_bounds__(Group::kThreads * Group::kGroups, 1)
 two_shot(const __grid_constant__ tw::Site<TW_WORLD> site) {
   using Layout = tw::Layout<tw::TW_ELEMENT, TW_HIDDEN, TW_THREADS, TW_UNROLL, TW_CHUNKS>;
-  tw::two_shot<tw::TW_TRANSPORT, tw::TW_NORM, Layout, Group, TW_WORLD, TW_RANK, TW_DEPTH>(site);
+  tw::two_shot<tw::TW_TRANSPORT, tw::TW_NORM, tw::TW_OUTPUT, Layout, Group, TW_WORLD, TW_RANK, TW_DEPTH>(site);
 }

@@ -2,7 +2,8 @@
 // direction.
 //
 //   1. entry barrier: the partial sums of all ranks are written
-//   2. for each own row: fetch it from all ranks, add the residual, norm, store the norm to all ranks, in place
+//   2. for each own row: fetch it from all ranks, add the residual, norm, store the norm to all ranks, in place. A norm that is quantised
+//      goes elsewhere, in 8 bits with its scale
 //   3. exit barrier: the rows of all ranks have arrived, and no rank reads this rank's partial sums any more
 //
 // The kernel may work in place: only the owner of a row reads it, and each vector is read only by the thread that overwrites it later,
@@ -32,14 +33,14 @@ struct Cursor {
 
 // kDepth: chunks that a thread has in flight. The next chunk is fetched into the places of a chunk as soon as that is summed, so that the
 // links stay busy during the norm and the stores.
-template <template <class, int, int> class TransportOf, class Norm, class Layout, class Group, int kWorld, int kRank,
-          int kDepth>
+template <template <class, int, int> class TransportOf, class Norm, class Output, class Layout, class Group, int kWorld,
+          int kRank, int kDepth>
 __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
   using Transport = TransportOf<typename Layout::Element, kWorld, kRank>;
   const Transport transport{site};
   Barrier<kWorld> barrier(site);
 
-  using AllRows = Rows<Norm, Layout, Transport, Group, kWorld>;
+  using AllRows = Rows<Norm, Output, Layout, Transport, Group, kWorld>;
   constexpr int kSharedBytes = AllRows::shared_bytes(kDepth);
   static_assert(kSharedBytes * Group::kGroups == TW_SHARED_BYTES, "the host gives another amount of shared memory");
   AllRows rows(site, transport, Group::shared_memory(kSharedBytes));
@@ -95,7 +96,12 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
           store_carried<Layout>(site.residual_out + (done.row - begin) * Layout::kFloatRowBytes + offset, r);
         }
       });
-      if (done.last_chunk()) rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
+      if (!done.last_chunk()) continue;
+      rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
+      if constexpr (Output::kQuantises) {
+        rows.quantise([&](u64 offset, uint2 q) { transport.store(site.whole_residual_at + at / 2 + offset, q); },
+                      [&](u32 scale) { transport.store(site.scales_at + done.row * 4ull, scale); });
+      }
     }
   }
   barrier.arrive_and_wait(1);

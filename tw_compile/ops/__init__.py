@@ -4,7 +4,7 @@
             ``aten._scaled_mm`` and ``aten._scaled_mm_v2``
 ``placed``  a value in the same place; Inductor lets the kernel that computes the value write it there, in memory from ``partials``
 ``start``   begins the communication of a site: all-reduce, residual add, norm
-``wait``    returns the results of ``start``; other work runs between the two
+``wait``    returns the results of ``start``: norm, residual, and what ``quantise.results`` adds; other work runs between the two
 ``fused``   ``start`` and ``wait`` in one op, on the compute stream
 ``reduced`` waits for an all-reduce of PyTorch's own, which has taken the place of a ``start``: see ``passes/expand.py``
 
@@ -13,7 +13,8 @@ Memory
     Inductor does not own this memory (see ``lowering``). Three flags say how a graph uses it:
 
     in_workspace      The norm may be returned in the workspace, where the kernel has written it. The graph does not read it after the
-                      slot's next ``linear``, ``placed``, ``start`` or ``fused``.
+                      slot's next ``linear``, ``placed``, ``start`` or ``fused``. So may the quantised norm and its scale, which the
+                      graph does not read after the slot's next ``start`` or ``fused``.
     fp32_residual     The new residual is float32 and not rounded. Only the slot's next site reads it, as its residual.
     sharded_residual  Only with ``fp32_residual``: the new residual may stay in the workspace, where each rank has its own rows, in an
                       order of the transport. Otherwise it is a new tensor with all rows.
@@ -38,7 +39,8 @@ from . import direct
 _INPUTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? shift"
 _NUMERICS = "float eps, float scale, float offset, bool center"
 _RESIDUAL = "bool fp32_residual, bool sharded_residual"
-_SITE = f"{_INPUTS}, {_NUMERICS}, int ctas, int slot, int site, {_RESIDUAL}"  # site.Site
+_QUANTISE = "str quantise, Tensor? static_scale"
+_SITE = f"{_INPUTS}, {_NUMERICS}, int ctas, int slot, int site, {_RESIDUAL}, {_QUANTISE}"  # site.Site
 _WHERE = "str group, str transport"
 
 _lib = torch.library.Library("tokenweave", "DEF")
@@ -60,11 +62,11 @@ _lib.define(f"partials(SymInt[] shape, ScalarType dtype, Device device, int slot
 _lib.define(f"placed(Tensor x, int slot, {_WHERE}) -> Tensor", tags=_tags)
 _lib.define(f"start({_SITE}, {_WHERE}) -> Tensor", tags=_tags)
 _lib.define(
-    f"wait(Tensor token, {_INPUTS}, Tensor? after, int slot, {_RESIDUAL}, bool in_workspace, {_WHERE}) -> (Tensor, Tensor)",
+    f"wait(Tensor token, {_INPUTS}, Tensor? after, int slot, {_RESIDUAL}, bool in_workspace, {_QUANTISE}, {_WHERE}) -> Tensor[]",
     tags=_tags,
 )
 _lib.define("reduced(Tensor sum, Tensor? after) -> Tensor", tags=_tags)
-_lib.define(f"fused({_SITE}, bool in_workspace, {_WHERE}) -> (Tensor, Tensor)", tags=_tags)
+_lib.define(f"fused({_SITE}, bool in_workspace, {_WHERE}) -> Tensor[]", tags=_tags)
 
 linear = torch.ops.tokenweave.linear.default
 scaled_linear = torch.ops.tokenweave.scaled_linear.default
@@ -117,9 +119,9 @@ def _(x: Tensor, *others: Any) -> Tensor:
 @torch.library.register_fake("tokenweave::wait", lib=_lib)
 def _(
     token: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None,
-    after: Tensor | None, slot: int, fp32_residual: bool, *others: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return empty_results(x, fp32_residual)
+    after: Tensor | None, slot: int, fp32_residual: bool, sharded_residual: bool, in_workspace: bool, quantise: str, *others: Any,
+) -> list[Tensor]:  # fmt: skip
+    return [*empty_results(x, fp32_residual, quantise)]
 
 
 @torch.library.register_fake("tokenweave::reduced", lib=_lib)
@@ -128,6 +130,6 @@ def _(total: Tensor, after: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("tokenweave::fused", lib=_lib)
-def _(*args: Any) -> tuple[Tensor, Tensor]:
+def _(*args: Any) -> list[Tensor]:
     site = Site._make(args[: len(Site._fields)])
-    return empty_results(site.x, site.fp32_residual)
+    return [*empty_results(site.x, site.fp32_residual, site.quantise)]

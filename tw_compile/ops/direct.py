@@ -47,17 +47,21 @@ def _written(gemm: Callable, dtype: torch.dtype | None, *args: Any) -> Tensor:
 def start(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None,
     eps: float, scale: float, offset: float, center: bool, ctas: int, slot: int, site: int,
-    fp32_residual: bool, sharded_residual: bool, group: str, transport: str,
+    fp32_residual: bool, sharded_residual: bool, quantise: str, static_scale: Tensor | None, group: str, transport: str,
 ) -> Tensor:  # fmt: skip
     found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
-    packed = x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual
+    packed = (
+        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, quantise,
+        static_scale,
+    )  # fmt: skip
     return found.start(_packed(Site, packed))
 
 
 def wait(
     token: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None,
-    after: Tensor | None, slot: int, fp32_residual: bool, sharded_residual: bool, in_workspace: bool, group: str, transport: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    after: Tensor | None, slot: int, fp32_residual: bool, sharded_residual: bool, in_workspace: bool, quantise: str,
+    static_scale: Tensor | None, group: str, transport: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
     return found.wait(slot, in_workspace)
 
@@ -65,10 +69,13 @@ def wait(
 def fused(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None,
     eps: float, scale: float, offset: float, center: bool, ctas: int, slot: int, site: int,
-    fp32_residual: bool, sharded_residual: bool, in_workspace: bool, group: str, transport: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    fp32_residual: bool, sharded_residual: bool, quantise: str, static_scale: Tensor | None, in_workspace: bool, group: str, transport: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
-    packed = x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual
+    packed = (
+        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, slot, site, fp32_residual, sharded_residual, quantise,
+        static_scale,
+    )  # fmt: skip
     return found.fused(_packed(Site, packed), in_workspace)
 
 

@@ -87,8 +87,9 @@ def register() -> None:
     for op in (linear, scaled_linear, scaled_linear_v2, partials):
         _register(op, _Direct, lambda args: (True,))
     _register(start, _Site, lambda args: (True,))  # all calls return the same token
-    _register(wait, _Direct, lambda args: (args[-3], args[-4]))  # in_workspace: the norm, sharded_residual: the residual
-    _register(fused, _Site, lambda args: (args[-3], args[-4]))
+    # in_workspace: the norm, also quantised, and its scale; sharded_residual: the residual
+    _register(wait, _Direct, lambda args: (args[-5], args[-6], args[-5], args[-5]))
+    _register(fused, _Site, lambda args: (args[-3], args[-6], args[-3], args[-3]))
     lowering.register_lowering(reduced, type_promotion_kind=None)(_wait_after)
     lowering.register_lowering(placed, type_promotion_kind=None)(_realized_in_workspace)
 

@@ -17,6 +17,7 @@ from .merge import Merged, merge
 from .outline import outline
 from .place import place
 from .plain import plain
+from .quantise import outputs, quantise
 from .rules.experts import key_sorts
 from .rules.quantised import one_scale
 from .section import section_of
@@ -36,6 +37,7 @@ __all__ = [
     "merge",
     "outline",
     "place",
+    "quantise",
     "rewrite",
     "section_of",
     "source_of",
@@ -113,6 +115,8 @@ def rewrite(
     device = value(matches[0].total).device  # read now, as the passes below replace the node
     ctas = options.ctas if isinstance(options.ctas, int) else 0
     sites = fuse(work, matches, options.carrier, ctas)
+    if options.carrier == options.transport:  # with fewer bits the norm travels in a format of its own
+        quantise(work, sites, decision.unquantised)
     woven: list[Node] = []
     report.mode = "fuse"
     alike = stream(sites)
@@ -139,7 +143,9 @@ def rewrite(
             report.reasons.append(f"not woven: {cut}")
     symmetric, sharded = (all(may_be(match.group, device) for match in matches) for may_be in (may_be_symmetric, may_be_sharded))
     place(work, symmetric, decision.gathered, sharded or options.carrier != options.transport)
-    new.graph, report.sites = work, [_site(match, sums, site in woven) for match, site in zip(matches, sites)]
+    names = outputs(work)
+    new.graph = work
+    report.sites = [_site(match, sums, site in woven, names.get(i, "")) for i, (match, site) in enumerate(zip(matches, sites))]
     return new
 
 
@@ -201,11 +207,11 @@ def _nothing(kinds: list[str]) -> str:
     return "it contains no all-reduce; is the model tensor-parallel, and are its collectives inside the compiled region?"
 
 
-def _site(match: Match, sums: Mapping[str, Merged], woven: bool = False) -> Site:
+def _site(match: Match, sums: Mapping[str, Merged], woven: bool = False, output: str = "") -> Site:
     total = value(match.total)
     shape = tuple(size if isinstance(size, int) else str(size) for size in total.shape)
     dtype = str(total.dtype).removeprefix("torch.")
     device, has_residual = str(total.device), match.residual is not None
     name = str(match.all_reduce)
     merged = len(sums[name].all_reduces) if name in sums else 1
-    return Site(name, match.source, match.group, device, shape, dtype, has_residual, match.norm.kind, woven, merged)
+    return Site(name, match.source, match.group, device, shape, dtype, has_residual, match.norm.kind, woven, merged, output)

@@ -13,10 +13,12 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..compat import detect_fake_mode
+from ..quantise import read
 from ..site import WITHOUT_NORM
 from .emit import Emitter
 from .graph_utils import WAIT, aten, c10d, calls, prims, value
 from .graph_utils import arguments as named
+from .quantise import emit_quantised
 
 
 def expand(graph: Graph, over_process_group: Callable[[str, torch.Tensor], bool]) -> None:
@@ -37,25 +39,33 @@ def expand(graph: Graph, over_process_group: Callable[[str, torch.Tensor], bool]
             emit.like, emit.half = node, node.meta.get("half")
             if calls(node, ops.wait):
                 total = emit(ops.reduced, sums[given["token"]], sums.get(given["after"], given["after"]))
-                _replace(node, *_add_norm(emit, total, named(given["token"])))
+                _replace(node, *_site(emit, total, named(given["token"])))
                 continue
             total = emit(c10d.all_reduce.default, x, "sum", given["group"])
             if calls(node, ops.start):
                 sums[node] = total
             else:
-                _replace(node, *_add_norm(emit, emit(WAIT, total), given))
+                _replace(node, *_site(emit, emit(WAIT, total), given))
     for start in reversed(sums):
         graph.erase_node(start)
     graph.lint()
 
 
-def _replace(done: Node, norm: Node, residual: Node) -> None:
-    """Replace the results of a ``wait`` or ``fused`` call, and erase it."""
+def _replace(done: Node, *results: Node) -> None:
+    """Replace the results of a ``wait`` or ``fused`` call, and erase it. results: norm, residual, and those of the quantisation"""
     for result in [*done.users]:
         assert calls(result, operator.getitem)
-        result.replace_all_uses_with((norm, residual)[result.args[1]])
+        result.replace_all_uses_with(results[result.args[1]])
         done.graph.erase_node(result)
     done.graph.erase_node(done)
+
+
+def _site(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, ...]:
+    """The results of a site as calls of a graph."""
+    norm, residual = _add_norm(emit, total, given)
+    if not given["quantise"]:
+        return norm, residual
+    return norm, residual, *emit_quantised(emit, norm, read(given["quantise"]), given["static_scale"])
 
 
 def _add_norm(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, Node]:

@@ -41,7 +41,7 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
             x=x, residual=match.residual, weight=norm.weight, bias=match.bias, shift=norm.shift,
             eps=norm.eps, scale=match.scale, offset=norm.offset, center=norm.center,
             group=match.group, transport=transport, ctas=ctas, slot=SLOT_WHOLE, site=index,
-            fp32_residual=False, sharded_residual=False, in_workspace=False,
+            fp32_residual=False, sharded_residual=False, in_workspace=False, quantise="", static_scale=None,
         )  # fmt: skip
         call = emit(ops.fused, *in_order(ops.fused, named), meta=total)
         call.meta["val"] = (value(total), value(total))

@@ -8,9 +8,11 @@ copied in, and the norm is copied out. The pass finds, by the graph alone, where
 linear            The row-parallel GEMM writes to the workspace. Only the site reads the result, and the GEMM runs after the
                   slot's previous site. A GEMM that adds to the result of another one adds in the workspace. Scales may follow a GEMM
                   of 8 bits: then the last of the ops that Inductor compiles into one kernel is ``placed``, which writes there.
-in_workspace      The norm stays in the workspace. Only GEMMs read it, or what quantises it for them, and all of them run before the
-                  next write to the slot.
+in_workspace      The norm stays in the workspace, and so do the quantised norm and its scale. Only GEMMs read them, or what quantises
+                  the norm for them, and all of them run before the next write to the slot.
 sharded_residual  A float32 residual stays in the workspace. Each rank has its own rows.
+quantise          A quantised norm has the place in the workspace where a residual would be that is whole. So the graph quantises the norm
+                  of a site whose residual is not sharded.
 
 "Before" and "after" are by data flow, so they hold in any order that Inductor may choose.
 """
@@ -38,6 +40,7 @@ from .graph_utils import (
     same_shape,
     value,
 )
+from .quantise import NORM, QUANTISED, RESIDUAL, SCALE, in_graph
 from .rules.quantised import is_gemm
 from .rules.token_axis import is_pointwise
 
@@ -69,6 +72,10 @@ def place(graph: Graph, workspace: bool, gathered: Collection[int] = (), sharded
         for site, following in zip(chain, [*chain[1:], None]):
             fp32 = site.number not in gathered and _only_carried(site, following)
             site.set_flags(fp32, (workspace or sharded) and fp32, workspace and _can_stay(site, following, before))
+    for site in sites if workspace else ():
+        given = arguments(site.node)
+        if given["quantise"] and not given["sharded_residual"]:
+            in_graph(graph, site.node, site.done)
     graph.lint()
 
 
@@ -93,11 +100,11 @@ class _Site:
         for node in {self.node, self.done}:
             flags = {"fp32_residual": fp32_residual, "sharded_residual": sharded_residual, "in_workspace": in_workspace}
             node.args = in_order(node.target, arguments(node) | flags)
-        norm, residual = value(self.done)
+        norm, residual, *others = value(self.done)
         if fp32_residual:
             residual = residual.float()
-            self.done.meta["val"] = norm, residual
-            if (result := self.result(1)) is not None:
+            self.done.meta["val"] = norm, residual, *others
+            if (result := self.result(RESIDUAL)) is not None:
                 result.meta["val"] = residual
 
 
@@ -120,7 +127,7 @@ def _use_workspace(graph: Graph, previous: _Site | None, site: _Site, before: An
     if not _is_linear(last):
         gemm = max(filter(is_later, _gemms_behind(last)), key=before.bit.__getitem__, default=None)  # as many as possible run before
         if gemm not in (None, last) and not is_view(last.target):
-            _place(graph, last, site)
+            _place(graph, last, site, before)
             site.writer = gemm
         return
     linear = _made_linear(graph, last, site, before)
@@ -188,10 +195,11 @@ def _is_compiled(node: Node) -> bool:
     return calls(node, prims.convert_element_type.default, *_REDUCTIONS) or is_pointwise(node.target) or is_view(node.target)
 
 
-def _place(graph: Graph, last: Node, site: _Site) -> None:
+def _place(graph: Graph, last: Node, site: _Site, before: Ancestors) -> None:
     with graph.inserting_after(last):
         placed = graph.call_function(ops.placed, (last, site.slot, site.group, site.transport))
     placed.meta = dict(last.meta)
+    before.replace(last, placed)
     last.replace_all_uses_with(placed, delete_user_cb=lambda user: user is not placed)
 
 
@@ -200,14 +208,21 @@ def _only_read_by(node: Node, site: _Site) -> bool:
 
 
 def _can_stay(site: _Site, following: _Site | None, before: Ancestors) -> bool:
-    """Whether the norm can stay in the workspace."""
-    norm = site.result(0)
-    left = list(norm.users) if norm is not None else []
+    """Whether the norm, what it is quantised to, and the scale can stay in the workspace."""
+    # Partial sums overwrite the norm. A quantised one lies elsewhere: only the next site overwrites it.
+    limits = {NORM: following.writer, QUANTISED: following.node, SCALE: following.node} if following else {}
+    results = {index: site.result(index) for index in (NORM, QUANTISED, SCALE)}
+    return all(_is_read_before(result, limits.get(i), before) for i, result in results.items() if result is not None)
+
+
+def _is_read_before(result: Node, limit: Node | None, before: Ancestors) -> bool:
+    """Whether all kernels that read a result of a site run before ``limit``."""
+    left = list(result.users)
     seen = set(left)
     while left:
         reader = left.pop()
-        if calls(reader, *_GEMMS) or is_gemm(reader) or (calls(reader, *_REDUCTIONS) and _is_of_many(reader)):
-            if following is not None and not before(reader, following.writer):
+        if calls(reader, *_GEMMS, ops.placed) or is_gemm(reader) or (calls(reader, *_REDUCTIONS) and _is_of_many(reader)):
+            if limit is not None and not before(reader, limit):
                 return False
         elif calls(reader, operator.getitem) or _is_compiled(reader):
             new = [user for user in reader.users if user not in seen]
@@ -227,7 +242,7 @@ def _is_of_many(reduction: Node) -> bool:
 
 def _only_carried(site: _Site, following: _Site | None) -> bool:
     """Whether nobody reads the new residual but the slot's next site, as its residual."""
-    residual = site.result(1)
+    residual = site.result(RESIDUAL)
     if residual is None or not residual.users:
         return True
     if following is None or not same_shape(site.shape, following.shape):

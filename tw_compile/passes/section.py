@@ -12,7 +12,7 @@ from torch.fx import Node
 from ..autotune import schedule
 from ..options import Options
 from .cut import Cut
-from .graph_utils import aten, calls, is_one, is_tensor, is_view, positional, source_of, value
+from .graph_utils import arguments, aten, calls, is_one, is_tensor, is_view, positional, source_of, value
 from .rules.attention import SIGNATURES
 from .rules.experts import choices_of, groups
 from .rules.quantised import is_gemm, one_scale, scales_of
@@ -59,7 +59,8 @@ def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedu
     if x.dtype != torch.bfloat16 and any("experts" in op for phase in phases for op in phase):
         return f"PyTorch has grouped GEMMs in bfloat16 only, not in {x.dtype}"
     ctas = options.ctas if isinstance(options.ctas, int) else 0
-    return schedule.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases), cuda_graphs)
+    quantise = arguments(first[1])["quantise"]
+    return schedule.Section(hidden, str(x.dtype).removeprefix("torch."), sizes, sequences, ctas, tuple(phases), cuda_graphs, quantise)
 
 
 def _phase(site: Node, hidden: int, tokens: Any, unsplit: Container[Node], whole: Container[Node]) -> tuple | None:

@@ -25,6 +25,7 @@ class Decision:
     unwoven:   numbers of the sites that are not cut in a woven graph
     unsplit:   (group, number of a collective, without counting the sites) of other collectives that are not cut
     gathered:  numbers of the sites after which each rank has the whole residual
+    unquantised: numbers of the sites that do not end in a quantisation
     not_woven: why the graph is not woven, or ''
     """
 
@@ -33,6 +34,7 @@ class Decision:
     unwoven: frozenset[int] = frozenset()
     unsplit: frozenset[tuple[str, int]] = frozenset()
     gathered: frozenset[int] = frozenset()
+    unquantised: frozenset[int] = frozenset()
     not_woven: str = ""
 
 
@@ -67,7 +69,8 @@ def signature(graph: Graph, group: str) -> list:
 def wire(graph: Graph, group: str) -> list:
     """The collectives of a group in a rewritten graph, as plain data: all that must be the same on all ranks.
 
-    A site is ["site", number, in halves, form, sharded], where ``sharded`` is whether each rank has only its own rows of the residual.
+    A site is ["site", number, in halves, form, sharded, quantisation], where ``sharded`` is whether each rank has only its own rows of the
+    residual.
     Another collective is [op, in halves].
     """
     entries: list[list] = []
@@ -79,7 +82,7 @@ def wire(graph: Graph, group: str) -> list:
             given = arguments(node)
             form = [given[name] is not None for name in ("residual", "weight", "bias", "shift")]
             form += [given[name] for name in ("eps", "scale", "offset", "center")]
-            entry = ["site", given["site"], half is not None, form, given["fp32_residual"]]
+            entry = ["site", given["site"], half is not None, form, given["fp32_residual"], given["quantise"]]
             if half == 1 and entries and entries[-1][:2] == entry[:2]:
                 entries[-1][4] = entries[-1][4] and given["fp32_residual"]
                 continue
@@ -122,6 +125,7 @@ def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | No
     if len(set(map(len, wires))) > 1:
         return None
     unwoven, unsplit, gathered, others = set(decision.unwoven), set(decision.unsplit), set(decision.gathered), 0
+    unquantised = set(decision.unquantised)
     for entries in zip(*wires):
         if len({(e[0], e[1] if e[0] == "site" else None) for e in entries}) > 1:
             return None
@@ -139,9 +143,13 @@ def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | No
             unwoven.add(number)
         if len({e[4] for e in entries}) > 1:
             gathered.add(number)
+        if len({e[5] for e in entries}) > 1:
+            unquantised.add(number)
     if refused != decision.refused:
         return replace(decision, refused=refused)
-    merged = replace(decision, unwoven=frozenset(unwoven), unsplit=frozenset(unsplit), gathered=frozenset(gathered))
+    merged = replace(
+        decision, unwoven=frozenset(unwoven), unsplit=frozenset(unsplit), gathered=frozenset(gathered), unquantised=frozenset(unquantised)
+    )
     return None if merged == decision else merged
 
 

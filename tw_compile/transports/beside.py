@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..quantise import results
 from ..site import Site
 from .process_group import ProcessGroup
 
@@ -21,31 +22,33 @@ class Beside(ProcessGroup):
         super().__init__(group_name, device)
         self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    def results(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Memory for the results of a site, as ``run`` takes it."""
+    def memory(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Memory for the norm and the residual of a site, as ``run`` takes it."""
         raise NotImplementedError
 
     def run(self, site: Site, norm: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Do a site on the current stream. Returns its results, which are in ``norm`` and ``residual``."""
+        """Do a site up to its norm, on the current stream. Returns norm and residual, in the memory that is given."""
         raise NotImplementedError
 
     def is_plain(self, x: Tensor) -> bool:
         """Whether a site with these partial sums is one all-reduce, as ProcessGroup has it."""
         return False
 
-    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
-        return super().fused(site, in_workspace) if self.is_plain(site.x) else self.run(site, *self.results(site))
+    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, ...]:
+        if self.is_plain(site.x):
+            return super().fused(site, in_workspace)
+        return results(*self.run(site, *self.memory(site)), site.quantise, site.static_scale)
 
-    def _begin(self, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
+    def _begin(self, site: Site) -> Callable[[], tuple[Tensor, ...]]:
         if self.is_plain(site.x):
             return super()._begin(site)
-        norm, residual = self.results(site)  # on the caller's stream, as its later work may reuse the memory
+        norm, residual = self.memory(site)  # on the caller's stream, as its later work may reuse the memory
         with self._beside() as join:
-            results = self.run(site, norm, residual)
+            normed = self.run(site, norm, residual)
 
-        def finish(held: Site = site) -> tuple[Tensor, Tensor]:  # its tensors are read until then
+        def finish() -> tuple[Tensor, ...]:  # holds the site, whose tensors are read until then
             join()
-            return results
+            return results(*normed, site.quantise, site.static_scale)
 
         return finish
 

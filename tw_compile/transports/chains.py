@@ -6,11 +6,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..quantise import Quantise
 from ..site import WITHOUT_NORM, Site, add_norm
 from .symmetric.tuning import LEAST_ROWS, by_rule
 
 _TOLERANCES = {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 1e-4}
 _COARSE = {"8": 0.05, "6": 0.5, "4": 0.5}  # bits of a wire -> by how much it rounds
+_FP8_OF_ROWS = Quantise("fp8", True, most=448.0, low=-448.0, high=448.0)
 _TEST_HIDDEN = 512
 _TEST_REPEATS = 10
 
@@ -19,9 +21,10 @@ def chains(group, device: torch.device) -> list["Chain"]:
     """The chains of the self-test: with both norms, and with sizes around each at which another kernel or workspace begins."""
     switch = by_rule(group.size()).one_shot_rows
     sizes = sorted({1, 5, switch, switch + 1, LEAST_ROWS - 1, LEAST_ROWS, LEAST_ROWS + 1, 2 * LEAST_ROWS + 1} - {0})
-    return [Chain(group, device, dtype, center, rows) for dtype, center, some in (
-        (torch.bfloat16, False, sizes), (torch.bfloat16, True, (5, LEAST_ROWS + 1)),
-        (torch.float16, False, (5, LEAST_ROWS + 1)), (torch.float32, False, (5, LEAST_ROWS + 1)),
+    two = 5, LEAST_ROWS + 1
+    return [Chain(group, device, dtype, center, rows, quantise) for dtype, center, some, quantise in (
+        (torch.bfloat16, False, sizes, None), (torch.bfloat16, True, two, None), (torch.float16, False, two, None),
+        (torch.float32, False, two, None), (torch.bfloat16, False, two, _FP8_OF_ROWS),
     ) for rows in some]  # fmt: skip
 
 
@@ -45,10 +48,11 @@ def difference(transport, given: list["Chain"], group) -> str:
 
 
 class Chain:
-    """Sites in a row, and their correct results. x of the second site is the output of a GEMM."""
+    """Sites in a row, and their correct results. x of the second site is the output of a GEMM. quantise: of all norms but the last"""
 
-    def __init__(self, group, device, dtype, center, rows):
-        self.dtype, self.center, self.rows = dtype, center, rows
+    def __init__(self, group, device, dtype, center, rows, quantise):
+        self.dtype, self.center, self.rows, self.quantise = dtype, center, rows, quantise
+        self.outputs = ["", *([quantise.dtype] if quantise else [])]
         everybodys, own = (torch.Generator().manual_seed(seed) for seed in (0, 1 + group.rank()))
         draw = lambda generator, *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
         self.a, self.b = draw(own, rows, 64), draw(own, 64, _TEST_HIDDEN) / 8
@@ -86,7 +90,7 @@ class Chain:
     def fuse(self, transport, slot):
         residual = self.residual
         for number in range(len(self.xs)):
-            norm, residual = transport.fused(self._site(transport, residual, slot, number), False)
+            norm, residual = _values(*transport.fused(self._site(transport, residual, slot, number), False))
             self.got.append((number, norm))
         self.got.append((len(self.xs), residual))
 
@@ -95,14 +99,15 @@ class Chain:
         for number in range(len(self.xs)):
             transport.start(self._site(transport, residual, slot, number))
             yield
-            norm, residual = transport.wait(slot, True)
+            norm, residual = _values(*transport.wait(slot, True))
             self.got.append((number, norm.clone()))
         self.got.append((len(self.xs), residual))
 
     def _site(self, transport, residual, slot, number):
         x = transport.linear(self.a, self.b, None, slot) if number == 1 else self.xs[number]
         carries = number < len(self.xs) - 1  # a float32, sharded residual to the next site
-        given: tuple[Any, ...] = x, residual, *self.numerics[number], 0, slot, number, carries, carries
+        quantise = str(self.quantise) if self.quantise and carries else ""
+        given: tuple[Any, ...] = x, residual, *self.numerics[number], 0, slot, number, carries, carries, quantise
         return Site(*given)
 
     def difference(self, coarse: float) -> str | None:
@@ -110,11 +115,16 @@ class Chain:
 
         coarse: by how much the wire rounds
         """
-        tolerance = max(_TOLERANCES[self.dtype], coarse)
+        tolerance = max(_TOLERANCES[self.dtype], coarse, 2.0**-4 if self.quantise else 0.0)
         for number, ours in self.got:
             right = self.right[number]
             error = ((ours.float() - right).abs() / (right.abs() + 4)).max().item()
             if not error < tolerance:
-                what = "residual" if number == len(self.xs) else "norm"
+                what = "residual" if number == len(self.xs) else "quantised norm" if self.quantise else "norm"
                 return f"the {what} of {self.rows} tokens in {self.dtype} is off by {error:.1e}"
         return None
+
+
+def _values(norm: torch.Tensor, residual: torch.Tensor, *quantised: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the norm, also where a site has quantised it; the residual)"""
+    return (quantised[0].float() * quantised[1] if quantised else norm), residual

@@ -258,7 +258,8 @@ def self_tested(name: str, group_name: str, device: torch.device) -> tuple[Trans
         try:
             transport = _made(name, group_name, device, by_rule(group.size()))
             tests = together(group_name, "the self-test's inputs", lambda: chains(group, device), agree.PATIENCE_S)
-            transport.prepare([(slot, test.dtype, test.residual.shape, test.center) for test in tests for slot in range(3)])
+            kinds = [((test.dtype, test.residual.shape, test.center), output) for test in tests for output in test.outputs]
+            transport.prepare([(slot, *kind, output) for kind, output in kinds for slot in range(3)])
         except WorkspaceError as error:  # raised on all ranks
             gc.collect()
             return None, f"its self-test failed: {error}"

@@ -92,8 +92,8 @@ class Hierarchical(Beside):
         """Why a site with these partial sums is sent in 16 bits, the same on all ranks; '' if it is not. x may have symbolic sizes"""
         return "" if self._between is None else self._between.in_16_bits(x)
 
-    def results(self, site: Site) -> tuple[Tensor, Tensor]:
-        norm, residual = empty_results(site.x, site.fp32_residual)
+    def memory(self, site: Site) -> tuple[Tensor, Tensor]:
+        norm, residual, *_ = empty_results(site.x, site.fp32_residual)
         hidden = norm.shape[-1]
         rows = self.ranks * self._rows(norm.numel() // hidden)
         return norm.new_empty(rows, hidden), residual.new_empty(rows, hidden)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..quantise import results
 from ..site import Site, add_norm
 
 c10d = torch.ops._c10d_functional
@@ -26,7 +27,7 @@ class ProcessGroup:
     def __init__(self, group_name: str, device: torch.device) -> None:
         self.group_name, self.device = group_name, device
         self.lock, self._depth = threading.RLock(), 0
-        self.pending: dict[int, Callable[[], tuple[Tensor, Tensor]]] = {}  # slot -> what waits for a site that was started
+        self.pending: dict[int, Callable[[], tuple[Tensor, ...]]] = {}  # slot -> what waits for a site that was started
 
     def call(self) -> "ProcessGroup":
         """``with transport.call():`` keeps other threads out between the ops of one call: see Symmetric."""
@@ -66,18 +67,18 @@ class ProcessGroup:
         self.pending[site.slot] = self._begin(site)
         return site.x.new_empty(0)
 
-    def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, Tensor]:
+    def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, ...]:
         if slot not in self.pending:
             raise RuntimeError(f"wait for slot {slot} without a start")
         return self.pending.pop(slot)()
 
-    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
+    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, ...]:
         return self._begin(site)()
 
-    def _begin(self, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
+    def _begin(self, site: Site) -> Callable[[], tuple[Tensor, ...]]:
         """Begin a site. Returns what waits for its results."""
         total = c10d.all_reduce_(site.x.clone(memory_format=torch.contiguous_format), "sum", self.group_name)
-        return lambda: add_norm_of(c10d.wait_tensor(total), site)
+        return lambda: results(*add_norm_of(c10d.wait_tensor(total), site), site.quantise, site.static_scale)
 
     def workspace_bytes(self) -> int:
         return 0

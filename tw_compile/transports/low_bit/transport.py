@@ -19,7 +19,11 @@ from . import codec
 
 
 class LowBit(Beside):
-    """Sites in ``bits`` bits, 8, 6 or 4, from ``least_bytes`` bytes of partial sums on. Others are those of ProcessGroup."""
+    """Sites in ``bits`` bits, 8, 6 or 4, from ``least_bytes`` bytes of partial sums on. Others are those of ProcessGroup.
+
+    A norm travels in the wire's format also where a site quantises it, which each rank does on arrival: the wire has a scale for each 128
+    or 32 values, and the quantisation one for all of a row.
+    """
 
     def __init__(self, group_name: str, device: torch.device, bits: int, least_bytes: int = 0) -> None:
         super().__init__(group_name, device)
@@ -56,9 +60,9 @@ class LowBit(Beside):
     def is_plain(self, x: Tensor) -> bool:
         return bool(self.in_16_bits(x))
 
-    def results(self, site: Site) -> tuple[Tensor, Tensor]:
+    def memory(self, site: Site) -> tuple[Tensor, Tensor]:
         """Memory for the results of a site: (norm, [T, H]; residual, [ranks * rows of an owner, H])."""
-        norm, residual = empty_results(site.x, site.fp32_residual)
+        norm, residual, *_ = empty_results(site.x, site.fp32_residual)
         hidden = norm.shape[-1]
         rows = self.world * self._rows(norm.numel() // hidden)
         return norm.view(-1, hidden), residual.new_empty(rows, hidden)

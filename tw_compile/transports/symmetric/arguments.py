@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ...quantise import HOWS, Quantise, read
 from .layout import Layout
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -23,8 +24,13 @@ _RESTART = (
 )
 
 
-def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: str, center: bool, layout: Layout) -> dict[str, object]:
-    """The macros that a kernel is compiled with. transport: "peer" or "multimem"; center: True for a LayerNorm"""
+def macros(
+    dtype: torch.dtype, hidden: int, world: int, rank: int, transport: str, center: bool, layout: Layout, output: str = ""
+) -> dict[str, object]:
+    """The macros that a kernel is compiled with.
+
+    transport: "peer" or "multimem"; center: True for a LayerNorm; output: the dtype of 8 bits that the norm is quantised to, or ''
+    """
     return {
         "TW_ELEMENT": ELEMENTS[dtype],
         "TW_HIDDEN": hidden,
@@ -32,6 +38,7 @@ def macros(dtype: torch.dtype, hidden: int, world: int, rank: int, transport: st
         "TW_RANK": rank,
         "TW_TRANSPORT": transport.capitalize(),
         "TW_NORM": "LayerNorm" if center else "RmsNorm",
+        "TW_OUTPUT": output.capitalize() or "Plain",
         "TW_THREADS": layout.threads,
         "TW_UNROLL": layout.unroll,
         "TW_CHUNKS": layout.chunks,
@@ -47,10 +54,10 @@ class Arguments:
     """The argument of a launch: ``Site`` in csrc/site.cuh. The part that is the same for all calls in a workspace is packed once.
 
     ``set(rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, takes_carried, whole_residual, eps, scale,
-    offset, shift_is_float, shift)`` packs the other part.
+    offset, shift_is_float, shift, quantised_out, scale_out, static_scale, *numbers_of(quantise))`` packs the other part.
     """
 
-    _CALL = struct.Struct("<I6Q4I3fIQ")
+    _CALL = struct.Struct("<I6Q4I3fIQ3Q6f4I")
 
     def __init__(
         self,
@@ -63,15 +70,16 @@ class Arguments:
         timeout_s: float,
         whole_residual_at: int,
         staging_at: int,
+        scales_at: int,
     ) -> None:
         """workspaces, pads: addresses of each rank's memory, in rank order; multicast, epochs, error: addresses, 0 for none
 
         timeout_s:                     seconds that a kernel waits for another rank
-        whole_residual_at, staging_at: byte offsets in a workspace
+        whole_residual_at, staging_at, scales_at: byte offsets in a workspace
         """
         world = len(workspaces)
         rotated = [(rank + i) % world for i in range(world)]
-        fixed = struct.Struct(f"<{2 * world + 6}QI")
+        fixed = struct.Struct(f"<{2 * world + 7}QI")
         self._buffer = ctypes.create_string_buffer(self.size(world))
         self.set = functools.partial(self._CALL.pack_into, self._buffer, fixed.size)
         self._timeout_at = 8 * (2 * world + 3)
@@ -86,6 +94,7 @@ class Arguments:
             0,
             whole_residual_at,
             staging_at,
+            scales_at,
             rank,
         )
         self.set_timeout(timeout_s)
@@ -98,7 +107,14 @@ class Arguments:
     @classmethod
     def size(cls, world: int) -> int:
         """Bytes of the argument for a number of ranks."""
-        return struct.calcsize(f"<{2 * world + 6}QI") + cls._CALL.size
+        return struct.calcsize(f"<{2 * world + 7}QI") + cls._CALL.size
+
+
+@functools.cache
+def numbers_of(quantise: str) -> tuple:
+    """What ``Arguments.set`` takes of a quantisation, a ``quantise.Quantise`` as text, or '' for none."""
+    how = read(quantise) if quantise else Quantise("", True)
+    return *how[4:10], HOWS.index(how.how), how.narrow, how.keeps_norm, 0
 
 
 class ErrorRecord:

@@ -2,16 +2,33 @@
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from ...quantise import DTYPES, read
 from ...site import Site
 from . import nvrtc
+from .arguments import numbers_of
 from .tuning import two_shot_ctas
 from .workspace import Workspace
+
+
+class Outputs(NamedTuple):
+    """Where a kernel writes.
+
+    norm:           [..., H]; only one_shot takes the address, and only where the norm is read
+    whole_residual: the new residual, if it is not sharded
+    quantised:      (q, the scale if each row has its own); () if the kernel does not quantise
+    new:            these are new tensors, which need no copy, unless they are what may stay in the workspace
+    """
+
+    norm: Tensor
+    whole_residual: Tensor
+    quantised: tuple[Tensor, ...]
+    new: bool
 
 
 class Call:
@@ -43,12 +60,43 @@ class Call:
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
         self.ctas = two_shot_ctas(owner.world)
         self.ctas_alone = workspace.tuning.ctas_alone(rows)
-        # (center, ctas, default_ctas) -> (Kernel, number of CTAs): see grid
+        # (center, dtype of a quantised norm or '', ctas, default_ctas) -> (Kernel, number of CTAs): see grid
         self.launcher = functools.cache(self._launcher)
+        self._quantised = functools.cache(self._in_workspace)
+        self._nothing = self.partials.new_empty(0)  # in place of a norm that is quantised
 
-    def _launcher(self, center: bool, ctas: int, default_ctas: int) -> tuple[nvrtc.Kernel, int]:
-        kernel = self.workspace.kernels(center)[self.kernel]
+    def _launcher(self, center: bool, output: str, ctas: int, default_ctas: int) -> tuple[nvrtc.Kernel, int]:
+        kernel = self.workspace.kernels(center, output)[self.kernel]
         return kernel, self.grid(ctas, default_ctas, kernel.cluster)
+
+    def _in_workspace(self, quantise: str) -> tuple[Tensor, ...]:
+        """(q, the scale if each row has its own) in the workspace."""
+        how, (*tokens, _) = read(quantise), self.shape
+        q = _with_own_storage(self.workspace.quantised)[: self.rows].view(DTYPES[how.dtype][0]).view(self.shape)
+        return q, *([_with_own_storage(self.workspace.scales)[: self.rows].view(*tokens, 1)] if how.per_token else [])
+
+    def outputs(self, site: Site, in_workspace: bool, alone: bool) -> "Outputs":
+        """Where the kernel writes.
+
+        in_workspace: whether the norm may stay in the workspace
+        alone:        whether the kernel is on the current stream. Then one_shot, which only has results of this rank, writes new tensors
+        """
+        x, quantise = site.x, site.quantise
+        new = alone and self.one_shot
+        norm = empty_like(x) if new and not in_workspace and _keeps_norm(quantise) else self.norm
+        residual = empty_like(x) if new and not site.sharded_residual else self.whole_residual
+        quantised = self._quantised(quantise) if quantise else ()
+        return Outputs(norm, residual, tuple(map(empty_like, quantised)) if new and not in_workspace else quantised, new)
+
+    def results(self, site: Site, outputs: "Outputs", in_workspace: bool) -> tuple[Tensor, ...]:
+        """The results of a site whose kernel writes to ``outputs``, as ``quantise.results`` has them."""
+        norm, residual, quantised, new = outputs
+        norm = norm if _keeps_norm(site.quantise) else self._nothing
+        if not (new or in_workspace):
+            norm, quantised = norm.clone(), tuple(map(torch.clone, quantised))
+        if site.sharded_residual:
+            return norm, self.carried(), *quantised
+        return norm, residual if new else residual.clone(), *quantised
 
     def grid(self, ctas: int, default_ctas: int, cluster: int = 1) -> int:
         """The number of CTAs of a kernel, a multiple of ``cluster``, the same on all ranks.
@@ -66,20 +114,19 @@ class Call:
         grid = min(ctas or (self.most_rows if self.one_shot else default_ctas), self.most_rows)
         return min(-(-grid // cluster) * cluster, most)
 
-    def prepare(
-        self, site: Site, number: int, norm_out: int, whole_residual: Tensor, default_ctas: int
-    ) -> tuple[nvrtc.Kernel, int, tuple]:
+    def prepare(self, site: Site, number: int, outputs: "Outputs", default_ctas: int) -> tuple[nvrtc.Kernel, int, tuple]:
         """Copy inputs that the kernel cannot read in place, on the current stream, and pack the argument of the launch.
 
-        norm_out:       address for the norm; only one_shot uses it
-        whole_residual: where the new residual is written if it is not sharded
-        default_ctas:   see grid
+        default_ctas: see grid
         Returns (the kernel, its number of CTAs, tensors that must stay alive until it has run).
         Raises RuntimeError for inputs that the kernel does not support.
         """
-        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, _, _, fp32_residual, sharded_residual = site
+        x, residual, weight, bias, shift, eps, scale, offset, center, ctas, _, _, fp32_residual, sharded_residual, text, static_scale = site
+        quantised = outputs.quantised
         if fp32_residual is not sharded_residual:
             raise RuntimeError("over symmetric memory fp32_residual and sharded_residual must be equal")
+        if text and not sharded_residual:
+            raise RuntimeError("over symmetric memory only a site with a sharded residual quantises its norm")
         if shift is not None and not center:
             raise RuntimeError("only a LayerNorm has a shift")
         x_at = residual_at = weight_at = bias_at = shift_at = 0
@@ -105,12 +152,28 @@ class Call:
         if shift is not None:
             shift_is_float = shift.dtype is not self.dtype and _is_float("shift", shift, x)
             shift, shift_at = _readable(shift)
+        output, q_at, scale_at, static_at = "", 0, 0, 0
+        if quantised:
+            how = read(text)
+            output, q_at = how.dtype, quantised[0].data_ptr()
+            if how.per_token:
+                scale_at = quantised[1].data_ptr()
+            elif static_scale is None or static_scale.dtype is not torch.float32 or static_scale.numel() != 1:
+                raise RuntimeError("the scale of a quantisation per tensor must be one number in float32")
+            else:
+                static_at = static_scale.data_ptr()
         self.arguments.set(
-            self.rows, x_at, residual_at, bias_at, weight_at, norm_out, self.carried_at if sharded_residual else whole_residual.data_ptr(),
-            number, weight_is_float, carried, not sharded_residual, eps, scale, offset, shift_is_float, shift_at,
+            self.rows, x_at, residual_at, bias_at, weight_at, outputs.norm.data_ptr(),
+            self.carried_at if sharded_residual else outputs.whole_residual.data_ptr(), number, weight_is_float, carried,
+            not sharded_residual, eps, scale, offset, shift_is_float, shift_at, q_at, scale_at, static_at,
+            *numbers_of(text if quantised else ""),
         )  # fmt: skip
-        kernel, grid = self.launcher(center, ctas, default_ctas)
-        return kernel, grid, (x, residual, weight, bias, shift)
+        kernel, grid = self.launcher(center, output, ctas, default_ctas)
+        return kernel, grid, (x, residual, weight, bias, shift, static_scale)
+
+
+def _keeps_norm(quantise: str) -> bool:
+    return not quantise or read(quantise).keeps_norm
 
 
 def _with_own_storage(t: Tensor) -> Tensor:

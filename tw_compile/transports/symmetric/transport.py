@@ -33,7 +33,7 @@ from .. import agree
 from ..together import together
 from . import gemms, host, nvrtc, support
 from .arguments import ELEMENTS, ErrorRecord, macros
-from .launch import Call, empty_like
+from .launch import Call
 from .layout import Layout
 from .tuning import LEAST_ROWS, Tuning
 from .workspace import Workspace
@@ -78,8 +78,9 @@ class Symmetric:
         self._workspaces: dict[tuple[int, torch.dtype, int, int], Workspace] = {}  # (slot, dtype, hidden, rows) -> Workspace
         self._calls: dict[tuple[int, torch.dtype, torch.Size], Call] = {}  # (slot, dtype, shape) -> Call, recently used ones
         self._older_calls: dict[tuple[int, torch.dtype, torch.Size], Call] = {}
-        self._kernels: dict[tuple[str, torch.dtype, int, bool], nvrtc.Kernel] = {}  # (name, dtype, hidden, center) -> Kernel
-        self._pending: dict[int, tuple[Call | None, bool, Any]] = {}  # slot -> what wait() needs of start(); no Call without tokens
+        self._kernels: dict[tuple[str, torch.dtype, int, bool, str], nvrtc.Kernel] = {}  # (name, dtype, hidden, center, output) -> Kernel
+        # slot -> what wait() needs of start(), and what must stay alive until then; no Call without tokens
+        self._pending: dict[int, tuple[Call | None, Site, Any, Any]] = {}
         self._carveout = False  # whether SMs are reserved for its kernels
         self._stream = torch.cuda.Stream(self.device, priority=-1)  # CTAs of its kernels come before those of GEMMs
         self._side = self._stream.cuda_stream
@@ -135,14 +136,14 @@ class Symmetric:
     def prepare(self, calls: Iterable[tuple]) -> None:
         """Make the workspaces and kernels of calls, so that the calls make none. A collective.
 
-        calls: (slot, dtype, shape of x, center) of each
+        calls: (slot, dtype, shape of x, center, dtype of 8 bits that the norm is quantised to, or '') of each
         Raises WorkspaceError on all ranks if a rank cannot make them. Then no workspace is made.
         """
         before = set(self._workspaces)
         try:
-            for slot, dtype, shape, center in calls:
+            for slot, dtype, shape, center, output in calls:
                 if 0 not in shape:
-                    self._call(slot, dtype, torch.Size(shape)).workspace.kernels(center)
+                    self._call(slot, dtype, torch.Size(shape)).workspace.kernels(center, output)
         except RuntimeError as error:
             self._drop(set(self._workspaces) - before)
             self.raise_if_lost(error)
@@ -176,18 +177,18 @@ class Symmetric:
         Returns a tensor without elements, for the op ``wait``. Raises RuntimeError if fp32_residual and sharded_residual differ.
         two_shot reads only ``own_rows`` of a residual that is not sharded.
         """
-        x, *_, slot, number, fp32_residual, sharded_residual = site
+        x, slot = site.x, site.slot
         try:
             stream = self._current()
             call = self._begin(slot, x, stream)
             if call is None:
-                self._pending[slot] = None, fp32_residual, x
+                self._pending[slot] = None, site, None, None
                 return x.new_empty(0)
-            number = self._number(slot, number)
-            kernel, grid, held = call.prepare(site, number, call.activations_at, call.whole_residual, call.ctas)
+            outputs = call.outputs(site, True, False)
+            kernel, grid, held = call.prepare(site, self._number(slot, site.number), outputs, call.ctas)
             events = self._events.get(slot) or self._make_events(slot)
             kernel.start(grid, call.arguments.address, stream, self._side, *events)
-            self._pending[slot] = call, sharded_residual, held
+            self._pending[slot] = call, site, outputs, held
             if not self._carveout:
                 self._carveout = gemms.reserve_sms(grid)
             return call.token
@@ -195,51 +196,42 @@ class Symmetric:
             self.raise_if_lost(error)
             raise
 
-    def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, Tensor]:
-        """The results of the slot's start(): (norm, residual), both [..., H], in the dtype of x.
+    def wait(self, slot: int, in_workspace: bool) -> tuple[Tensor, ...]:
+        """The results of the slot's start(): (norm, residual), both [..., H], in the dtype of x, and what a quantisation adds.
 
-        in_workspace: the norm may be in the workspace, valid until the next use of the slot; otherwise it is a new tensor
+        in_workspace: all but the residual may be in the workspace, valid until the next use of the slot; otherwise they are new tensors
         With ``sharded_residual`` the residual is float32, in the workspace, and only for the slot's next site.
         """
         pending = self._pending.pop(slot, None)
         if pending is None:
             raise RuntimeError(f"wait for slot {slot} without a start")
         try:
-            call, sharded_residual, held = pending
+            call, site, outputs, _ = pending
             stream = self._current()
             if stream != self._on:
                 self._follow(stream)
             if self._carveout and not self._pending:
                 self._end_carveout()
             if call is None:
-                return empty_results(held, sharded_residual)
+                return empty_results(site.x, site.fp32_residual, site.quantise)
             self._host.wait(stream, self._events[slot][1])
-            norm = call.norm if in_workspace else call.norm.clone()
-            return norm, call.carried() if sharded_residual else call.whole_residual.clone()
+            return call.results(site, outputs, in_workspace)
         except RuntimeError as error:
             self.raise_if_lost(error)
             raise
 
-    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, Tensor]:
+    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, ...]:
         """start() and wait() in one kernel launch on the current stream."""
-        x, sharded_residual = site.x, site.sharded_residual
         try:
             stream = self._current()
-            call = self._begin(site.slot, x, stream)
+            call = self._begin(site.slot, site.x, stream)
             if call is None:
-                return empty_results(x, site.fp32_residual)
-            norm, whole_residual = call.norm, call.whole_residual
-            if call.one_shot:  # it writes only results of this rank, to any address
-                norm = norm if in_workspace else empty_like(x)
-                whole_residual = whole_residual if sharded_residual else empty_like(x)
-            number = self._number(site.slot, site.number)
-            kernel, grid, held = call.prepare(site, number, norm.data_ptr(), whole_residual, call.ctas_alone)
+                return empty_results(site.x, site.fp32_residual, site.quantise)
+            outputs = call.outputs(site, in_workspace, True)
+            kernel, grid, held = call.prepare(site, self._number(site.slot, site.number), outputs, call.ctas_alone)
             kernel.launch(grid, call.arguments.address, stream)
             del held  # its memory is reused later on this stream
-            if not call.one_shot:
-                norm = norm if in_workspace else norm.clone()
-                whole_residual = whole_residual if sharded_residual else whole_residual.clone()
-            return norm, call.carried() if sharded_residual else whole_residual
+            return call.results(site, outputs, in_workspace)
         except RuntimeError as error:
             self.raise_if_lost(error)
             raise
@@ -264,9 +256,9 @@ class Symmetric:
         """Raise RuntimeError if a kernel has given up waiting for another rank."""
         self._error.raise_if_set(self.timeout_s, cause)
 
-    def kernels(self, names: set[str], dtype: torch.dtype, hidden: int, center: bool) -> dict[str, nvrtc.Kernel]:
+    def kernels(self, names: set[str], dtype: torch.dtype, hidden: int, center: bool, output: str) -> dict[str, nvrtc.Kernel]:
         """name -> kernel. A collective the first time: no rank launches a kernel that another rank could not load."""
-        keys = {name: (name, dtype, hidden, center) for name in sorted(names)}
+        keys = {name: (name, dtype, hidden, center, output) for name in sorted(names)}
         missing = [key for key in keys.values() if key not in self._kernels]
         if missing:
             kind = f"a {'LayerNorm' if center else 'RMSNorm'} of {dtype} [{hidden}]"
@@ -278,13 +270,13 @@ class Symmetric:
             self._kernels |= together(self.group_name, what, lambda: {k: self._kernel(*k) for k in missing}, self.timeout_s)
         return {name: self._kernels[key] for name, key in keys.items()}
 
-    def _kernel(self, name: str, dtype: torch.dtype, hidden: int, center: bool) -> nvrtc.Kernel:
+    def _kernel(self, name: str, dtype: torch.dtype, hidden: int, center: bool, output: str) -> nvrtc.Kernel:
         limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
         layout = Layout.of(hidden, dtype.itemsize, self.world, self.name, center, limit)
         arch = nvrtc.architecture(torch.cuda.get_device_capability(self.device))
         two_shot = name == "two_shot"
         block, cluster = (layout.block, layout.cluster) if two_shot else ((layout.threads, 1), 1)
-        wanted = macros(dtype, hidden, self.world, self.rank, self.name, center, layout)
+        wanted = macros(dtype, hidden, self.world, self.rank, self.name, center, layout, output)
         return nvrtc.cubin(name, arch, wanted, lambda image: nvrtc.Kernel(image, name, block, layout.shared[not two_shot], cluster))
 
     def _begin(self, slot: int, x: Tensor, stream: int) -> Call | None:

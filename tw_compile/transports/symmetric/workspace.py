@@ -22,7 +22,8 @@ class Workspace:
     carried:                     [rows, hidden] tensor of float32. With more than LEAST_ROWS rows a rank uses at most the first half of
                                  it, and the second half overlaps with whole_residual
     tuning:                      that of the owner; or else of the first rank that knows one; or else the ranks measure one
-    kernels(center):             name -> Kernel, for a LayerNorm or an RMSNorm
+    quantised, scales:           [rows, hidden] tensor of uint8, and [rows] tensor of float32, in the memory of whole_residual
+    kernels(center, output):     name -> Kernel, for a LayerNorm or an RMSNorm, and a dtype of 8 bits that the norm is quantised to, or ''
     max_ctas:                    CTAs for which the signal pad has flags
     bytes:                       size of the symmetric memory
     """
@@ -81,6 +82,9 @@ class Workspace:
         self.activations = memory[:region].view(dtype).view(rows, hidden)
         self.carried = memory[region : region + carried].view(torch.float32).view(rows, hidden)
         self.whole_residual = memory[whole_residual_at:staging_at].view(dtype).view(rows, hidden)
+        scales_at = whole_residual_at + rows * hidden
+        self.quantised = memory[whole_residual_at:scales_at].view(rows, hidden)
+        self.scales = memory[scales_at : scales_at + 4 * rows].view(torch.float32)
         self.arguments = Arguments(
             rank,
             [pointer + offset for pointer in handle.buffer_ptrs],
@@ -91,7 +95,8 @@ class Workspace:
             owner.timeout_s,
             whole_residual_at,
             staging_at,
+            scales_at,
         )
         names = {self.tuning.kernel_of(r) for r in (range(1, rows + 1) if one_shot else (rows,))}
         # All names are loaded at once, as a CUDA graph for another number of rows may be captured next.
-        self.kernels = functools.cache(lambda center: owner.kernels(names, dtype, hidden, center))
+        self.kernels = functools.cache(lambda center, output: owner.kernels(names, dtype, hidden, center, output))
