@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.fx import Graph
 
 from tw_compile import backend
 from tw_compile.compat import auto_functionalized
 from tw_compile.options import TokenWeaveError
 from tw_compile.passes.rules.token_axis import split_rule
+from tw_compile.transports import agree
 
 pytestmark = [
     pytest.mark.vllm,
@@ -120,29 +120,18 @@ def test_a_kv_connector_gets_the_attention_of_a_whole_step(monkeypatch):
         assert split_rule(Graph().call_function(op), {}).startswith("a KV connector sends")
 
 
-def meet():
-    """On a rank: what a rank with the plug-in says of one without."""
+def test_a_rank_without_the_plugin_is_named(monkeypatch):
     from vllm.distributed import parallel_state
 
     from tw_compile.integrations.vllm import plugin
 
-    group = dist.new_group([0, 1])
-    if dist.get_rank() == 1:
-        return ""
-    parallel_state._TP = SimpleNamespace(device_group=group)
-    plugin.PATIENCE_S = 1.0
-    try:
+    def exchange(group, what, message, timeout_s):
+        raise RuntimeError(f"rank 1 of group {group} did not come to {what} within {timeout_s:g} s")
+
+    monkeypatch.setattr(agree, "exchange", exchange)
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(device_group=SimpleNamespace(group_name="tp")))
+    with pytest.raises(TokenWeaveError, match="rank 1 of group tp did not come to the start .* within 120 s. If it has no plug-in of tw_c"):
         plugin._meet_the_others()
-    except TokenWeaveError as error:
-        return str(error)
-    finally:
-        parallel_state._TP = None
-    return "no error"
-
-
-def test_a_rank_without_the_plugin_is_named(ranks):
-    said, _ = ranks(meet)
-    assert "rank 1" in said and "If it has no plug-in of tw_compile: install it, and set VLLM_PLUGINS alike on all ranks" in said
 
 
 @pytest.mark.parametrize("name, reason", [("moe_forward", "vLLM's experts take"), ("unified_mla_attention_with_output", "MLA")])
