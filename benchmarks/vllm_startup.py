@@ -8,7 +8,9 @@ the long one is woven. ``cold`` begins with empty caches of vLLM, Inductor and t
 
 Writes benchmarks/results/vllm-startup-*.json, one row for each side and cache, with
 
-    ratio (seconds / Inductor's seconds), layers, tp, side, cache, seconds (engine and answers, on the slowest rank), answers_seconds
+    ratio (seconds / Inductor's seconds), cpu_ratio (the same of cpu_seconds), layers, tp, side, cache
+    seconds (engine and answers, on the slowest rank), answers_seconds, cpu_seconds (of a process and its compilers: on a machine that has
+    other work, these tell more)
 """
 
 import argparse
@@ -46,9 +48,9 @@ def main():
     rows = []
     for side in SIDES:
         for cache, taken in in_new_processes(side, args.layers):
-            inductor = next((row["seconds"] for row in rows if row["cache"] == cache), taken["seconds"])
-            size = {"layers": args.layers, "tp": dist.get_world_size()}
-            rows.append({"ratio": round(taken["seconds"] / inductor, 3), **size, "side": side, "cache": cache, **taken})
+            inductor = next((row for row in rows if row["cache"] == cache), taken)
+            ratios = {of.replace("seconds", "ratio"): round(taken[of] / inductor[of], 3) for of in ("seconds", "cpu_seconds")}
+            rows.append({**ratios, "layers": args.layers, "tp": dist.get_world_size(), "side": side, "cache": cache, **taken})
             if dist.get_rank() == 0:
                 print(rows[-1], flush=True)
     import vllm
@@ -93,7 +95,7 @@ def start(model, side):
     """Seconds until an engine has answered, and seconds of the answers."""
     from vllm import LLM, SamplingParams
 
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), sum(os.times()[:4])
     llm = LLM(
         model, load_format="dummy", skip_tokenizer_init=True, dtype="float32", tensor_parallel_size=int(os.environ["WORLD_SIZE"]),
         distributed_executor_backend="external_launcher", max_num_batched_tokens=2048, kv_cache_memory_bytes=1 << 26,
@@ -104,7 +106,7 @@ def start(model, side):
     for prompt in prompts:
         llm.generate(prompt, SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
     answered = time.perf_counter()
-    return {"seconds": answered - begin, "answers_seconds": answered - ready}
+    return {"seconds": answered - begin, "answers_seconds": answered - ready, "cpu_seconds": sum(os.times()[:4]) - cpu}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ pytestmark = [
 ]
 HERE = Path(__file__).parent
 CLIENTS = 16
+# The server compiles what a model in ``runs`` was compiled to.
+CACHED = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def runs(folder):
     """Name of a model -> what vLLM did in eager mode and with the backend. All in two processes that import vLLM once."""
     launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     command = [sys.executable, *launch, str(HERE / "vllm_ranks.py"), str(folder), *MODELS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1600)
+    done = subprocess.run(command, env={**os.environ, **CACHED}, capture_output=True, text=True, timeout=1600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"model"')]
     return {line["model"]: line for line in lines}
@@ -58,6 +60,14 @@ def test_tokens_are_those_of_eager(runs, name):
     assert compiled["tokens"] == eager["tokens"]
 
 
+def test_pipeline_stages_without_tensor_parallelism_are_left_to_inductor(runs):
+    eager, stages = runs["Llama"]["eager"], runs["Llama"]["stages"]
+    assert stages["tokens"] == eager["tokens"]
+    assert stages["reports"]
+    for report in stages["reports"]:
+        assert not report["sites"] and report["reasons"][0].startswith("it contains no all-reduce")
+
+
 @contextlib.contextmanager
 def server(path, log):
     """``vllm serve`` with the backend, as users start it; its URL."""
@@ -69,7 +79,7 @@ def server(path, log):
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", path, "-tp", "2", "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 23), "--compilation-config", json.dumps(COMPILED), *options,
     ]  # fmt: skip
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCH_LOGS": "tokenweave"}
+    environment = {**os.environ, **CACHED, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCH_LOGS": "tokenweave"}
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
