@@ -116,7 +116,7 @@ def test_schedules_of_the_whole_are_dropped():
     from tw_compile.integrations.vllm import attention
 
     half = attention._metadata_of(metadata_of("FLASH_ATTN", STEPS[0]), [layer_of("FLASH_ATTN")], 0, 4)
-    assert half.scheduler_metadata is None and half.max_num_splits == 0
+    assert half.scheduler_metadata is None and half.max_num_splits == 4
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,11 @@ def _plan_on_cpu(metadata: Any, layer: Any, layers: list) -> Any:
 
 
 def _plan_in_kernel(metadata: Any, layer: Any, layers: list) -> Any:
-    """FlashAttention's kernels plan themselves without a schedule."""
-    return dataclasses.replace(metadata, scheduler_metadata=None, max_num_splits=0)
+    """FlashAttention's kernels plan themselves without a schedule.
+
+    The most splits stay: CUDA graphs need a bound, and batch-invariant kernels have one split.
+    """
+    return dataclasses.replace(metadata, scheduler_metadata=None)
 
 
 # Name of an attention backend -> what is known of it, by vLLM 0.32.
