@@ -68,6 +68,12 @@ def test_pipeline_stages_without_tensor_parallelism_are_left_to_inductor(runs):
         assert not report["sites"] and report["reasons"][0].startswith("it contains no all-reduce")
 
 
+def healthy(url):
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def server(path, log):
     """``vllm serve`` with the backend, as users start it; its URL."""
@@ -83,9 +89,7 @@ def server(path, log):
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-                break
+        while not healthy(url):
             assert process.poll() is None, "the server has ended"
             time.sleep(0.5)
         yield url
