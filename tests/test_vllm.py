@@ -76,13 +76,13 @@ def healthy(url):
 
 @contextlib.contextmanager
 def server(path, log):
-    """``vllm serve`` with the backend, as users start it; its URL."""
+    """The server of ``vllm serve`` with the backend; its URL. vLLM's package for CPUs has another name, which its command ``vllm`` misses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = [word for name, option in SERVED.items() for word in (f"--{name.replace('_', '-')}", str(option))]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", path, "-tp", "2", "--host", "127.0.0.1", "--port", str(port),
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "-tp", "2", "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 23), "--compilation-config", json.dumps(COMPILED), *options,
     ]  # fmt: skip
     environment = {**os.environ, **CACHED, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCH_LOGS": "tokenweave"}
