@@ -76,7 +76,10 @@ def healthy(url):
 
 @contextlib.contextmanager
 def server(path, log):
-    """The server of ``vllm serve`` with the backend; its URL. vLLM's package for CPUs has another name, which its command ``vllm`` misses."""
+    """What ``vllm serve`` runs, with the backend; its URL.
+
+    The command itself does not start with vLLM's package for CPUs: it asks for the version of a package of the name vllm.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -109,10 +112,11 @@ def test_server(runs, folder, tmp_path):
     log = tmp_path / "log"
 
     def ask(number):
-        extra = {"ignore_eos": True, "return_token_ids": True}
         leaves, got = number in (3, 11), []
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="-", timeout=120, max_retries=0)
-        how = dict(model=path, temperature=0, max_tokens=50 if leaves else TOKENS, stream=True, extra_body=extra)
+        most = SERVED["max_model_len"] - len(prompts[number]) if leaves else TOKENS
+        extra = {"ignore_eos": True, "return_token_ids": True}
+        how = dict(model=path, temperature=0, max_tokens=most, stream=True, extra_body=extra)
         with client.completions.create(prompt=prompts[number], **how) as stream:
             for chunk in stream:
                 got += chunk.choices[0].token_ids or []
@@ -120,21 +124,23 @@ def test_server(runs, folder, tmp_path):
                     return got
         return got
 
+    def counts():
+        """Requests that run, and requests that were aborted."""
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as metrics:
+            lines = metrics.read().decode().splitlines()
+        kinds = ("vllm:num_requests_running", ""), ("vllm:request_success_total", '"abort"')
+        return [sum(float(line.split()[-1]) for line in lines if line.startswith(name) and label in line) for name, label in kinds]
+
     with open(log, "w") as output, server(path, output) as url:
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as clients:
             got = [*clients.map(ask, range(CLIENTS))]
-        for _ in range(100):  # requests of clients that have left are aborted
-            with urllib.request.urlopen(f"{url}/metrics", timeout=5) as metrics:
-                lines = metrics.read().decode().splitlines()
-            running = [float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running")]
-            if running == [0]:
+        assert ask(0) == got[0]
+        for _ in range(100):
+            if counts() == [0, 2]:
                 break
             time.sleep(0.1)
-        assert running == [0]
-        aborted = [float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total") and '"abort"' in line]
-        assert aborted == [2]
-        assert ask(0) == got[0]
+        assert counts() == [0, 2]
     right = runs["Llama"]["eager"]["tokens"]
-    assert all(tokens == right[number][: len(tokens)] for number, tokens in enumerate(got))
+    assert all(tokens[:TOKENS] == right[number][: len(tokens)] for number, tokens in enumerate(got))
     assert [len(tokens) for number, tokens in enumerate(got) if number not in (3, 11)] == [TOKENS] * (CLIENTS - 2)
     assert "7 sites, 0 refused, 0 unsplit ops" in log.read_text()
