@@ -72,6 +72,16 @@ def test_one_token_and_none_where_guards_are_dropped():
     assert modes() == ["weave", "off", "off"]
 
 
+def test_one_token_takes_the_form_of_more_where_dynamo_took_it_for_impossible():
+    """vLLM traces once and drops all guards. One token, as in decoding, is not compiled for itself."""
+    options = {"tokenweave.min_tokens": 32}
+    backend_with_options = lambda gm, inputs: backend.tokenweave(gm, inputs, options=options)  # noqa: E731
+    function = torch.compile(mlp, backend=backend_with_options, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
+    for tokens in (48, 1, 16, 2):
+        run(function, tokens, mark=MARKS["dynamic"] if tokens == 48 else None)
+    assert modes() == ["weave", "fuse"]
+
+
 def test_sizes_that_torch_is_oblivious_of():
     with symbolic_config.patch(backed_size_oblivious=True):
         function = compiled(mlp)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch.fx import Graph
 
+from tw_compile import backend
 from tw_compile.compat import auto_functionalized
+from tw_compile.options import TokenWeaveError
 from tw_compile.passes.rules.token_axis import split_rule
+from tw_compile.transports import agree
 
 pytestmark = [
     pytest.mark.vllm,
@@ -53,21 +56,82 @@ def test_a_warning_where_vllm_compiles_nothing(caplog):
     assert "vLLM compiles nothing with these settings (compilation mode NONE)" in caplog.text
 
 
+def configured(longest=64, **compilation):
+    from vllm.config import CompilationConfig
+
+    scheduler = SimpleNamespace(max_num_batched_tokens=longest)
+    return SimpleNamespace(compilation_config=CompilationConfig(**compilation), scheduler_config=scheduler, kv_transfer_config=None)
+
+
 def test_another_version_is_told_once(caplog, monkeypatch):
     import vllm
-    from vllm.config import CompilationConfig
 
     from tw_compile.integrations.vllm import plugin
 
     with caplog.at_level(logging.WARNING, logger="tw_compile"):
-        plugin._options(CompilationConfig())
+        plugin._options(configured())
         assert not caplog.records
         monkeypatch.setattr(vllm, "__version__", "0.99.1")
         for _ in range(2):
-            assert plugin._options(CompilationConfig(inductor_compile_config={"tokenweave.min_tokens": 9, "dce": True})) == {
+            assert plugin._options(configured(inductor_compile_config={"tokenweave.min_tokens": 9, "dce": True})) == {
                 "tokenweave.cuda_graphs": False, "tokenweave.min_tokens": 9
             }  # fmt: skip
     assert len(caplog.records) == 1 and "was tested with vLLM 0.32, and this is 0.99.1" in caplog.text
+
+
+@pytest.mark.parametrize("mode, longest, captured", [("FULL", 512, True), ("FULL", 2048, False), ("FULL_DECODE_ONLY", 512, False)])
+def test_long_steps_run_in_cuda_graphs_only_if_vllm_captures_them(mode, longest, captured):
+    from tw_compile.integrations.vllm import plugin
+
+    config = configured(longest, cudagraph_mode=mode, max_cudagraph_capture_size=512)
+    assert plugin._options(config) == {"tokenweave.cuda_graphs": captured}
+    assert config.compilation_config.cudagraph_num_of_warmups >= 1
+
+
+def test_the_profiling_run_has_a_step_of_each_form():
+    from tw_compile.integrations.vllm import plugin
+
+    class Runner:
+        vllm_config, steps = configured(backend="tokenweave"), []
+
+        def _dummy_run(self, num_tokens, is_profile=False, skip_attn=False):
+            self.steps.append((num_tokens, is_profile, skip_attn))
+            return num_tokens
+
+    for _ in range(2):
+        plugin._profile_all_forms(Runner)
+    assert Runner()._dummy_run(2048, is_profile=True, skip_attn=True) == 2048
+    assert Runner()._dummy_run(8) == 8
+    assert Runner.steps == [(2048, True, True), (255, True, True), (2, True, True), (8, False, False)]
+
+
+def test_a_kv_connector_gets_the_attention_of_a_whole_step(monkeypatch):
+    from vllm.config import CompilationMode
+
+    from tw_compile.integrations.vllm import plugin
+    from tw_compile.passes.rules import token_axis
+
+    monkeypatch.setattr(token_axis, "_RULES", dict(token_axis._RULES))
+    config = configured(backend="tokenweave", mode=CompilationMode.DYNAMO_TRACE_ONCE)
+    config.kv_transfer_config = object()
+    compiler = config.compilation_config.init_backend(config)
+    assert compiler.func is backend.tokenweave and compiler.keywords["options"] == {"tokenweave.cuda_graphs": False}
+    for op in plugin._attention():
+        assert split_rule(Graph().call_function(op), {}).startswith("a KV connector sends")
+
+
+def test_a_rank_without_the_plugin_is_named(monkeypatch):
+    from vllm.distributed import parallel_state
+
+    from tw_compile.integrations.vllm import plugin
+
+    def exchange(group, what, message, timeout_s):
+        raise RuntimeError(f"rank 1 of group {group} did not come to {what} within {timeout_s:g} s")
+
+    monkeypatch.setattr(agree, "exchange", exchange)
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(device_group=SimpleNamespace(group_name="tp")))
+    with pytest.raises(TokenWeaveError, match="rank 1 of group tp did not come to the start .* within 120 s. If it has no plug-in of tw_c"):
+        plugin._meet_the_others()
 
 
 @pytest.mark.parametrize("name, reason", [("moe_forward", "vLLM's experts take"), ("unified_mla_attention_with_output", "MLA")])

@@ -81,7 +81,7 @@ def test_every_field_is_known(name):
     from tw_compile.integrations.vllm import attention
 
     known = attention.BACKENDS[name]
-    assert attention._fields_of(backend_of(name)) - attention.COMMON - known.kept - known.unused == set()
+    assert attention._fields_of(backend_of(name).get_builder_cls()) - attention.COMMON - known.kept - known.unused == set()
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -116,7 +116,7 @@ def test_schedules_of_the_whole_are_dropped():
     from tw_compile.integrations.vllm import attention
 
     half = attention._metadata_of(metadata_of("FLASH_ATTN", STEPS[0]), [layer_of("FLASH_ATTN")], 0, 4)
-    assert half.scheduler_metadata is None and half.max_num_splits == 0
+    assert half.scheduler_metadata is None and half.max_num_splits == 4
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,29 @@ def test_a_step_that_cannot_be_cut_is_an_error(changes, reason):
         attention._metadata_of(whole, [layer_of("TRITON_ATTN")], 0, 4)
 
 
-def test_flashinfer_runs_whole(monkeypatch):
-    """Its metadata hold plans of its library."""
+def reason(monkeypatch, backend, **changes):
+    """Why attention of a layer with this backend is not cut."""
     from vllm import forward_context
 
     from tw_compile.integrations.vllm import attention
 
-    backend = SimpleNamespace(get_name=lambda: "FLASHINFER")
-    context = SimpleNamespace(no_compile_layers={"layer": SimpleNamespace(attn_backend=backend)})
-    monkeypatch.setattr(forward_context, "_forward_context", context)
-    assert attention.why_not("layer").startswith("the metadata of the attention backend FLASHINFER cannot be cut: only those of CPU_ATTN")
+    layer = SimpleNamespace(attn_backend=backend, attn_type="decoder", impl=None, use_mm_prefix=False)
+    vars(layer).update(changes)
+    monkeypatch.setattr(forward_context, "_forward_context", SimpleNamespace(no_compile_layers={"layer": layer}))
+    return attention.why_not("layer")
+
+
+def test_what_runs_whole(monkeypatch):
+    from vllm.model_executor.layers.attention.chunked_local_attention import create_chunked_local_attention_backend
+    from vllm.v1.attention.backends.utils import create_fast_prefill_custom_backend
+
+    known = backend_of("TRITON_ATTN")
+    assert reason(monkeypatch, known) == ""
+    assert reason(monkeypatch, create_chunked_local_attention_backend(known, 8)) == ""
+    shared = create_fast_prefill_custom_backend("FastPrefill", known)
+    assert reason(monkeypatch, shared) == "how FastPrefillAttentionBuilder changes the metadata of TRITON_ATTN is not known"
+    assert reason(monkeypatch, known, attn_type="encoder_only").startswith("attention of type encoder_only is not causal")
+    assert "bidirectional prefix cannot be cut" in reason(monkeypatch, known, use_mm_prefix=True)
+    named = lambda name: SimpleNamespace(get_name=lambda: name)  # noqa: E731
+    assert reason(monkeypatch, named("FLASHINFER")).startswith("FlashInfer plans attention on the host")
+    assert reason(monkeypatch, named("OTHER")).startswith("the metadata of the attention backend OTHER cannot be cut: only those of CPU_")

@@ -121,12 +121,18 @@ def serve(llm):
     return tokens, dict(preempted=len(preempted), cached=sum(output.num_cached_tokens for output in done.values()), steps=step)
 
 
-def compare(path):
-    """What vLLM does with a checkpoint in eager mode and with the backend."""
+# Name of a run -> what it changes.
+RUNS = {"eager": {}, "compiled": dict(compilation=COMPILED)}
+# Each rank is a pipeline stage, and alone in its tensor-parallel group.
+STAGES = {"stages": dict(compilation=COMPILED, tensor_parallel_size=1, pipeline_parallel_size=2)}
+
+
+def compare(path, runs):
+    """What vLLM does with a checkpoint in each run."""
     result = {}
-    for name, compilation in (("eager", None), ("compiled", COMPILED)):
+    for name, changes in runs.items():
         begin, before = time.perf_counter(), len(tw_compile.reports())
-        with engine(path, compilation) as llm:
+        with engine(path, **changes) as llm:
             start = time.perf_counter() - begin
             tokens, happened = serve(llm)
         reports = [report.to_dict() for report in tw_compile.reports()[before:]]
@@ -137,7 +143,7 @@ def compare(path):
 def main():
     folder, *names = sys.argv[1:]
     for name in names:
-        result = compare(os.path.join(folder, name.replace(" ", "-")))
+        result = compare(os.path.join(folder, name.replace(" ", "-")), RUNS | (STAGES if name == "Llama" else {}))
         if os.environ["RANK"] == "0":
             print(json.dumps({"model": name, **result}), flush=True)
 

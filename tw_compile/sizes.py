@@ -3,10 +3,11 @@
 Dynamo traces a graph with the sizes of its first call as hints. A pass that compares a size would add a guard to Dynamo's graph, which
 would then be compiled again where the comparison has another result. So each form of a graph is compiled in a copy, with symbols of its
 own whose hints are the sizes of the present call. Guards on them become conditions of this form, not guards of Dynamo's. Sizes without
-a hint (``mark_unbacked``) get one; sizes of 0 and 1 become constants.
+a hint (``mark_unbacked``) get one; sizes of 0 and 1 become constants. But a graph that was traced as if a size could not be 1 has nothing
+to say of 1 that it does not say of 2: a caller that drops Dynamo's guards, such as vLLM, gets the same form for both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 import torch
@@ -81,6 +82,7 @@ class ForSizes:
     mode:    the fake tensor mode of the inputs, with the guards on their symbols
     symbols: symbol of the original graph -> its symbol or number in the copy
     values:  symbol of the original graph -> the value for which the copy was made
+    least:   symbol of the original graph -> the least value that its symbol in the copy stands for
     """
 
     gm: GraphModule
@@ -88,10 +90,11 @@ class ForSizes:
     mode: FakeTensorMode
     symbols: dict
     values: dict
+    least: dict = field(default_factory=dict)
 
     def is_alike(self, values: dict) -> bool:
-        """Whether the copy's constants are the sizes in ``values``, and its symbols are neither 0 nor 1 there."""
-        return all(new == values[old] if new.is_Integer else values[old] > 1 for old, new in self.symbols.items())
+        """Whether the copy's constants are the sizes in ``values``, and its symbols stand for those there."""
+        return all(new == values[old] if new.is_Integer else values[old] >= self.least[old] for old, new in self.symbols.items())
 
     def holds(self, values: dict) -> bool:
         """Whether all guards on the copy's symbols hold for other values."""
@@ -113,7 +116,10 @@ def for_sizes(gm: GraphModule, values: dict[sympy.Symbol, int], fixed: bool = Fa
     """A copy of a graph, for these values of the symbols in its inputs. fixed: with constants in place of the symbols"""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    symbols = {old: sympy.Integer(number) if fixed else _symbol(env, old, number) for old, number in values.items()}
+    least = dict.fromkeys(values, 2) | dict.fromkeys(_never_one(gm), 1)
+    symbols = {
+        old: sympy.Integer(number) if fixed or number < least[old] else _symbol(env, old, number) for old, number in values.items()
+    }
     new = copied(gm)
 
     def size(old):
@@ -138,18 +144,28 @@ def for_sizes(gm: GraphModule, values: dict[sympy.Symbol, int], fixed: bool = Fa
             node.meta.pop(name, None)
     with torch.no_grad(), mode:
         FakeTensorProp(new, mode).propagate_dont_convert_inputs(*inputs)
-    return ForSizes(new, inputs, mode, symbols, values)
+    return ForSizes(new, inputs, mode, symbols, values, least)
 
 
-def _symbol(env: ShapeEnv, old: sympy.Symbol, number: int) -> sympy.Expr:
-    """A symbol of ``env`` for a symbol of another environment, with ``number`` as its hint; a constant for 0 and 1.
+def _never_one(gm: GraphModule) -> set[sympy.Symbol]:
+    """The symbols in a graph's inputs that were traced as if they could not be 0 or 1."""
+    found = set()
+    for node in gm.graph.find_nodes(op="placeholder"):
+        given = value(node)
+        for size in given.shape if isinstance(given, torch.Tensor) else [given]:
+            if isinstance(size, torch.SymInt) and (symbol := size.node.expr).is_Symbol:
+                known = size.node.shape_env.var_to_range.get(symbol)
+                found |= {symbol} if known is not None and known.lower >= 2 else set()
+    return found
+
+
+def _symbol(env: ShapeEnv, old: sympy.Symbol, number: int) -> sympy.Symbol:
+    """A symbol of ``env`` for a symbol of another environment, with ``number`` as its hint, if that is more than 1.
 
     It has the same name, unless that is the name of a size without a hint.
     """
-    if number < 2:
-        return sympy.Integer(number)
     new = old if old.name.startswith("s") else sympy.Symbol(f"s_{old.name}", integer=True, positive=True)
-    env.backed_var_to_val[new] = sympy.Integer(number)
+    env.backed_var_to_val[new] = sympy.Integer(max(number, 2))
     env._update_var_to_range(new, ValueRanges(2, int_oo))
     return new
 

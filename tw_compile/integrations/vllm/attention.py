@@ -61,8 +61,11 @@ def _plan_on_cpu(metadata: Any, layer: Any, layers: list) -> Any:
 
 
 def _plan_in_kernel(metadata: Any, layer: Any, layers: list) -> Any:
-    """FlashAttention's kernels plan themselves without a schedule."""
-    return dataclasses.replace(metadata, scheduler_metadata=None, max_num_splits=0)
+    """FlashAttention's kernels plan themselves without a schedule.
+
+    The most splits stay: CUDA graphs need a bound, and batch-invariant kernels have one split.
+    """
+    return dataclasses.replace(metadata, scheduler_metadata=None)
 
 
 # Name of an attention backend -> what is known of it, by vLLM 0.32.
@@ -86,6 +89,12 @@ BACKENDS = {
 }  # fmt: skip
 
 
+# Builders that give another builder other requests. Chunked attention makes each chunk of a request a causal request.
+SAME = {"ChunkedLocalAttentionBuilder"}
+
+FLASHINFER = "FlashInfer plans attention on the host for the tokens of a whole step, before the model runs"
+
+
 def why_not(name: str) -> str:
     """Why the attention of a layer cannot be cut; '' if it can be. The same on all ranks."""
     from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -97,21 +106,27 @@ def why_not(name: str) -> str:
     if backend is None:
         return f"the layer {name} is not one of vLLM's attention layers"
     known = BACKENDS.get(backend.get_name())
+    if backend.get_name() == "FLASHINFER":
+        return FLASHINFER
     if known is None:
         return f"the metadata of the attention backend {backend.get_name()} cannot be cut: only those of {', '.join(BACKENDS)} are known"
     if layer.attn_type != "decoder":
         return f"attention of type {layer.attn_type} is not causal, so the first half needs keys of the second"
     if backend.forward_includes_kv_cache_update or getattr(layer.impl, "dcp_world_size", 1) > 1 or layer.use_mm_prefix:
         return "attention that updates the cache itself, with context parallelism or with a bidirectional prefix cannot be cut"
-    fields = _fields_of(backend)
-    if strange := sorted(fields - COMMON - known.kept - known.unused):
+    builder = backend.get_builder_cls()
+    if builder.__name__ in SAME:
+        builder = builder.__base__
+    if "__orig_bases__" not in vars(builder):  # it derives from a backend's builder, and changes what that makes
+        return f"how {builder.__name__} changes the metadata of {backend.get_name()} is not known"
+    if strange := sorted(_fields_of(builder) - COMMON - known.kept - known.unused):
         return f"this vLLM's metadata of {backend.get_name()} has fields that are not known: {', '.join(strange)}"
     return ""
 
 
-def _fields_of(backend: Any) -> set[str]:
-    """The names of the fields of a backend's metadata: the class that its builder makes."""
-    (built,) = (base.__args__[0] for base in backend.get_builder_cls().__orig_bases__ if getattr(base, "__args__", ()))
+def _fields_of(builder: Any) -> set[str]:
+    """The names of the fields of the metadata that a backend's builder makes."""
+    (built,) = (base.__args__[0] for base in builder.__orig_bases__ if getattr(base, "__args__", ()))
     return {field.name for field in dataclasses.fields(built)}
 
 

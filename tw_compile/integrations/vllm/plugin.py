@@ -6,17 +6,20 @@ Nothing changes for models that are compiled with another backend.
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from ...autotune.plan import TILE
 from ...backend import tokenweave
-from ...compat import get_opaque_type_name
+from ...compat import OpOverload, get_opaque_type_name
 from ...options import PREFIX, TokenWeaveError
 from ...passes.find import AllReduce, register_all_reduce, register_collective
 from ...passes.rules.paged import Engine, register_engine
+from ...passes.rules.token_axis import register_token_rule
 from ...report import say_once
 from ...transports import agree
 from . import attention, rows
@@ -52,13 +55,17 @@ def _register() -> None:
     register_collective(ops.all_gather.default, _group_of)
     register_collective(ops.reduce_scatter.default, _group_of)
     rows.register()
-    update, attend = ops.unified_kv_cache_update.default, ops.unified_attention_with_output.default
-    register_engine(Engine(update, attend, attention.why_not, attention.halved, get_opaque_type_name(LayerName)), _library)
+    register_engine(Engine(*_attention(), attention.why_not, attention.halved, get_opaque_type_name(LayerName)), _library)
 
     platform = type(current_platform)
     platform.check_and_update_config = classmethod(_checking(platform.check_and_update_config))
     platform.use_custom_op_collectives = classmethod(_using_custom_ops(platform.use_custom_op_collectives))
     CompilationConfig.init_backend = _with_options(CompilationConfig.init_backend)
+
+
+def _attention() -> tuple[OpOverload, OpOverload]:
+    """The ops of paged attention: the one that writes to the cache, and the one that reads it."""
+    return torch.ops.vllm.unified_kv_cache_update.default, torch.ops.vllm.unified_attention_with_output.default
 
 
 def _group_of(node: Node) -> str:
@@ -90,10 +97,11 @@ def _checking(check_and_update_config: Callable) -> Callable:
             os.environ["VLLM_USE_AOT_COMPILE"] = "0"
         asked = config.backend == NAME
         check_and_update_config(vllm_config)
-        if asked and config.mode != CompilationMode.DYNAMO_TRACE_ONCE:
+        if asked and config.mode == CompilationMode.NONE:
             say_once(
-                f"vLLM compiles nothing with these settings (compilation mode {config.mode.name}), so the backend tokenweave does nothing. "
-                "vLLM does so for enforce_eager, and on CPUs for LoRA"
+                "vLLM compiles nothing with these settings (compilation mode NONE), so the backend tokenweave does nothing. vLLM does so "
+                "for enforce_eager, for models that it runs in breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH=0 ends that), and on "
+                "CPUs for LoRA"
             )
 
     return check
@@ -129,14 +137,47 @@ def _with_options(init_backend: Callable) -> Callable:
     """``CompilationConfig.init_backend``, with the options for this backend, which vLLM gives to Inductor only."""
 
     @functools.wraps(init_backend)
-    def init(self, *args, **kwargs):
-        backend = init_backend(self, *args, **kwargs)
+    def init(self, vllm_config, *args, **kwargs):
+        backend = init_backend(self, vllm_config, *args, **kwargs)
         if backend != NAME:
             return backend
         _meet_the_others()
-        return functools.partial(tokenweave, options=_options(self))
+        if vllm_config.kv_transfer_config is not None:
+            for op in _attention():
+                register_token_rule(op)(rows.whole(TRANSFERRED))
+        for module in RUNNERS:
+            if module in sys.modules:  # the one that this worker has
+                _profile_all_forms(sys.modules[module].GPUModelRunner)
+        return functools.partial(tokenweave, options=_options(vllm_config))
 
     return init
+
+
+TRANSFERRED = "a KV connector sends the keys and values of a layer after its attention, once for a step"
+
+# Where vLLM's model runners are. That for CPUs is made of the first one.
+RUNNERS = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
+# Fewer tokens than those of a long step: one number for each form. A woven graph of few tokens is not cut in whole tiles.
+FEWER = 2 * TILE - 1, 2
+
+
+@functools.cache
+def _profile_all_forms(runner: Any) -> None:
+    """Let the profiling run of a model runner have steps of fewer tokens, too.
+
+    So all forms are compiled, and their workspaces are made, before vLLM gives the memory to its cache, and before a request waits.
+    """
+    dummy_run = runner._dummy_run
+
+    @functools.wraps(dummy_run)
+    def run(self, num_tokens, *args, is_profile=False, **kwargs):
+        result = dummy_run(self, num_tokens, *args, is_profile=is_profile, **kwargs)
+        if is_profile and self.vllm_config.compilation_config.backend == NAME:
+            for fewer in FEWER:
+                dummy_run(self, min(fewer, num_tokens), *args, is_profile=True, **kwargs)
+        return result
+
+    runner._dummy_run = run
 
 
 # Seconds that a rank waits for the others, which make the same model.
@@ -159,7 +200,7 @@ def _meet_the_others() -> None:
         raise TokenWeaveError(f"{error}. If it has no plug-in of tw_compile: install it, and set VLLM_PLUGINS alike on all ranks") from None
 
 
-def _options(config: Any) -> dict[str, Any]:
+def _options(vllm_config: Any) -> dict[str, Any]:
     """The options of a model: those in ``inductor_compile_config`` whose names begin with "tokenweave."."""
     import vllm
     from vllm.config import CUDAGraphMode
@@ -169,7 +210,11 @@ def _options(config: Any) -> dict[str, Any]:
             f"tw_compile was tested with vLLM {TESTED}, and this is {vllm.__version__}. "
             "If tokens are wrong, compare them with those of the backend inductor, and report it"
         )
+    config = vllm_config.compilation_config
     # A form is compiled, and its workspaces are made, in a call that is not captured.
     config.cudagraph_num_of_warmups = max(1, config.cudagraph_num_of_warmups)
     given = {name: option for name, option in config.inductor_compile_config.items() if name.startswith(PREFIX)}
-    return {f"{PREFIX}cuda_graphs": config.cudagraph_mode == CUDAGraphMode.FULL} | given
+    # Only steps of some hundred tokens are captured by default, which are not those that are woven.
+    longest = vllm_config.scheduler_config.max_num_batched_tokens
+    captured = config.cudagraph_mode == CUDAGraphMode.FULL and (config.max_cudagraph_capture_size or 0) >= longest
+    return {f"{PREFIX}cuda_graphs": captured} | given

@@ -60,13 +60,13 @@ def register() -> None:
         if (op := op_of(name)) is not None:
             register_token_rule(op)(rows(*inputs, *written(op)))
     for name, reason in WHOLE.items():
-        register_token_rule(name)(_whole(reason))
+        register_token_rule(name)(whole(reason))
     for name, decomposition in DECOMPOSITIONS.items():
         if (op := op_of(name)) is not None:
             register_decomposition(op, decomposition)
 
 
-def _whole(reason: str) -> Rule:
+def whole(reason: str) -> Rule:
     """The rule of an op that runs on all tokens."""
     return lambda node, axes: reason
 
