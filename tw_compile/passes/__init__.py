@@ -133,11 +133,15 @@ def rewrite(
         new.not_woven = cut
         if cut and cut != options.fused_only:
             report.reasons.append(f"not woven: {cut}")
-    place(work, all(may_be_symmetric(match.group, device) for match in matches), decision.gathered, options.carrier != options.transport)
+    workspace = all(may_be_symmetric(match.group, device) for match in matches)
+    if lost := place(work, workspace, decision.gathered, options.carrier != options.transport):
+        lacking = {new.sites[number]: _READ for number in lost}
+        return rewrite(graph, options, may_be_symmetric, cut_of, replace(decision, refused={**decision.refused, **lacking}))
     new.graph, report.sites = work, [_site(match, sums, site in woven) for match, site in zip(matches, sites)]
     return new
 
 
+_READ = "its residual is float32 and its sum is not, which symmetric memory has only where norms and the next site alone read the residual"
 _UNMERGED = "another rank does not make one all-reduce of the same sum"
 
 
@@ -190,7 +194,7 @@ def _nothing(kinds: list[str]) -> str:
 def _site(match: Match, sums: Mapping[str, Merged], woven: bool = False) -> Site:
     total = value(match.total)
     shape = tuple(size if isinstance(size, int) else str(size) for size in total.shape)
-    dtype = str(total.dtype).removeprefix("torch.")
+    dtype = str(value(match.x).dtype).removeprefix("torch.")
     device, has_residual = str(total.device), match.residual is not None
     name = str(match.all_reduce)
     merged = len(sums[name].all_reduces) if name in sums else 1
