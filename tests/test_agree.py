@@ -214,3 +214,25 @@ def alone():
 def test_a_rank_that_has_a_new_graph_alone_does_not_wait_for_good(ranks):
     message, _ = ranks(alone)
     assert "has called the model again and did not come to the agreement on a graph, so that only some ranks have a new graph" in message
+
+
+def off_on_rank_1():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agree, "GONE_ON_S", 0.5)
+        group = dist.group.WORLD.group_name
+        agree.pass_by(group)  # a graph that is off on both
+        said = agree.exchange(group, "the agreement on a graph", str(dist.get_rank()))
+        if dist.get_rank() == 1:
+            agree.pass_by(group)
+            agree._exchanges[dist.group.WORLD] += 1
+            return said
+        try:
+            return agree.exchange(group, "the agreement on a graph", "")
+        except RuntimeError as error:
+            return str(error)
+
+
+def test_a_rank_whose_mode_is_off_is_named(ranks):
+    message, said = ranks(off_on_rank_1)
+    assert said == ["0", "1"]
+    assert "has mode off for a graph, which this rank has not, and did not come to the agreement on a graph" in message

@@ -297,12 +297,12 @@ def test_refused_rows_that_a_kernel_cannot_take(shape):
     )  # fmt: skip
 
 
-def test_refused_residual_in_float32():
+def test_refused_residual_in_16_bits_of_a_sum_in_float32():
     x, r, w = inputs()
     refused(
-        "the residual is torch.float32, the reduced value torch.bfloat16",
-        lambda x, r, w: hf_norm(all_reduce(x).to(torch.bfloat16) + r, w),
-        x, r.float(), w,
+        "the residual is torch.bfloat16, the reduced value torch.float32",
+        lambda x, r, w: hf_norm(all_reduce(x) + r, w),
+        x.float(), r, w,
     )  # fmt: skip
 
 
@@ -328,9 +328,9 @@ def test_refused_weight_of_another_half_precision():
 def test_refused_cast_before_the_add():
     x, r, w = inputs()
     refused(
-        "a cast to torch.float32 comes before the residual add",
-        lambda x, r, w: torch_norm(r + all_reduce(x).float(), w),
-        x, r.float(), w.float(),
+        "a cast to torch.float16 comes before the residual add",
+        lambda x, r, w: torch_norm(r + all_reduce(x).half(), w),
+        x, r.half(), w.half(),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 from tw_compile.site import Site
 from tw_compile.transports.symmetric import gemms, host, transport
 from tw_compile.transports.symmetric.arguments import Arguments
+from tw_compile.transports.symmetric.layout import own_rows
 from tw_compile.transports.symmetric.transport import Symmetric
 from tw_compile.transports.symmetric.tuning import by_rule
 from tw_compile.transports.together import WorkspaceError
@@ -276,10 +277,21 @@ def test_the_kernel_is_given_what_it_can_read(symmetric_sites, driver, rows):
     assert held_x is x and given.x == (x.data_ptr() if rows == 3 else 0)
 
 
+@pytest.mark.parametrize("rows", [3, 64], ids=by_rule(2).kernel_of)
+def test_a_whole_residual_in_float32_is_put_where_the_kernel_reads_one(symmetric_sites, driver, rows):
+    x, residual = torch.randn(rows, H, dtype=torch.bfloat16), torch.randn(rows, H)
+    symmetric_sites.start(Site(x, residual, *site(), 0, SLOT, 0, True, True))
+    given, call = packed(symmetric_sites, x), symmetric_sites._calls[SLOT, x.dtype, x.shape]
+    assert (given.takes_carried, given.residual) == (1, call.carried_at) and driver.noted()
+    begin, end = (0, rows) if rows == 3 else own_rows(symmetric_sites.rank, 2, rows)
+    in_order = call.workspace.carried[: end - begin].unflatten(-1, (2, -1, 4)).transpose(-2, -3).flatten(-3)
+    assert torch.equal(in_order, residual[begin:end])
+
+
 @pytest.mark.parametrize(
     "residual, inputs, message",
     [
-        (torch.zeros(3, H), site(), "residual is torch.float32"),
+        (torch.zeros(3, H, dtype=torch.float16), site(), "residual is torch.float16"),
         (torch.zeros(2, H, dtype=torch.bfloat16), site(), "residual is torch.bfloat16 \\[2, 64\\]"),
         (None, site(weight=torch.zeros(H, dtype=torch.float16)), "weight is torch.float16"),
         (None, site(shift=torch.zeros(H, dtype=torch.float16), center=True), "shift is torch.float16"),

@@ -289,6 +289,22 @@ def test_a_site_without_a_norm(dtype):
             assert_same(results[0][0], results[1][0])
 
 
+@pytest.mark.parametrize("dtype, world", ((BF16, 2), (FP16, 3)), ids=str)
+def test_a_whole_residual_in_float32(dtype, world):
+    """Of a model whose layers are in 16 bits and whose residual is not: it is not rounded."""
+    group, d = ranks(world), data(dtype, 5120, world)
+    wide = torch.randn(max(TOKENS), 5120, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    for rows in (1, 31, 100, 257):
+        x, residual = d["x"][:, :rows], wide[:rows]
+        norm, r = expected(x, residual, d["weight"], None)
+        for run in (group.fused, group.overlapped):
+            group.workspaces(dtype, 5120, rows, 2 if run == group.fused else 0)
+            group.poison()
+            for rank, (norm_of_rank, residual_of_rank) in enumerate(run(x, residual, d["weight"], None, sharded_residual=True)):
+                assert_close(norm_of_rank, norm)
+                assert_carried_or_whole(residual_of_rank, r, True, rank, world, dtype.itemsize)
+
+
 def check_numbers(dtype, hidden, world, center):
     """Every token count, the options in turn, against float64; over poisoned memory."""
     group, d = ranks(world), data(dtype, hidden, world)
@@ -661,13 +677,13 @@ def test_what_it_refuses():
     x = torch.zeros(2, 40, 8192, dtype=BF16, device="cuda")
     group.workspaces(BF16, 8192, 40)
     for match, change in [
-        ("residual is", dict(residual=torch.zeros(40, 8192, device="cuda"))),
+        ("residual is", dict(residual=torch.zeros(40, 8192, dtype=FP16, device="cuda"))),
         ("weight is", dict(weight=torch.zeros(8192, dtype=FP16, device="cuda"))),
         ("bias is", dict(bias=torch.zeros(8192, device="cuda"))),
         ("shift is", dict(shift=torch.zeros(8192, dtype=FP16, device="cuda"), center=True)),
         ("only a LayerNorm has a shift", dict(shift=torch.zeros(8192, dtype=BF16, device="cuda"))),
         ("signal pad", dict(ctas=100_000)),
-        ("residual is", dict(residual=torch.zeros(40, 8192, device="cuda"), sharded_residual=True)),
+        ("residual is", dict(residual=torch.zeros(40, 8192, dtype=FP16, device="cuda"), sharded_residual=True)),
     ]:
         with pytest.raises(RuntimeError, match=match):
             group.fused(x, **{"residual": None, "weight": None, "bias": None, **change})

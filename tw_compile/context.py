@@ -160,6 +160,12 @@ def agreed(
     raise Left("its ranks cannot agree on what to do with its collectives", together=True)
 
 
+def pass_by(graph: Graph) -> None:
+    """Let other ranks know of a graph that this rank leaves as it is without asking them, as its mode is off. Not a collective."""
+    for group in filter(None, wire.groups_of(graph)):
+        agree.pass_by(group)
+
+
 def plan_of(graph: Graph, options: Options, section: schedule.Section | None, device: torch.device, together: bool) -> Plan | None:
     """The plan of all ranks for a graph. If no rank has one, they tune it. None if there is none: the plan then follows a rule.
 

@@ -116,6 +116,7 @@ class Forms:
         """Compile the form for the sizes that the graph was traced with. Returns what runs the graph; None if it is left to Inductor."""
         if self.options.off or not collectives(self.gm.graph):
             self.left = passes.rewrite(self.gm.graph, self.options, self._may_be_symmetric, lambda sites: "").report
+            context.pass_by(self.gm.graph)
             return None
         try:
             self.sizes = Sizes(self.gm)

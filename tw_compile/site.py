@@ -21,7 +21,7 @@ class Site(NamedTuple):
     """The arguments of a site. The ops take the same, in this order.
 
     x:                [..., H], the partial sums of this rank, in bfloat16, float16 or float32
-    residual:         [..., H], with the dtype and shape of x; or the float32 residual that the slot's last site returned; or None
+    residual:         [..., H], with the dtype and shape of x, or float32; or the residual that the slot's last site returned; or None
     weight:           [H], in the dtype of x or float32; or None for ones. The norm is multiplied by ``weight + offset``
     bias:             [H], in the dtype of x; or None. It is added to the sum, and the result is multiplied by ``scale``
     shift:            [H], in the dtype of x or float32; or None. It is added to the norm, and only allowed with ``center``

@@ -142,13 +142,17 @@ def rewrite(
         if cut and cut != options.fused_only:
             report.reasons.append(f"not woven: {cut}")
     symmetric, sharded = (all(may_be(match.group, device) for match in matches) for may_be in (may_be_symmetric, may_be_sharded))
-    place(work, symmetric, decision.gathered, sharded or options.carrier != options.transport)
+    if lost := place(work, symmetric, decision.gathered, sharded or options.carrier != options.transport):
+        lacking = {new.sites[number]: _READ for number in lost}
+        decision = replace(decision, refused={**decision.refused, **lacking})
+        return rewrite(graph, options, may_be_symmetric, cut_of, decision, may_be_sharded)
     names = outputs(work)
     new.graph = work
     report.sites = [_site(match, sums, site in woven, names.get(i, "")) for i, (match, site) in enumerate(zip(matches, sites))]
     return new
 
 
+_READ = "its residual is float32 and its sum is not, which symmetric memory has only where norms and the next site alone read the residual"
 _UNMERGED = "another rank does not make one all-reduce of the same sum"
 
 
@@ -210,7 +214,7 @@ def _nothing(kinds: list[str]) -> str:
 def _site(match: Match, sums: Mapping[str, Merged], woven: bool = False, output: str = "") -> Site:
     total = value(match.total)
     shape = tuple(size if isinstance(size, int) else str(size) for size in total.shape)
-    dtype = str(total.dtype).removeprefix("torch.")
+    dtype = str(value(match.x).dtype).removeprefix("torch.")
     device, has_residual = str(total.device), match.residual is not None
     name = str(match.all_reduce)
     merged = len(sums[name].all_reduces) if name in sums else 1

@@ -69,8 +69,9 @@ def _site(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, ...]
 
 
 def _add_norm(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, Node]:
-    """``site.add_norm`` as calls of a graph: (norm, residual), both in the dtype of the sum, as without this backend."""
+    """``site.add_norm`` as calls of a graph: (norm, residual), both in the dtypes that they have without this backend."""
     dtype = value(total).dtype
+    of_residual = value(given["residual"]).dtype if given["fp32_residual"] and given["residual"] is not None else dtype
 
     def cast(node: Node, to: torch.dtype) -> Node:
         return node if value(node).dtype == to else emit(prims.convert_element_type.default, node, to)
@@ -86,7 +87,7 @@ def _add_norm(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, 
     if given["residual"] is not None:
         r = emit(aten.add.Tensor, r, cast(given["residual"], torch.float32))
     if given["eps"] == WITHOUT_NORM:
-        return cast(r, dtype), cast(r, dtype)
+        return cast(r, dtype), cast(r, of_residual)
     row = emit(aten.sub.Tensor, r, mean(r)) if given["center"] else r
     square = emit(aten.mul.Tensor, row, row)
     norm = emit(aten.mul.Tensor, row, emit(aten.rsqrt.default, emit(aten.add.Tensor, mean(square), given["eps"])))
@@ -95,4 +96,4 @@ def _add_norm(emit: Emitter, total: Node, given: dict[str, Any]) -> tuple[Node, 
         norm = emit(aten.mul.Tensor, norm, emit(aten.add.Tensor, weight, given["offset"]) if given["offset"] else weight)
     if given["shift"] is not None:
         norm = emit(aten.add.Tensor, norm, cast(given["shift"], torch.float32))
-    return cast(norm, dtype), cast(r, dtype)
+    return cast(norm, dtype), cast(r, of_residual)

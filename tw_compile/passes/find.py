@@ -2,8 +2,9 @@
 
 A site in post-grad ATen, where all ways to write a tensor-parallel model look the same::
 
-    all_reduce(x, "sum", group) -> wait_tensor -> [reshape] -> [+ bias] -> [* scale] -> [+ residual] -> norm
+    all_reduce(x, "sum", group) -> wait_tensor -> [reshape] -> [+ bias] -> [cast] -> [* scale] -> [+ residual] -> norm
 
+The cast is to float32, of a model whose residual is in float32 and whose layers are not, as under autocast.
 A reshape, or a product with a scalar tensor, gives the same on each rank's part of the sum: it is moved before the all-reduce.
 ``unshard`` gives sequence-parallel sites this form.
 
@@ -170,7 +171,8 @@ class Match:
     bias:     a vector that is added to the sum, or None
     scale:    factor on the sum, after the bias
     residual: None if nothing is added
-    total:    ``scale * (sum + bias) + residual``, the input of the norm and the next residual
+    total:    ``scale * (sum + bias) + residual``, the input of the norm and the next residual. It is in the dtype of x; or in float32,
+              where the residual is too
     """
 
     all_reduce: Node
@@ -265,19 +267,22 @@ def _site(node: Node, call: AllReduce, totals: Collection[Node]) -> Match:
 
     total = _sole_user(node, "sum") if any(calls(user, WAIT) for user in node.users) else node
     linear: list[Node] = []
-    bias, scale, residual = None, 1.0, None
+    dtype, bias, scale, residual = value(node).dtype, None, 1.0, None
     while True:
-        norm = match_norm(total)
-        if isinstance(norm, Norm):
+        is_cast = value(total).dtype != dtype
+        norm = match_norm(total, dtype)
+        if isinstance(norm, Norm) and (residual is not None or not is_cast):
             return Match(node, call.x, group, tuple(linear), bias, scale, residual, total, norm)
         if residual is not None and norm is NO_NORM and any(user.op == "output" for user in total.users):
-            if residual in totals:
+            if residual in totals and not is_cast:
                 return Match(node, call.x, group, tuple(linear), bias, scale, residual, total, without_norm(total))
             raise _Refused("the graph returns the sum with its residual before a norm: compile the whole model instead of each layer")
+        if isinstance(norm, Norm):
+            raise _Refused(f"a cast to {value(total).dtype} comes before the norm")
         if residual is not None or norm is not NO_NORM:
             raise _Refused(norm)
         user = _sole_user(total, "reduced value")
-        if ((calls(user, *RESHAPES) and keeps_rows(user)) or _factor(user, total)) and bias is None and scale == 1.0:
+        if not is_cast and ((calls(user, *RESHAPES) and keeps_rows(user)) or _factor(user, total)) and bias is None and scale == 1.0:
             linear.append(user)
         elif calls(user, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) and is_number(user.args[1]):
             factor = float(user.args[1])
@@ -288,11 +293,13 @@ def _site(node: Node, call: AllReduce, totals: Collection[Node]) -> Match:
                 raise _Refused("the reduced value is added to itself")
             is_vector = value(other).dim() == 1 < value(total).dim()
             if is_vector and bias is None and scale == 1.0 and has_row_length(other, total):
-                if value(other).dtype != value(total).dtype:
-                    raise _Refused(f"the bias is {value(other).dtype}, the reduced value {value(total).dtype}")
+                if value(other).dtype != dtype:
+                    raise _Refused(f"the bias is {value(other).dtype}, the reduced value {dtype}")
                 bias = other
             else:
                 residual = _checked_residual(other, total)
+        elif calls(user, prims.convert_element_type.default) and user.args[1] == torch.float32 and not is_cast:
+            pass
         elif calls(user, prims.convert_element_type.default):
             raise _Refused(f"a cast to {user.args[1]} comes before the residual add")
         else:
@@ -334,7 +341,7 @@ def _factor(node: Node, total: Node) -> Node | None:
 
 def _checked_residual(residual: Node, total: Node) -> Node:
     theirs, ours = value(residual), value(total)
-    if theirs.dtype != ours.dtype:
+    if theirs.dtype not in (ours.dtype, torch.float32):
         raise _Refused(f"the residual is {theirs.dtype}, the reduced value {ours.dtype}")
     if not (theirs.dim() == ours.dim() and all(statically_known_true(a == b) for a, b in zip(theirs.shape, ours.shape))):
         raise _Refused(f"the residual has shape {list(theirs.shape)}, the reduced value {list(ours.shape)}")

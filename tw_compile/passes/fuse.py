@@ -27,12 +27,14 @@ def fuse(graph: Graph, matches: list[Match], transport: str, ctas: int) -> list[
 
 
 def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) -> Node:
-    def emit(target: Callable, *args: Any, meta: Node) -> Node:
+    def emit(target: Callable, *args: Any, meta: Node, val: Any = None) -> Node:
         node = graph.call_function(target, args)
-        node.meta = {**meta.meta, "val": value(meta)}
+        node.meta = {**meta.meta, "val": value(meta) if val is None else val}
         return node
 
     norm, total = match.norm, match.total
+    dtype = value(match.x).dtype
+    results = value(total).to(dtype), value(total)
     with graph.inserting_before(match.all_reduce):
         x, done = match.x, summed(match.all_reduce)
         for step in match.linear:
@@ -41,11 +43,10 @@ def _replace(graph: Graph, match: Match, index: int, transport: str, ctas: int) 
             x=x, residual=match.residual, weight=norm.weight, bias=match.bias, shift=norm.shift,
             eps=norm.eps, scale=match.scale, offset=norm.offset, center=norm.center,
             group=match.group, transport=transport, ctas=ctas, slot=SLOT_WHOLE, site=index,
-            fp32_residual=False, sharded_residual=False, in_workspace=False, quantise="", static_scale=None,
+            fp32_residual=results[1].dtype != dtype, sharded_residual=False, in_workspace=False, quantise="", static_scale=None,
         )  # fmt: skip
-        call = emit(ops.fused, *in_order(ops.fused, named), meta=total)
-        call.meta["val"] = (value(total), value(total))
-        normed = emit(operator.getitem, call, 0, meta=total)
+        call = emit(ops.fused, *in_order(ops.fused, named), meta=total, val=results)
+        normed = emit(operator.getitem, call, 0, meta=total, val=results[0])
         residual = emit(operator.getitem, call, 1, meta=total)
         if not same_shape(value(norm.output).shape, value(total).shape):
             view = _view_before(norm.output, total)

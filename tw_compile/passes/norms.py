@@ -51,12 +51,15 @@ def without_norm(total: Node) -> Norm:
     return Norm(total, None, None, WITHOUT_NORM, 0.0, False)
 
 
-def match_norm(total: Node) -> Norm | str:
-    """The norm that reads ``total``, directly or through a reshape; or why there is none that can be fused."""
-    reason = NO_NORM
+def match_norm(total: Node, dtype: torch.dtype | None = None) -> Norm | str:
+    """The norm that reads ``total``, directly or through a reshape; or why there is none that can be fused.
+
+    dtype: that of the norm's result, where ``total`` is in float32 and the model is not; None for that of ``total``
+    """
+    reason, dtype = NO_NORM, dtype or value(total).dtype
     for start in (total, *(u for u in total.users if calls(u, *RESHAPES) and keeps_rows(u))):
         rows = [start, *_casts(start, torch.float32)]  # a model may cast the value each time that it reads it
-        for norm in (*_rms_norms(rows, total), *_layer_norms(rows, total)):
+        for norm in (*_rms_norms(rows, total, dtype), *_layer_norms(rows, total, dtype)):
             if isinstance(norm, Norm):
                 return norm
             reason = norm
@@ -67,23 +70,23 @@ def _casts(node: Node, dtype: torch.dtype) -> list[Node]:
     return [u for u in node.users if calls(u, prims.convert_element_type.default) and u.args[1] == dtype]
 
 
-def _rms_norms(rows: list[Node], total: Node) -> Iterator[Norm | str]:
+def _rms_norms(rows: list[Node], total: Node, dtype: torch.dtype) -> Iterator[Norm | str]:
     """For each mean of squares: the norm that it is a part of, or why that cannot be fused."""
     for square in _squares(rows):
-        yield _normalised(rows, square, "mean of squares", total, center=False)
+        yield _normalised(rows, square, "mean of squares", total, dtype, center=False)
     lengths = [r for r in rows for square in r.users for sum_ in square.users if calls(sum_, aten.sum.dim_IntList) for r in sum_.users]
     if any(_one(length, aten.clamp_min.default) for length in lengths):
         yield "the value is divided by its length (F.normalize), not by the root of mean of squares + eps"
 
 
-def _layer_norms(rows: list[Node], total: Node) -> Iterator[Norm | str]:
+def _layer_norms(rows: list[Node], total: Node, dtype: torch.dtype) -> Iterator[Norm | str]:
     """The same for each variance: ``var``, ``var_mean``, or the mean of squares of x - mean(x)."""
     both = [u for r in rows for u in r.users if calls(u, aten.var_mean.correction)]
     means = [u for r in rows for u in _means([r]) if _of_rows(u)] + _items(filter(_of_rows, both), 1)
     centered = [u for r in rows for u in r.users if calls(u, aten.sub.Tensor) and u.args[1] in means and not u.kwargs]
     variances = [u for r in rows for u in r.users if calls(u, aten.var.correction)]
     for variance in (*_items(both, 0), *variances, *_squares(centered)):
-        yield _normalised(centered, variance, "variance", total, center=True)
+        yield _normalised(centered, variance, "variance", total, dtype, center=True)
 
 
 def _items(pairs: Iterable[Node], index: int) -> list[Node]:
@@ -136,7 +139,7 @@ def _as_column(node: Node) -> list[Node]:
     return [node, *(u for u in node.users if calls(u, aten.unsqueeze.default) and u.args[1] in (-1, value(node).dim()))]
 
 
-def _normalised(rows: list[Node], spread: Node, what: str, total: Node, center: bool) -> Norm | str:
+def _normalised(rows: list[Node], spread: Node, what: str, total: Node, dtype: torch.dtype, center: bool) -> Norm | str:
     """The norm that divides one of ``rows`` by sqrt(spread + eps), or why it cannot be fused. what: its name in messages"""
     reduction = _reduction(spread)
     if not _of_rows(reduction):
@@ -149,7 +152,7 @@ def _normalised(rows: list[Node], spread: Node, what: str, total: Node, center: 
     scaled = _divided(rows, shifted)
     if not scaled:
         return f"no x * rsqrt({what} + eps) follows"
-    return _weighted(scaled, float(shifted.args[1]), total, center)
+    return _weighted(scaled, float(shifted.args[1]), total, dtype, center)
 
 
 def _one(node: Node, *targets: object) -> Node | None:
@@ -172,9 +175,9 @@ def _divided(rows: list[Node], square: Node) -> Node | None:
     return None
 
 
-def _weighted(scaled: Node, eps: float, total: Node, center: bool) -> Norm | str:
+def _weighted(scaled: Node, eps: float, total: Node, dtype: torch.dtype, center: bool) -> Norm | str:
     """The norm, with what follows ``scaled``: a weight, a shift if ``center``, and a cast back at any place. All are optional."""
-    dtype, output, weight, offset, shift = value(total).dtype, scaled, None, 0.0, None
+    output, weight, offset, shift = scaled, None, 0.0, None
     for _ in range(3):
         if len(output.users) != 1:
             break
@@ -183,11 +186,13 @@ def _weighted(scaled: Node, eps: float, total: Node, center: bool) -> Norm | str
         if calls(user, prims.convert_element_type.default) and user.args[1] == dtype and value(output).dtype != dtype:
             output = user
         elif calls(user, aten.mul.Tensor) and weight is None and shift is None and _is_vector(other, total):
-            output, (weight, offset) = user, _weight(other, total)
+            output, (weight, offset) = user, _weight(other, dtype)
         elif calls(user, aten.add.Tensor) and center and shift is None and _is_vector(other, total) and not user.kwargs:
-            output, shift = user, _before_cast(other, total)
+            output, shift = user, _before_cast(other, dtype)
         else:
             break
+    if value(output).dtype != dtype and value(total).dtype != dtype:
+        return f"the norm of a {value(total).dtype} residual is read in that dtype, not only in {dtype}, that of the reduced value"
     if value(output).dtype != dtype:
         of_weight = f" (its weight is {value(weight).dtype})" if weight is not None else ""
         return f"the norm of a {dtype} value is {value(output).dtype}{of_weight}"
@@ -214,18 +219,18 @@ def _depends(node: Node, total: Node) -> bool:
     return False
 
 
-def _weight(vector: Node, total: Node) -> tuple[Node, float]:
+def _weight(vector: Node, dtype: torch.dtype) -> tuple[Node, float]:
     """(weight, offset) of a factor weight + offset."""
     offset = 0.0
     if calls(vector, aten.add.Tensor, aten.add.Scalar) and vector.args[1] in (1, 1.0) and not vector.kwargs:
         vector, offset = vector.args[0], 1.0
-    return _before_cast(vector, total), offset
+    return _before_cast(vector, dtype), offset
 
 
-def _before_cast(vector: Node, total: Node) -> Node:
+def _before_cast(vector: Node, dtype: torch.dtype) -> Node:
     """The parameter that is cast to float32 to make ``vector``, as the kernel casts it itself; otherwise ``vector``."""
     is_cast = calls(vector, prims.convert_element_type.default) and vector.args[1] == torch.float32
-    return vector.args[0] if is_cast and value(vector.args[0]).dtype == value(total).dtype else vector
+    return vector.args[0] if is_cast and value(vector.args[0]).dtype == dtype else vector
 
 
 def is_number(argument: object) -> bool:

@@ -51,8 +51,10 @@ _REDUCTIONS = (aten.amax.default, aten.amin.default, aten.sum.dim_IntList, aten.
 _REDUCED = 16
 
 
-def place(graph: Graph, workspace: bool, gathered: Collection[int] = (), sharded: bool = False) -> None:
+def place(graph: Graph, workspace: bool, gathered: Collection[int] = (), sharded: bool = False) -> list[int]:
     """Set the flags of all sites, and let what they reduce be written in the workspace, where this is safe. In place.
+
+    Returns the numbers of the sites that a workspace cannot carry: their residual is in float32 by itself, and is read elsewhere, too.
 
     workspace: whether there may be a workspace; without one only ``fp32_residual`` is set
     gathered:  numbers of the sites whose residual must be whole, as another rank needs it
@@ -71,12 +73,24 @@ def place(graph: Graph, workspace: bool, gathered: Collection[int] = (), sharded
                 _use_workspace(graph, previous, site, before)
         for site, following in zip(chain, [*chain[1:], None]):
             fp32 = site.number not in gathered and _only_carried(site, following)
-            site.set_flags(fp32, (workspace or sharded) and fp32, workspace and _can_stay(site, following, before))
+            site.set_flags(fp32 or site.wide, (workspace or sharded) and fp32, workspace and _can_stay(site, following, before))
     for site in sites if workspace else ():
         given = arguments(site.node)
         if given["quantise"] and not given["sharded_residual"]:
             in_graph(graph, site.node, site.done)
     graph.lint()
+    return _lost(sites) if workspace else []
+
+
+def _lost(sites: list["_Site"]) -> list[int]:
+    """The numbers of the sites whose residual is in float32 by itself and must be whole, and of those that lead to them."""
+    lost: set[int] = set()
+    for site in reversed(sites):
+        given, users = arguments(site.node), site.done.users if site.wide else ()
+        readers = {arguments(reader)["site"] for user in users for reader in user.users if calls(reader, ops.fused, ops.start)}
+        if site.wide and (not given["sharded_residual"] or readers & lost):
+            lost.add(given["site"])
+    return sorted(lost)
 
 
 class _Site:
@@ -86,6 +100,7 @@ class _Site:
         self.node = node
         self.done = node if calls(node, ops.fused) else next(u for u in node.users if calls(u, ops.wait) and u.args[0] is node)
         self.group, self.transport, self.slot, self.number = map(arguments(node).get, ("group", "transport", "slot", "site"))
+        self.wide = arguments(node)["fp32_residual"]  # the residual is in float32 by itself
         # The first to write to the slot: the site, which copies its input; its linear; or a GEMM before what is placed.
         self.writer = node
 
@@ -95,6 +110,10 @@ class _Site:
     @property
     def shape(self) -> torch.Size:
         return value(self.node.args[0]).shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return value(self.node.args[0]).dtype
 
     def set_flags(self, fp32_residual: bool, sharded_residual: bool, in_workspace: bool) -> None:
         for node in {self.node, self.done}:
@@ -245,6 +264,6 @@ def _only_carried(site: _Site, following: _Site | None) -> bool:
     residual = site.result(RESIDUAL)
     if residual is None or not residual.users:
         return True
-    if following is None or not same_shape(site.shape, following.shape):
+    if following is None or not same_shape(site.shape, following.shape) or site.dtype != following.dtype:
         return False
     return _only_read_by(residual, following) and following.node.args[1] is residual and following.node.args[0] is not residual

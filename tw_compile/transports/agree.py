@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from ..options import TokenWeaveError
 
 # Seconds that a rank waits for another one, which may be compiling.
 PATIENCE_S = 600.0
-# Seconds that a rank may be ahead in its calls, perhaps in another thread, before the ranks that wait for it give up.
+# Seconds that a rank may be ahead, in its calls or with a graph that needs no exchange, before the ranks that wait for it give up.
 GONE_ON_S = 10.0
 
 # The number of exchanges of each group, the same on all its ranks. The key is the group, as another group may take its name later.
@@ -80,6 +81,23 @@ def _host() -> str:
     return f"{uuid.getnode()} {os.getpid()}"  # shares with no other process
 
 
+def pass_by(group_name: str) -> None:
+    """Let the other ranks know that this rank does not make its next exchange for a graph, as its mode is off. Not a collective."""
+    with contextlib.suppress(Exception):  # such as of a group without a store: nothing may fail with mode off
+        group = resolve_process_group(group_name)
+        if not is_alone(group):
+            _passing(group).add(str(group.rank()), 1)
+
+
+def _passing(group: dist.ProcessGroup) -> dist.Store:
+    """Rank -> how often it has passed by since the last exchange."""
+    return dist.PrefixStore(f"tokenweave/passed/{_exchanges.get(group, 0)}", process_group_store(group))
+
+
+def _passed(store: dist.Store, rank: int) -> int:
+    return store.add(str(rank), 0)
+
+
 def exchange(
     group_name: str, what: str, message: str, timeout_s: float = PATIENCE_S, progress: Progress | None = None
 ) -> list[str]:
@@ -95,13 +113,13 @@ def exchange(
     group = resolve_process_group(group_name)
     if is_alone(group):
         return [message] * group.size()
-    number = _exchanges.get(group, 0)
+    number, passing = _exchanges.get(group, 0), _passing(group)
     _exchanges[group] = number + 1
     store = dist.PrefixStore(f"tokenweave/{number}", process_group_store(group))
     store.set(str(group.rank()), json.dumps((what, message)))
     said = []
     for rank in range(group.size()):
-        problem = _wait(store, rank, timeout_s, progress)
+        problem = _wait(store, rank, timeout_s, functools.partial(_gone_on, rank, group, passing, progress))
         if problem:
             raise RuntimeError(
                 f"rank {rank} of group {group_name} {problem.format(what)}, where rank {group.rank()} waited for it: see its log. "
@@ -117,7 +135,16 @@ def exchange(
     return [theirs for _, theirs in said]
 
 
-def _wait(store: dist.Store, rank: int, timeout_s: float, progress: Progress | None) -> str | None:
+def _gone_on(rank: int, group: dist.ProcessGroup, passing: dist.Store, progress: Progress | None) -> str:
+    """What a rank does instead of an exchange, '{}' standing for the exchange; '' if nothing is known."""
+    if progress is not None and progress.is_ahead(rank):
+        return "has called the model again and did not come to {}, so that only some ranks have a new graph"
+    if _passed(passing, rank) > _passed(passing, group.rank()):
+        return "has mode off for a graph, which this rank has not, and did not come to {}"
+    return ""
+
+
+def _wait(store: dist.Store, rank: int, timeout_s: float, gone_on: Callable[[], str]) -> str | None:
     """Wait for the message of a rank. Returns what the rank has done instead, '{}' standing for the exchange; None if it has come."""
     begin, ahead_since, pause = time.monotonic(), None, 1e-4
     while not store.check([str(rank)]):
@@ -125,10 +152,10 @@ def _wait(store: dist.Store, rank: int, timeout_s: float, progress: Progress | N
             return f"did not come to {{}} within {timeout_s:g} s"
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
-        ahead = progress is not None and progress.is_ahead(rank)
-        ahead_since = (ahead_since or time.monotonic()) if ahead else None
+        problem = gone_on()
+        ahead_since = (ahead_since or time.monotonic()) if problem else None
         if ahead_since is not None and time.monotonic() - ahead_since > GONE_ON_S:
-            return "has called the model again and did not come to {}, so that only some ranks have a new graph"
+            return problem
     return None
 
 

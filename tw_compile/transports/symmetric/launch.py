@@ -12,6 +12,7 @@ from ...quantise import DTYPES, read
 from ...site import Site
 from . import nvrtc
 from .arguments import numbers_of
+from .layout import own_rows
 from .tuning import two_shot_ctas
 from .workspace import Workspace
 
@@ -56,6 +57,8 @@ class Call:
         self.whole_residual = workspace.whole_residual[:rows].view(shape)
         self.kernel = workspace.tuning.kernel_of(rows)
         self.one_shot = self.kernel != "two_shot"
+        # The rows that a kernel reads of a residual.
+        self.own = (0, rows) if self.one_shot else own_rows(owner.rank, owner.world, rows)
         # The most rows of a rank: more CTAs would be idle.
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
         self.ctas = two_shot_ctas(owner.world)
@@ -138,6 +141,9 @@ class Call:
         if residual is not None:
             residual_at = residual.data_ptr()
             carried = residual_at == self.carried_at
+            if not carried and residual.dtype is torch.float32 is not self.dtype and residual.shape == self.shape:
+                _carry(residual, self.workspace.carried, *self.own)
+                residual_at, carried = self.carried_at, True
             if not carried:
                 if residual.dtype is not self.dtype or residual.shape != self.shape:
                     raise RuntimeError(f"residual is {residual.dtype} {[*residual.shape]}, but x is {x.dtype} {[*x.shape]}")
@@ -174,6 +180,12 @@ class Call:
 
 def _keeps_norm(quantise: str) -> bool:
     return not quantise or read(quantise).keeps_norm
+
+
+def _carry(residual: Tensor, carried: Tensor, first: int, end: int) -> None:
+    """Put rows of a float32 residual in the order of a carried one: of each vector of 8 values the first 4, then the others. vector.cuh"""
+    rows = residual.reshape(-1, residual.shape[-1])[first:end]
+    carried[: len(rows)].view(len(rows), 2, -1, 4).copy_(rows.view(len(rows), -1, 2, 4).transpose(1, 2))
 
 
 def _with_own_storage(t: Tensor) -> Tensor:
