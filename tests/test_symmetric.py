@@ -17,7 +17,7 @@ def call(rows, shape):
         max_ctas=16,
         tuning=by_rule(2),
     )
-    return workspace, Call(SimpleNamespace(world=2), workspace, torch.Size(shape), rows)
+    return workspace, Call(SimpleNamespace(rank=0, world=2), workspace, torch.Size(shape), rows)
 
 
 def test_no_result_shares_the_storage_of_an_input():

@@ -44,8 +44,7 @@ MAX_ELEMENTS = 1 << 26
 PHASES = 4  # phases of compute, each between two sites: two layers
 CTAS = 4, 6, 8, 12, 16, 24
 SAMPLES = 5
-# Clock cycles that the GPU waits before each sample, so that the host has enqueued most of it, and the sample measures the GPU alone. A
-# site of the process group is several calls of the host.
+# Clock cycles that the GPU waits before a sample while the host enqueues it. A site of the process group is several calls of the host.
 HEAD_START, HEAD_START_OF_PROCESS_GROUP = 5_000_000, 40_000_000
 
 
