@@ -70,18 +70,21 @@ def quantise(graph: Graph, sites: list[Node], plain: Collection[int] = ()) -> No
     plain: numbers of the sites that do not, as those of another rank do not
     """
     for site in sites:
-        if arguments(site)["site"] in plain or value(site.args[0]).dtype not in (torch.bfloat16, torch.float16):
-            continue
-        norm = next((user for user in site.users if user.args[1] == NORM), None)
-        found = list(_quantisations(norm)) if norm is not None else []
+        is_narrow = value(site.args[0]).dtype in (torch.bfloat16, torch.float16)
+        found = list(_quantisations(norm)) if is_narrow and arguments(site)["site"] not in plain and (norm := _norm(site)) else []
         if found:
             most = max(found, key=lambda one: sum(_is_same(one, other) for other in found))
             _replace(graph, site, [each for each in found if _is_same(each, most)])
-    sort_and_clean(graph, stays)
-    for site in sites:
-        if read_by := arguments(site)["quantise"]:
-            norm = next((user for user in site.users if user.args[1] == NORM), None)
-            _set(site, read(read_by)._replace(keeps_norm=norm is not None), arguments(site)["static_scale"])
+    changed = [site for site in sites if arguments(site)["quantise"]]
+    if changed:
+        sort_and_clean(graph, stays)
+    for site in changed:
+        given = arguments(site)
+        _set(site, read(given["quantise"])._replace(keeps_norm=_norm(site) is not None), given["static_scale"])
+
+
+def _norm(site: Node) -> Node | None:
+    return next((user for user in site.users if user.args[1] == NORM), None)
 
 
 def _is_same(one: _Found, other: _Found) -> bool:
