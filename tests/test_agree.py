@@ -236,3 +236,34 @@ def test_a_rank_whose_mode_is_off_is_named(ranks):
     message, said = ranks(off_on_rank_1)
     assert said == ["0", "1"]
     assert "has mode off for a graph, which this rank has not, and did not come to the agreement on a graph" in message
+
+
+def other_graph_with_the_same_collectives():
+    """A graph that is cut, then one with equal collectives, of which one reduces as many rows as data says. What each was: the mode."""
+    torch._dynamo.reset()
+    context._contexts.clear()
+    before = len(tw_compile.reports())
+    generator = torch.Generator().manual_seed(0)
+    x, matrix, weight = (torch.randn(*shape, generator=generator) for shape in ((32, H), (H, H), (H,)))
+    keep = torch.arange(32) % 3 != 0
+
+    def cut(x, keep):
+        x = x + all_reduce(x @ matrix)
+        return norm_of(x + all_reduce(norm_of(x, weight, 1e-5) @ matrix), weight, 1e-5)
+
+    def packed(x, keep):
+        x = x + all_reduce(x @ matrix)
+        rows = torch.zeros_like(x)
+        rows[keep] = all_reduce(norm_of(x, weight, 1e-5)[keep] @ matrix)
+        return norm_of(x + rows, weight, 1e-5)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad(), without_codegen():
+        for function in (cut, packed):
+            run = torch.compile(function, backend=backend.tokenweave, options={"tokenweave.min_tokens": 8})
+            torch.testing.assert_close(run(x, keep), function(x, keep), rtol=1e-4, atol=1e-4)
+    return [report.mode for report in tw_compile.reports()[before:]]
+
+
+def test_a_known_decision_that_a_graph_cannot_carry_out_is_made_anew(ranks):
+    first, second = ranks(other_graph_with_the_same_collectives)
+    assert first == second and first[0] == "weave" and len(first) == 2

@@ -134,6 +134,33 @@ def test_a_gate_of_one_branch():
     assert not fused.count(torch.ops.aten.add.Tensor), "of one sequence the kernel adds the bias"
 
 
+FORMS = {  # name -> a sum of the all-reduced a, of r, which is whole, and of c [H]: in another order than that of a site
+    "a vector behind the residual": lambda a, r, c: a + r + c,
+    "two vectors": lambda a, r, c: (a + c) + c.sin() + r,
+    "a vector behind a factor": lambda a, r, c: a * 0.5 + c + r,
+    "a factor behind the residual": lambda a, r, c: (a + r) * 0.5,
+    "a reshape behind a vector": lambda a, r, c: (a + c).view(2, 4, H).view(8, H) + r,
+    "a scalar divisor": lambda a, r, c: a / (c[0] ** 2 + 1) + r,
+    "tokens in another order": lambda a, r, c: a.view(4, 2, H).transpose(0, 1) + r.view(2, 4, H),
+    "tokens in another order, as a copy": lambda a, r, c: (a.view(4, 2, H).transpose(0, 1) + c).reshape(8, H) + r,
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_sum_in_another_order(name):
+    def block(x, r, c, w):
+        total = FORMS[name](all_reduce(x), r, c)
+        return hf_norm(total, w), total.sin()
+
+    check(block, values(8, H), values(8, H), values(H), values(H), merged=1)
+
+
+def test_rows_that_are_not_kept():
+    """The channels of a token are not moved with it: what is reduced is another row."""
+    reason = "no RMSNorm or LayerNorm follows; the reduced value is the input of aten.permute.default"
+    check(lambda x, r, w: hf_norm(all_reduce(x).t() + r, w), values(H, H), values(H, H), values(H), sites=0, reasons=[reason])
+
+
 def test_more_addends_than_a_site_has():
     check(lambda x, y, r, w: hf_norm(all_reduce(x) + y + r, w), *given(n=3), merged=1)
 
@@ -220,7 +247,7 @@ def test_refused_other_reduce_ops():
 
 def test_refused_sums_of_two_dtypes():
     x, y, r, w = given(n=3)
-    reasons = ["a cast to torch.float32 comes before the residual add", LATER]
+    reasons = ["no RMSNorm or LayerNorm follows", LATER]
     fused = rewrite(lambda x, y, r, w: hf_norm(all_reduce(x).float() + all_reduce(y) + r, w), x.bfloat16(), y, r, w, mode="fuse")
     assert [refusal.reason for refusal in fused.report.refusals] == reasons[:1] and fused.report.sites[0].merged == 1
     fused.check()

@@ -125,11 +125,11 @@ def agreed(
     key = options, str(form), json.dumps([*signatures.values()])
     known = contexts[0].decisions.get(key)
     if known is not None:
-        new = attempt(known.decision)
-        if {group: wire.wire(new.graph, group) for group in groups} == known.wires:
+        new, outcomes, _ = _attempt(attempt, known.decision, groups)
+        if new is not None and {group: outcomes[group]["wire"] for group in groups} == known.wires:
             return new, False
         # To the process group two forms of a site differ only if one is cut and the other is not.
-        if all(map(choose.is_process_group, groups)) and (new.sites or options.fused_only):
+        if new is not None and all(map(choose.is_process_group, groups)) and (new.sites or options.fused_only):
             conformed = _conformed(new, known, groups, attempt)
             if conformed is not None:
                 return conformed, False
@@ -206,7 +206,9 @@ def _conformed(new: passes.Rewritten, known: _Known, groups: list[str], attempt:
     if decision is None:
         return None
     if decision != known.decision:
-        new = attempt(decision)
+        new, *_ = _attempt(attempt, decision, groups)
+    if new is None:
+        return None
     for group in groups:
         mine, theirs = wire.plain(wire.wire(new.graph, group)), wire.plain(known.wires[group])
         nodes = [n for n in collectives(new.graph) if collective_group(n) == group and n.meta.get("half") in (None, 0)]

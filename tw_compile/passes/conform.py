@@ -10,7 +10,7 @@ import math
 import sympy
 from torch.fx import Node
 
-from ..compat import detect_fake_mode
+from ..compat import detect_fake_mode, free_unbacked_symbols
 from .cut import Cut
 from .emit import Emitter
 from .fuse import summed
@@ -22,7 +22,7 @@ def halve(node: Node, cut: Cut) -> bool:
     """Replace an all-reduce by two, in place: one of the entries before the cut, one of the others. Returns whether that is possible."""
     x = value(node.args[0]) if node.target is c10d.all_reduce.default else None
     entries = sympy.simplify(expr(math.prod(x.shape)) / expr(cut.length)) if x is not None else sympy.nan
-    if x is None or entries.as_numer_denom()[1] != 1:
+    if x is None or entries.as_numer_denom()[1] != 1 or free_unbacked_symbols(x):
         return False
     graph, done = node.graph, summed(node)
     emit = Emitter(graph, detect_fake_mode([x]))

@@ -5,6 +5,7 @@ An all-reduce is linear. So of one group and one dtype::
     all_reduce(a) + all_reduce(b)                  all_reduce(a + b)
     all_reduce(a) + g * all_reduce(b)              all_reduce(a + g * b)
     all_reduce(a).sum(0), all_reduce(a)[-1:]       all_reduce(a.sum(0)), all_reduce(a[-1:])
+    all_reduce(a).transpose(0, 1)                  all_reduce(a.transpose(0, 1))
     all_reduce(a) + all_reduce(b) @ w              all_reduce(a + b @ w)
     cat(all_reduce(a), all_reduce(b))              all_reduce(cat(a, b))
     all_reduce(a) + r + residual                   all_reduce(a) + (r + residual)
@@ -48,8 +49,10 @@ from .rules.token_axis import expr
 
 # Ops that pick or arrange whole rows: the same is done to the rows of each rank.
 _SHAPES = (*RESHAPES, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
-_ROWS = (aten.slice.Tensor, aten.select.int)
+_ROWS = (aten.slice.Tensor, aten.select.int, aten.permute.default)
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+# What ``find`` knows of a sum of one reduced value, in order: resHapes, scalar Factors, a Vector, Scales, a Residual.
+_KNOWN = "[hf]*v?s*r?h*"
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,9 @@ class _Merger:
         if not sums or not is_tensor(node) or value(node).dtype != value(sums[0]).dtype or node.args.count(sums[0]) > 1:
             return []
         first = node.args[0]
-        if calls(node, WAIT):
+        if calls(node, WAIT, aten.clone.default):
             return sums
-        if calls(node, *_SHAPES) or (calls(node, *_ROWS) and node.args[1] % value(first).dim() < value(first).dim() - 1):
+        if calls(node, *_SHAPES) or (calls(node, *_ROWS) and _takes_rows(node)):
             return sums if keeps_rows(node) and self._are_equal_rows(node, sums) else []
         if calls(node, aten.cat.default):
             along_rows = (node.args[1] if len(node.args) > 1 else 0) % value(node).dim() < value(node).dim() - 1
@@ -198,20 +201,23 @@ class _Merger:
 
     def _gains(self, root: Node) -> bool:
         """Whether ``find`` does not know the form of a sum, and would know it rewritten."""
-        steps, addends = self._steps(root), []
+        steps = self._steps(root)
         gemms = [node for node in steps if calls(node, aten.mm.default)]
         if gemms and {r for node in gemms for r in self.sums[node]} == set(self.sums[root]):
             return False  # the sum of the GEMM's results may have longer rows than that of its inputs
-        for node in steps:
-            if calls(node, aten.add.Tensor) and len(self.parts[node]) == 1:
-                addend = other_operand(node, self.parts[node][0])
-                if not _is_vector(addend, node):
-                    addends.append(addend)
-                if value(addend).dim() > 1 and not same_shape(value(addend).shape, value(self.parts[node][0]).shape):
-                    return True
-            elif not calls(node, *RESHAPES) and not (calls(node, *_PRODUCTS) and _is_scalar(other_operand(node, self.parts[node][0]))):
-                return True
-        return len(self.sums[root]) > 1 or len(addends) > 1
+        return len(self.sums[root]) > 1 or not re.fullmatch(_KNOWN, "".join(map(self._kind, reversed(steps))))
+
+    def _kind(self, node: Node) -> str:
+        """The kind of a call in a sum of one reduced value, as _KNOWN has them; x for others."""
+        part = self.parts[node][0]
+        other = other_operand(node, part) if len(node.args) > 1 else None
+        if calls(node, *RESHAPES):
+            return "h"
+        if calls(node, *_PRODUCTS):
+            return "s" if is_number(other) else "f" if calls(node, aten.mul.Tensor) and _is_scalar(other) else "x"
+        if calls(node, aten.add.Tensor) and value(other).dim() == 1 and _is_vector(other, node):
+            return "v"
+        return "r" if calls(node, aten.add.Tensor) and same_shape(value(other).shape, value(part).shape) else "x"
 
     def _rewrite(self, root: Node) -> tuple[Node, Node] | None:
         """Make a sum of one all-reduce. Returns the all-reduce and the sum, or None if it cannot keep its place; notes why not."""
@@ -241,7 +247,7 @@ class _Merger:
         if not parts:
             return _Form(self.reduces[node].x)
         forms = [self._form(part) for part in parts]
-        if calls(node, WAIT):
+        if calls(node, WAIT, aten.clone.default):
             return forms[0]
         if calls(node, aten.add.Tensor, *_PRODUCTS):  # which may add leading dimensions with one entry
             forms = [replace(form, partial=self._reshaped(form.partial, node)) for form in forms]
@@ -366,6 +372,12 @@ class _Merger:
             return re.sub(r"\b[su]\d+\b", lambda found: names.setdefault(found.group(), f"size {len(names)}"), text)
 
         return "; ".join(f"{op} of {[*map(show, x.shape)]} at {[*map(show, bounds)]}" for op, x, bounds in taken)
+
+
+def _takes_rows(node: Node) -> bool:
+    """Whether a call picks or arranges whole rows."""
+    rank = value(node.args[0]).dim()
+    return node.args[1][-1] % rank == rank - 1 if calls(node, aten.permute.default) else node.args[1] % rank < rank - 1
 
 
 def _is_vector(x: Node, total: Node) -> bool:
