@@ -223,10 +223,9 @@ class Stage:
         return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else None
 
     def times(self, variants: list[tuple[int, float, bool] | None], tokens: int) -> list[float]:
-        """Seconds of each variant on this rank: the median of samples that are taken in turns.
+        """Seconds of each variant with so many tokens on this rank: the median of samples that are taken in turns.
 
         variants: None for fused, or (ctas, split_ratio, whether experts are cut) for woven
-        tokens:   the number of tokens
         """
         runs = []
         for variant in variants:
