@@ -35,6 +35,7 @@ WAYS = {  # name -> (how, how many of the ops need all tokens)
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_copies_of_the_tokens_of_a_half(name, dynamic):

@@ -8,8 +8,8 @@ import diffusion
 
 # name -> (all-reduces, sites that are cut, reasons of all-reduces that are no sites)
 EXPECTED = {
-    "Flux": (10, 4, []),
     "SD3": (6, 4, []),
+    "Flux": (10, 4, []),
     "Qwen-Image": (7, 4, ["the reduced value has 0 users (none)"]),  # the text behind the last block is not used
 }
 

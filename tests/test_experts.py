@@ -119,7 +119,7 @@ PUT = {  # name -> (how rows are put back, why experts are not cut)
 }  # fmt: skip
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", PUT)
 def test_ways_back_to_the_order_of_the_tokens(name):
     put, reason = PUT[name]

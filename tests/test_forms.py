@@ -111,6 +111,7 @@ def causal(q, k):
     return torch.arange(k.shape[2])[None, :] <= torch.arange(q.shape[2])[:, None]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_math_attention(batch, dynamic):

@@ -49,12 +49,14 @@ def check(function, *inputs, sites=1, **kwargs):
     return fused
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_form_of_norm_computes_the_same(norm, dynamic):
     check(lambda x, r, w: NORMS[norm](r + all_reduce(x), w), values(2, 4, H), values(2, 4, H), values(H), dynamic=dynamic)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("norm", LAYER_NORMS)
 def test_every_form_of_layer_norm_computes_the_same(norm, dynamic):

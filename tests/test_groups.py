@@ -78,6 +78,7 @@ def test_a_smaller_group_is_refused(reduce, on_one_rank, monkeypatch):
     ] * 2
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("style, sites", [("dtensor", 5), ("dtensor_sequence", 0)])
 @pytest.mark.parametrize("mode", ["auto", "off"])
 def test_dtensor(style, sites, mode, on_one_rank):

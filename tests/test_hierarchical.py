@@ -48,6 +48,7 @@ def chain(hosts, bits, shape, dtype, center, how):
     return [*norms, residual], max(errors), transport.name
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("hosts, bits, shape, dtype, center, how", [
     ("aabb", 16, (2, 17), torch.bfloat16, False, "fuse"), ("abab", 16, (5,), torch.float32, True, "weave"),
     ("aabb", 16, (1,), torch.float16, False, "weave"), ("abab", 16, (64,), torch.bfloat16, False, "weave"),
@@ -78,6 +79,7 @@ def forward(hosts, options):
     return out, ((out.double() - right).norm() / right.norm()).item(), tw_compile.reports()[-1]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode, bits", [("weave", "auto"), ("auto", 8)])
 def test_a_model(four_ranks, mode, bits):
     options = {"tokenweave.mode": mode, "tokenweave.transport": "hierarchical", "tokenweave.wire": bits}

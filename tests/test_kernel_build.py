@@ -95,6 +95,7 @@ def test_sass_of_a_layer_norm(kernel, dtype, transport, tmp_path):
     check_sass("sm_90a", kernel, dtype, transport, True, tmp_path)
 
 
+@pytest.mark.one_in(3)
 @needs_nvrtc
 @pytest.mark.parametrize(
     "kernel, transport, output, center",
@@ -818,6 +819,7 @@ def test_layouts(machine, hidden, dtype):
         assert_right(result, call, 2)
 
 
+@pytest.mark.one_in(2)
 @needs_gxx
 @pytest.mark.parametrize("hidden, dtype", [(8192, torch.bfloat16), (4096, torch.float32)], ids=str)
 def test_layouts_that_have_few_registers(machine, hidden, dtype):
@@ -843,6 +845,7 @@ def test_back_to_back_calls(machine, world, hidden):
         assert kernels.status == 0
 
 
+@pytest.mark.one_in(5)
 @needs_gxx
 @pytest.mark.parametrize("dtype, hidden", [(torch.bfloat16, 512), (torch.float16, 64), (torch.float32, 64)], ids=str)
 @pytest.mark.parametrize("rows, kernel", [(1, "one_shot"), (31, "one_shot"), (7, "two_shot"), (63, "two_shot")])
@@ -920,6 +923,7 @@ QUANTISATIONS = {  # what the kernels take of a Quantise, in turns
 }  # fmt: skip
 
 
+@pytest.mark.one_in(3)
 @needs_gxx
 @pytest.mark.parametrize("transport, dtype, output, hidden, center", [
     ("peer", torch.float16, "int8", 520, True), ("peer", torch.bfloat16, "fp8", 9216, False),

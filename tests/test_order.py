@@ -99,7 +99,7 @@ CASES = {  # function -> (fused, woven)
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("tokens", [(8,), (1, 8), (4, 3)], ids=str)
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
 def test_of_what_is_fused_and_woven(function, tokens):
@@ -158,6 +158,7 @@ def in_code(function, *given, **options):
     return " ".join(short[a or b] for a, b in re.findall(names, code))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("function", [dead_reduce, independent_gather], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("mode", [0, 1], ids=["fuse", "weave"])
 def test_in_generated_code(unexpanded, function, mode):
@@ -165,6 +166,7 @@ def test_in_generated_code(unexpanded, function, mode):
     assert in_code(function, *inputs(8), mode=("fuse", "weave")[mode]) == expected
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("function", [dead_reduce, independent_gather], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("mode", [0, 1], ids=["fuse", "weave"])
 def test_in_generated_code_over_the_process_group(function, mode):

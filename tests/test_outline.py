@@ -127,7 +127,7 @@ return %1, %5
 """)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "style, batch, mode, dynamic",
     [("functional", 1, "weave", False), ("functional", 4, "fuse", True), ("in_place", 1, "weave", False), ("in_place", 4, "weave", True)],
@@ -162,6 +162,7 @@ def test_the_longest_run_is_taken():
     check(mlps(8, lambda i, norm, up, down: (norm @ up + (i < 2)).relu() @ down), *mlps_inputs(8, 8), count=5, mode="fuse")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("first, second", [(1.0, 2.0), (0.0, -0.0), (1.0, True), (1, 1.0)])
 def test_other_constants_are_another_layer(first, second):
     layers = mlps(4, lambda i, norm, up, down: (norm @ up).clamp(min=second if i == 2 else first) @ down)
@@ -180,6 +181,7 @@ def test_another_flow_of_data_is_another_layer():
     check(mlps(4, between), *mlps_inputs(4, 8), count=0, mode="fuse")
 
 
+@pytest.mark.one_in(3)
 @MODES
 @pytest.mark.parametrize("handed_on", [slice(3, 4), slice(None)], ids=["one", "all"])
 def test_what_layers_hand_on(handed_on, mode):
@@ -215,6 +217,7 @@ def rotated(layers, view=lambda angles: angles):
     return stack, (x, residual, values(1, 8, INNER), *weights)
 
 
+@pytest.mark.one_in(5)
 @MODES
 @pytest.mark.parametrize("view", [lambda x: x[0], lambda x: x.squeeze(0), lambda x: x.view(8, INNER)], ids=["select", "squeeze", "view"])
 def test_layers_round_for_themselves(mode, view):
