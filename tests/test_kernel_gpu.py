@@ -137,20 +137,22 @@ class Ranks:
                 workspace.memory[: workspace.bytes - 4 * workspace.max_ctas].fill_(255)
 
     def fused(
-        self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=2, quantise="", scale=None, **numerics
+        self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=2, quantise="", static_scale=None,
+        **numerics,
     ):
         """x: [W, T, H]; numerics: what ``site`` takes. Returns [(norm, residual)] of all ranks, and with quantise what that adds."""
         shift, *rest = site(**numerics)
         self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1], quantise.partition(" ")[0])
-        given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual, quantise, scale
+        given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual, quantise, static_scale
         return self.each(lambda s, rank: s.fused(Site(x[rank], *given), in_workspace))
 
     def overlapped(
-        self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=0, quantise="", scale=None, **numerics
+        self, x, residual, weight, bias, sharded_residual=False, in_workspace=False, ctas=CTAS, slot=0, quantise="", static_scale=None,
+        **numerics,
     ):
         shift, *rest = site(**numerics)
         self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1], quantise.partition(" ")[0])
-        given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual, quantise, scale
+        given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual, quantise, static_scale
         self.each(lambda s, rank: s.start(Site(x[rank], *given)))
         return self.each(lambda s, rank: s.wait(slot, in_workspace))
 
@@ -352,7 +354,7 @@ def test_a_norm_is_quantised(dtype, hidden, world, center):
             q, scales = quantised(norm, read(quantise), scale)
             for run in (group.fused, group.overlapped):
                 group.poison()
-                results = run(*given, True, in_workspace, quantise=quantise, scale=scale, **numerics)
+                results = run(*given, True, in_workspace, quantise=quantise, static_scale=scale, **numerics)
                 for kept, _, ours, *of_rows in results:
                     assert_same(ours, q)
                     assert not of_rows or torch.equal(of_rows[0], scales)

@@ -281,7 +281,7 @@ def graph_of(sample, shape):
     x, same, m, v = placeholder("x", *shape), placeholder("same", *shape), placeholder("m", H, H), placeholder("v", H)
     named = dict(residual=None, bias=None, shift=None, eps=1e-5, scale=1.0, offset=0.0, center=False, group=group(),
                  transport="auto", ctas=0, slot=ops.SLOT_WHOLE,
-                 fp32_residual=False, sharded_residual=False, in_workspace=False)  # fmt: skip
+                 fp32_residual=False, sharded_residual=False, in_workspace=False, quantise="", static_scale=None)  # fmt: skip
     site = lambda x, i: emit(ops.fused, *in_order(ops.fused, named | {"x": x, "weight": v, "site": i}))  # noqa: E731
     first = site(x, 0)
     n, results = emit(operator.getitem, first, 0), []
