@@ -29,12 +29,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of a test with the marker ``one_in(n)`` each n-th case runs, or with TW_FULL=1 all of them."""
+    """Of a test with the marker ``one_in(n)`` each n-th case runs, and of one with ``full`` none; with TW_FULL=1 all of them."""
     if os.environ.get("TW_FULL"):
         return
     seen, left_out = Counter(), set()
     for item in items:
-        if marker := item.get_closest_marker("one_in"):
+        if item.get_closest_marker("full"):
+            left_out.add(item)
+        elif marker := item.get_closest_marker("one_in"):
             test = item.parent, item.originalname
             if seen[test] % marker.args[0]:
                 left_out.add(item)

@@ -222,7 +222,7 @@ def check_outputs(block, rewritten):
         assert error <= 1.5 * allowed + 4 * torch.finfo(block.dtype).eps, (error, allowed)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.full
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_what_is_traced_is_what_is_compiled(dynamic):
     """The graphs of the two ways to one have the same calls."""

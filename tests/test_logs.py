@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from graphs import without_codegen
 from test_split import mlp, mlp_inputs
@@ -35,6 +36,7 @@ def run(code, **environment):
     return done.stderr
 
 
+@pytest.mark.full
 def test_reports():
     said = run(COMPILE, TORCH_LOGS="dynamo, tokenweave")
     assert said.count("tokenweave_report of graph 0/0:") == said.count("1 sites, 0 refused") == 1
@@ -51,6 +53,7 @@ def test_graphs_and_what_tlparse_reads(tmp_path):
     assert "torch.ops.tokenweave.fused" in trace and "1 sites, 0 refused" in trace
 
 
+@pytest.mark.full
 def test_set_logs_knows_the_name():
     set_logs = 'import tw_compile; torch._logging.set_logs(modules={"tokenweave": 20})'
     assert "tokenweave_report of graph" in run(COMPILE.replace("with torch", f"{set_logs}\nwith torch"))

@@ -34,10 +34,9 @@ def check_forward(ranks, path, name, batch=1, *arguments):
 
 FULL = bool(os.environ.get("TW_FULL"))
 ON_FOUR_RANKS = "Llama", "Qwen3-MoE"
-only_with_full = pytest.mark.skipif(not FULL, reason="TW_FULL=1")
 
 
-@only_with_full
+@pytest.mark.full
 @pytest.mark.parametrize("name", ON_FOUR_RANKS)
 def test_one_sequence_in_float32_on_four_ranks(four_ranks, checkpoint, name):
     outcome = check_forward(four_ranks, checkpoint(name), name)
@@ -54,7 +53,7 @@ def test_one_sequence_in_float32_on_two_ranks(ranks, checkpoint, name):
     assert outcome.difference < 2e-6 and outcome.error < 2e-6
 
 
-@pytest.mark.parametrize("name", MODELS if FULL else list(MODELS)[::30])
+@pytest.mark.parametrize("name", MODELS if FULL else list(MODELS)[::50])
 def test_a_batch_in_bfloat16_on_two_ranks(ranks, checkpoint, name):
     """The error is not above that of eager PyTorch."""
     outcome = check_forward(ranks, checkpoint(name), name, 3, 32, False, torch.bfloat16)
@@ -68,7 +67,7 @@ def test_experts_are_cut_with_many_tokens(ranks, checkpoint):
         assert outcome.difference < 2e-6 and outcome.error < 2e-6
 
 
-@only_with_full
+@pytest.mark.full
 def test_dynamic_shapes(ranks, checkpoint):
     outcome = check_forward(ranks, checkpoint("Llama"), "Llama", 1, 33, True)
     assert outcome.difference < 2e-6
@@ -99,13 +98,13 @@ def test_generate_has_the_same_tokens(ranks, checkpoint, name, cache):
     assert torch.equal(result.tokens, result.eager_tokens)
 
 
-@only_with_full
+@pytest.mark.full
 def test_generate_with_sampling(ranks, checkpoint):
     result = check_generate(ranks, checkpoint("Qwen3"), "static", do_sample=True, temperature=1.5)
     assert torch.equal(result.tokens, result.eager_tokens)
 
 
-@only_with_full
+@pytest.mark.full
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_generate_in_bfloat16(ranks, checkpoint, cache):
     """The tokens may differ; the logits that they are drawn from are as good as eager's."""
@@ -113,7 +112,7 @@ def test_generate_in_bfloat16(ranks, checkpoint, cache):
     assert result.error <= 1.1 * result.eager_error < 0.03
 
 
-@only_with_full
+@pytest.mark.full
 @pytest.mark.parametrize("cache, unsplit", [("dynamic", set()), ("static", {"aten.index_put.default"})])
 def test_a_prompt_in_chunks(ranks, checkpoint, cache, unsplit):
     """One sequence, cut along its tokens: those before it are in the cache.

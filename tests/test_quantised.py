@@ -87,6 +87,7 @@ def with_bias(x, weight, bias, version):
     return product.view(x.shape)
 
 
+@pytest.mark.full
 def test_through_inductor(unexpanded, monkeypatch):
     """The kernel that scales the product of a GEMM writes it in the workspace, and no kernel reads what is gone from there: it is NaN."""
     workspace = Workspace()

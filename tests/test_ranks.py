@@ -103,7 +103,7 @@ if os.environ.get("TW_FULL"):
     COMBINATIONS = THROUGH_INDUCTOR = list(itertools.product(plain, NORMS, (False, True), (1, 4)))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("style, norm, dynamic, batch", COMBINATIONS)
 def test_llama(run, style, norm, dynamic, batch):
     """The rewritten graph, run as it is."""
@@ -116,6 +116,7 @@ def test_llama_through_inductor(run, style, norm, dynamic, batch):
     check(run, style, norm, dynamic, batch, codegen=True)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mode, codegen", [("fuse", False), ("weave", False), ("weave", True)])
 def test_llama_over_the_process_group(run, mode, codegen):
     """With PyTorch's own all-reduces in the graph."""

@@ -50,6 +50,7 @@ def with_a_size(x, residual, weight, up, down):
 CASES = [(plain, "fuse", False)] + [(f, "weave", True) for f in (plain, with_a_constant, with_a_region_inside, with_a_size)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("function, mode, dynamic", CASES)
 def test_regions(function, mode, dynamic):
     inputs = mlps_inputs(5, 8)
@@ -212,6 +213,7 @@ def test_regions_are_compiled_as_one_layer_all_the_same(unexpanded):
     assert (report.mode, len(report.sites), report.alike) == ("weave", 5, 3)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("style", ["functional", "in_place", "dtensor"])
 def test_layers_of_a_llama(style, monkeypatch):
     if style == "dtensor" and torch.__version__ < "2.12":

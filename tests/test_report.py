@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import expecttest
+import pytest
 import torch
 from graphs import rewrite, without_codegen
 from models import VOCAB, parallel
@@ -167,6 +168,7 @@ def compile_in_a_process(constant, autograd_cache, **options):
     return json.loads(said.splitlines()[-1])
 
 
+@pytest.mark.full
 def test_a_cache_hit_has_the_same_report():
     constant = new_constant()
     first = compile_in_a_process(constant, autograd_cache=True, min_tokens=32)

@@ -312,6 +312,7 @@ def test_a_block_in_every_mode(mode):
         assert text(new.after, "x weight up") == text(new.before, "x weight up")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("style, batch, dynamic", [("dtensor_sequence", 1, False), ("functional_sequence", 4, True)])
 def test_the_residual_stays_with_its_ranks(style, batch, dynamic):
     """From site to site it is in the workspace, each rank having its own rows: the layout that the model asked for."""
@@ -367,6 +368,7 @@ def test_blocks_on_two_ranks(ranks, mode, norm, dynamic):
     torch.testing.assert_close(wholes, others, rtol=0, atol=0)
 
 
+@pytest.mark.full
 def test_blocks_on_four_ranks(four_ranks):
     assert [done for done, _ in four_ranks(compare, "weave", "torch", False)] == [[("weave", 2, 0)] * 3] * 4
 
@@ -377,6 +379,7 @@ def test_llama(run, norm, batch):  # noqa: F811
     check(run, "dtensor_sequence", norm, False, batch, codegen=False)
 
 
+@pytest.mark.full
 def test_llama_fused_only(run):  # noqa: F811
     (error, out, report, order), (_, other, _, _) = run("dtensor_sequence", "hf", False, 1, False, "fuse")
     assert (report.mode, len(report.sites), report.refusals, order) == ("fuse", 5, [], "")

@@ -54,6 +54,7 @@ MARKS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mark", MARKS.values(), ids=MARKS)
 def test_each_call_takes_the_form_for_its_tokens(mark):
     torch._dynamo.utils.counters.clear()
@@ -82,6 +83,7 @@ def test_one_token_takes_the_form_of_more_where_dynamo_took_it_for_impossible():
     assert modes() == ["weave", "off"]
 
 
+@pytest.mark.full
 def test_sizes_that_torch_is_oblivious_of():
     with symbolic_config.patch(backed_size_oblivious=True):
         function = compiled(mlp)

@@ -160,7 +160,7 @@ def test_a_quantised_llama(ranks, kind):
     check(kind, ranks(by_hand, kind))
 
 
-@pytest.mark.skipif(not FULL, reason="TW_FULL=1")
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].config])
 def test_a_llama_that_hugging_face_quantises(ranks, kind, tmp_path):
     pytest.importorskip("torchao")

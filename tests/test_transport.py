@@ -128,6 +128,7 @@ def test_a_forced_transport_never_falls_back(ranks):
         assert "which is not possible here: multimem: its self-test failed" in answer
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("how", ("linear", "no shift", "no offset", "LayerNorm", "a vector", "33 tokens", "scales"))
 def test_whatever_is_wrong_is_noticed(ranks, how):
     for name, why_not in ranks(settle, "auto", (), [1], how):

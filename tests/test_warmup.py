@@ -28,6 +28,7 @@ class Seen(torch.nn.Module):
         self.calls.append((args, kwargs))
 
 
+@pytest.mark.full
 def test_what_it_compiles_is_not_compiled_again(world, capsys):
     run = compiled()
     with without_codegen():
