@@ -269,7 +269,7 @@ BLOCKS = st.builds(
 
 @pytest.mark.timeout(0)
 @settings(
-    max_examples=int(os.environ.get("TW_FUZZ", "10")), deadline=None, database=None, derandomize=True,
+    max_examples=int(os.environ.get("TW_FUZZ", "5")), deadline=None, database=None, derandomize=True,
     suppress_health_check=list(HealthCheck), print_blob=False,
     phases=[Phase.generate],  # to shrink what failed takes many minutes; it is printed whole
 )  # fmt: skip

@@ -50,6 +50,7 @@ def chain(bits, shape, dtype, center, how):
     return norms, residual, right, max(errors)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("bits, shape, dtype, center, how", [
     (8, (2, 17), torch.bfloat16, False, "fuse"), (8, (5,), torch.float32, True, "weave"), (8, (33,), torch.float16, False, "fuse"),
     (6, (3, 7), torch.bfloat16, True, "fuse"), (4, (19,), torch.bfloat16, False, "weave"), (4, (1,), torch.bfloat16, False, "fuse"),

@@ -43,8 +43,8 @@ def test_one_sequence_in_float32_on_four_ranks(four_ranks, checkpoint, name):
     assert outcome.difference < 2e-6 and outcome.error < 2e-6
 
 
-# By default two kinds: norms in other forms and places; experts, and sums of two branches.
-KINDS = "Gemma 2", "GLM-4-MoE"
+# By default one that has experts, and sums of two branches.
+KINDS = ("GLM-4-MoE",)
 
 
 @pytest.mark.parametrize("name", [name for name in (MODELS if FULL else KINDS) if name not in ON_FOUR_RANKS])

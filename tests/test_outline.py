@@ -403,6 +403,7 @@ def workspace(unexpanded, monkeypatch):
     return workspace
 
 
+@pytest.mark.full
 def test_through_inductor(workspace, monkeypatch):
     """What Inductor makes of calls reuses no memory of the workspace, inside of layers and between them. The bits do not hang on whether
     there are calls."""

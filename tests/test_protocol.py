@@ -56,7 +56,7 @@ def check(directory: Path, macros: str, optimise: str) -> tuple[str | None, str]
     return error and (error[1] or error[2]), out
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "macros",
     (
