@@ -4,7 +4,7 @@ kind          key                                                        value
 plan          section, transport, carrier, link, gpu, ranks, version     ``autotune.plan.Plan``
 tuning        transport, dtype, hidden, gpu, ranks, version              ``transports.symmetric.tuning.Tuning``
 transports    transports, link, gpu, ranks, version                      seconds of a call over each, by name
-wire          wire, link, gpu, ranks, version                            bytes from which on so many bits are faster, or None
+wire          transport, wire, link, gpu, ranks, version                 bytes from which on so many bits are faster, or None
 
 link: see ``transports.link``
 """
