@@ -196,7 +196,9 @@ def packed(sites, x):
         "eps", "scale", "offset", "shift_is_float", "shift", "quantised_out", "scale_out", "static_scale", "added", "least", "most",
         "floor", "low", "high", "how", "narrow", "keeps_norm", "padding",
     )  # fmt: skip
-    return SimpleNamespace(**dict(zip(names, Arguments._CALL.unpack(arguments._buffer[-Arguments._CALL.size :]))))
+    call, quantised = Arguments._CALL, Arguments._QUANTISED
+    end = arguments._buffer[-call.size - quantised.size :]
+    return SimpleNamespace(**dict(zip(names, (*call.unpack_from(end), *quantised.unpack_from(end, call.size)))))
 
 
 def site(weight=None, bias=None, shift=None, center=False):

@@ -649,8 +649,9 @@ class Machine:
                 arguments.set(
                     rows, x.data_ptr(), *pointers, x.data_ptr(), residual.data_ptr(), 9 if rank in elsewhere else 7,
                     weight_is_float, takes_carried, is_whole, call["eps"], call["scale"], call["offset"], shift_is_float, shift,
-                    *((t.data_ptr() for t in eight_bits) if text else (0, 0)), static_at, *numbers_of(text),
                 )  # fmt: skip
+                if text:
+                    arguments.set_quantised(*(t.data_ptr() for t in eight_bits), static_at, *numbers_of(text))
                 step = steps[rank * len(calls) + number]
                 step.site = ctypes.addressof(arguments._buffer)
                 step.kernel = KERNELS.index(name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...quantise import HOWS, Quantise, read
+from ...quantise import HOWS, read
 from .layout import Layout
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -54,10 +54,11 @@ class Arguments:
     """The argument of a launch: ``Site`` in csrc/site.cuh. The part that is the same for all calls in a workspace is packed once.
 
     ``set(rows, x, residual, bias, weight, norm_out, residual_out, site, weight_is_float, takes_carried, whole_residual, eps, scale,
-    offset, shift_is_float, shift, quantised_out, scale_out, static_scale, *numbers_of(quantise))`` packs the other part.
+    offset, shift_is_float, shift)`` packs the part of a call, and ``set_quantised(quantised_out, scale_out, static_scale,
+    *numbers_of(quantise))`` what only the kernels of quantised norms read.
     """
 
-    _CALL = struct.Struct("<I6Q4I3fIQ3Q6f4I")
+    _CALL, _QUANTISED = struct.Struct("<I6Q4I3fIQ"), struct.Struct("<3Q6f4I")
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class Arguments:
         fixed = struct.Struct(f"<{2 * world + 7}QI")
         self._buffer = ctypes.create_string_buffer(self.size(world))
         self.set = functools.partial(self._CALL.pack_into, self._buffer, fixed.size)
+        self.set_quantised = functools.partial(self._QUANTISED.pack_into, self._buffer, fixed.size + self._CALL.size)
         self._timeout_at = 8 * (2 * world + 3)
         fixed.pack_into(
             self._buffer,
@@ -107,13 +109,13 @@ class Arguments:
     @classmethod
     def size(cls, world: int) -> int:
         """Bytes of the argument for a number of ranks."""
-        return struct.calcsize(f"<{2 * world + 7}QI") + cls._CALL.size
+        return struct.calcsize(f"<{2 * world + 7}QI") + cls._CALL.size + cls._QUANTISED.size
 
 
 @functools.cache
 def numbers_of(quantise: str) -> tuple:
-    """What ``Arguments.set`` takes of a quantisation, a ``quantise.Quantise`` as text, or '' for none."""
-    how = read(quantise) if quantise else Quantise("", True)
+    """What ``Arguments.set_quantised`` takes of a quantisation, a ``quantise.Quantise`` as text."""
+    how = read(quantise)
     return *how[4:10], HOWS.index(how.how), how.narrow, how.keeps_norm, 0
 
 

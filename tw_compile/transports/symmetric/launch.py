@@ -63,43 +63,50 @@ class Call:
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
         self.ctas = two_shot_ctas(owner.world)
         self.ctas_alone = workspace.tuning.ctas_alone(rows)
-        # (center, dtype of a quantised norm or '', ctas, default_ctas) -> (Kernel, number of CTAs): see grid
+        # (center, quantise, ctas, default_ctas) -> (Kernel, number of CTAs): see grid
         self.launcher = functools.cache(self._launcher)
-        self._quantised = functools.cache(self._in_workspace)
+        self.in_workspace = functools.cache(self._in_workspace)  # quantise -> Outputs in the workspace
         self._nothing = self.partials.new_empty(0)  # in place of a norm that is quantised
 
-    def _launcher(self, center: bool, output: str, ctas: int, default_ctas: int) -> tuple[nvrtc.Kernel, int]:
-        kernel = self.workspace.kernels(center, output)[self.kernel]
+    def _launcher(self, center: bool, quantise: str, ctas: int, default_ctas: int) -> tuple[nvrtc.Kernel, int]:
+        kernel = self.workspace.kernels(center, read(quantise).dtype if quantise else "")[self.kernel]
         return kernel, self.grid(ctas, default_ctas, kernel.cluster)
 
-    def _in_workspace(self, quantise: str) -> tuple[Tensor, ...]:
-        """(q, the scale if each row has its own) in the workspace."""
+    def _in_workspace(self, quantise: str) -> "Outputs":
+        if not quantise:
+            return Outputs(self.norm, self.whole_residual, (), False)
         how, (*tokens, _) = read(quantise), self.shape
         q = _with_own_storage(self.workspace.quantised)[: self.rows].view(DTYPES[how.dtype][0]).view(self.shape)
-        return q, *([_with_own_storage(self.workspace.scales)[: self.rows].view(*tokens, 1)] if how.per_token else [])
+        scales = [_with_own_storage(self.workspace.scales)[: self.rows].view(*tokens, 1)] if how.per_token else []
+        return Outputs(self.norm, self.whole_residual, (q, *scales), False)
 
-    def outputs(self, site: Site, in_workspace: bool, alone: bool) -> "Outputs":
-        """Where the kernel writes.
+    def outputs(self, site: Site, in_workspace: bool) -> "Outputs":
+        """Where a kernel on the current stream writes: one_shot, which only has results of this rank, to new tensors.
 
-        in_workspace: whether the norm may stay in the workspace
-        alone:        whether the kernel is on the current stream. Then one_shot, which only has results of this rank, writes new tensors
+        in_workspace: the norm may stay in the workspace
         """
         x, quantise = site.x, site.quantise
-        new = alone and self.one_shot
-        norm = empty_like(x) if new and not in_workspace and _keeps_norm(quantise) else self.norm
-        residual = empty_like(x) if new and not site.sharded_residual else self.whole_residual
-        quantised = self._quantised(quantise) if quantise else ()
-        return Outputs(norm, residual, tuple(map(empty_like, quantised)) if new and not in_workspace else quantised, new)
+        kept = self.in_workspace(quantise)
+        if not self.one_shot:
+            return kept
+        residual = self.whole_residual if site.sharded_residual else empty_like(x)
+        if in_workspace:
+            return Outputs(self.norm, residual, kept.quantised, True)
+        norm = self.norm if quantise and not read(quantise).keeps_norm else empty_like(x)
+        return Outputs(norm, residual, tuple(map(empty_like, kept.quantised)), True)
 
     def results(self, site: Site, outputs: "Outputs", in_workspace: bool) -> tuple[Tensor, ...]:
         """The results of a site whose kernel writes to ``outputs``, as ``quantise.results`` has them."""
         norm, residual, quantised, new = outputs
-        norm = norm if _keeps_norm(site.quantise) else self._nothing
+        if site.quantise and not read(site.quantise).keeps_norm:
+            norm = self._nothing
         if not (new or in_workspace):
             norm, quantised = norm.clone(), tuple(map(torch.clone, quantised))
         if site.sharded_residual:
-            return norm, self.carried(), *quantised
-        return norm, residual if new else residual.clone(), *quantised
+            residual = self.carried()
+        elif not new:
+            residual = residual.clone()
+        return (norm, residual, *quantised) if quantised else (norm, residual)
 
     def grid(self, ctas: int, default_ctas: int, cluster: int = 1) -> int:
         """The number of CTAs of a kernel, a multiple of ``cluster``, the same on all ranks.
@@ -125,7 +132,6 @@ class Call:
         Raises RuntimeError for inputs that the kernel does not support.
         """
         x, residual, weight, bias, shift, eps, scale, offset, center, ctas, _, _, fp32_residual, sharded_residual, text, static_scale = site
-        quantised = outputs.quantised
         if fp32_residual is not sharded_residual:
             raise RuntimeError("over symmetric memory fp32_residual and sharded_residual must be equal")
         if text and not sharded_residual:
@@ -158,28 +164,24 @@ class Call:
         if shift is not None:
             shift_is_float = shift.dtype is not self.dtype and _is_float("shift", shift, x)
             shift, shift_at = _readable(shift)
-        output, q_at, scale_at, static_at = "", 0, 0, 0
-        if quantised:
-            how = read(text)
-            output, q_at = how.dtype, quantised[0].data_ptr()
-            if how.per_token:
-                scale_at = quantised[1].data_ptr()
-            elif static_scale is None or static_scale.dtype is not torch.float32 or static_scale.numel() != 1:
-                raise RuntimeError("the scale of a quantisation per tensor must be one number in float32")
-            else:
-                static_at = static_scale.data_ptr()
+        if text:
+            self._set_quantised(text, outputs.quantised, static_scale)
         self.arguments.set(
             self.rows, x_at, residual_at, bias_at, weight_at, outputs.norm.data_ptr(),
             self.carried_at if sharded_residual else outputs.whole_residual.data_ptr(), number, weight_is_float, carried,
-            not sharded_residual, eps, scale, offset, shift_is_float, shift_at, q_at, scale_at, static_at,
-            *numbers_of(text if quantised else ""),
+            not sharded_residual, eps, scale, offset, shift_is_float, shift_at,
         )  # fmt: skip
-        kernel, grid = self.launcher(center, output, ctas, default_ctas)
+        kernel, grid = self.launcher(center, text, ctas, default_ctas)
         return kernel, grid, (x, residual, weight, bias, shift, static_scale)
 
-
-def _keeps_norm(quantise: str) -> bool:
-    return not quantise or read(quantise).keeps_norm
+    def _set_quantised(self, quantise: str, quantised: tuple[Tensor, ...], static_scale: Tensor | None) -> None:
+        q, *scales = quantised
+        static_at = 0
+        if not scales:
+            if static_scale is None or static_scale.dtype is not torch.float32 or static_scale.numel() != 1:
+                raise RuntimeError("the scale of a quantisation per tensor must be one number in float32")
+            static_at = static_scale.data_ptr()
+        self.arguments.set_quantised(q.data_ptr(), scales[0].data_ptr() if scales else 0, static_at, *numbers_of(quantise))
 
 
 def _carry(residual: Tensor, carried: Tensor, first: int, end: int) -> None:

@@ -184,7 +184,7 @@ class Symmetric:
             if call is None:
                 self._pending[slot] = None, site, None, None
                 return x.new_empty(0)
-            outputs = call.outputs(site, True, False)
+            outputs = call.in_workspace(site.quantise)
             kernel, grid, held = call.prepare(site, self._number(slot, site.number), outputs, call.ctas)
             events = self._events.get(slot) or self._make_events(slot)
             kernel.start(grid, call.arguments.address, stream, self._side, *events)
@@ -227,7 +227,7 @@ class Symmetric:
             call = self._begin(site.slot, site.x, stream)
             if call is None:
                 return empty_results(site.x, site.fp32_residual, site.quantise)
-            outputs = call.outputs(site, in_workspace, True)
+            outputs = call.outputs(site, in_workspace)
             kernel, grid, held = call.prepare(site, self._number(site.slot, site.number), outputs, call.ctas_alone)
             kernel.launch(grid, call.arguments.address, stream)
             del held  # its memory is reused later on this stream
