@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed import device_mesh
 
+IMPORTS = ["torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.tensor", "tw_compile.backend"]
+
 
 class Ranks:
     """``ranks(function, *args)`` runs a module-level function in each process, and returns its results in rank order.
@@ -37,7 +39,9 @@ class Ranks:
         return [result for result, _ in answers]
 
     def _start(self):
-        context = mp.get_context("spawn")
+        # Ranks are forks of a process that has made the imports, and nothing else: they take longer than many a test.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTS)
         store = tempfile.mktemp(prefix="ranks")
         self.pipes = []
         for rank in range(self.world):
