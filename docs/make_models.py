@@ -1,12 +1,18 @@
 """Write docs/models.md: what the backend does with each model of tests/zoo.py, on two CPU ranks.
 
     python docs/make_models.py
+    python docs/make_models.py --kept rows.json --seconds 3000      # and again, until it writes the page
+
+With ``--kept``, the rows that were made are kept in a file. The next call makes those that are missing.
 """
 
+import argparse
 import functools
 import inspect
+import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -97,37 +103,28 @@ NOTES = {
 def main():
     import transformers
     import zoo
-    from ranks import Ranks
 
-    folder = tempfile.mkdtemp()
-    ranks = Ranks(2, timeout=300)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kept", type=Path, help="a file of rows that are made")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no row is begun after so long")
+    args = parser.parse_args()
+    versions = f"{torch.__version__}, {transformers.__version__}"
+    kept = json.loads(args.kept.read_text()) if args.kept and args.kept.exists() else {}
+    kept = kept if kept.get("versions") == versions else {"versions": versions}
+    wanted = [(name, "") for name in zoo.MODELS] + [(name, cache) for name in GENERATED for cache in ("static", "dynamic")]
+    made = {key: f"{key[0]} {key[1]}".strip() for key in wanted}
+    with Rows() as rows_of:
+        for key in wanted:
+            if made[key] not in kept and time.monotonic() - START < args.seconds:
+                kept[made[key]] = rows_of(*key)
+                if args.kept:
+                    args.kept.write_text(json.dumps(kept, indent=1))
+    missing = [name for name in made.values() if name not in kept]
+    if missing:
+        print(f"{len(missing)} of {len(made)} rows are missing: {', '.join(missing)}")
+        return
     table = [("model", "sites", "one", "batch", "float32", "bfloat16", "verify")]
     generation = [("model", "cache", "graphs", "joins", "same tokens", "bfloat16")]
-    why = {}
-    for name in zoo.MODELS:
-        path = zoo.make(name, folder)
-        one = ranks(zoo.forward, path)[0]
-        batch = ranks(zoo.forward, path, 3, 32, False, torch.bfloat16)[0]
-        reports = one.reports[-1], batch.reports[-1]
-        found = sum(site.merged for site in reports[0].sites)
-        sites = f"{found} of {found + len(reports[0].refusals)}"
-        sites += f", in {len(reports[0].sites)}" if found > len(reports[0].sites) else ""
-        ratio = f"{batch.error / batch.eager_error:.2f}"
-        verified = f"{ranks(zoo.verified, path)[0]:.0e}"
-        table.append((name, sites, *map(mode, reports), f"{one.difference:.0e}", ratio, verified))
-        for report in reports:
-            for reason in {r.reason.split(" (")[0] for r in report.refusals} | {j.op for j in report.joins}:
-                why.setdefault(reason, {})[name] = True
-    for name in ("Llama", "Mistral", "Gemma 3", "Mixtral"):
-        for cache in ("static", "dynamic"):
-            greedy = functools.partial(zoo.generate, do_sample=False)
-            wide, half = (ranks(greedy, zoo.make(name, folder), cache, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
-            modes = " + ".join(report.mode for report in wide.reports)
-            same = "yes" if torch.equal(wide.tokens, wide.eager_tokens) else "no"
-            ratio = f"{half.error / half.eager_error:.2f}"
-            generation.append((name, cache, modes, str(len(wide.reports[0].joins)), same, ratio))
-    ranks.stop()
-
     import test_extending as examples
 
     text = TEMPLATE.format(
