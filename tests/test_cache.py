@@ -309,13 +309,25 @@ class Snapshot(expecttest.TestCase):
 """)
 
     def test_rows_that_lack_a_leading_dimension(self):
-        def attend(q, k, v, keys, vals, start):
-            at = torch.arange(4) + start
+        def attend(q, k, v, keys, vals):
+            at = torch.arange(4) + 2
             by_setitem(keys, at, k)
             by_slice(vals, at, v)
             return (SDPA(q, keys, vals, attn_mask=(torch.arange(ROWS)[None, :] <= at[:, None])[None, None]),)
 
-        self.assertExpectedInline(self.split(1, "x residual weight keys start values", attend, *caches(), torch.tensor(2)), """\
+        self.assertExpectedInline(self.split(1, "x residual weight keys values", attend, *caches()), """\
+  %0 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %1 = aten.index_put(keys, [None, None, %2], %3) : f32[1, 4, 10, 4]
+1 %4 = aten.index_put(%1, [None, None, %5], %6) : f32[1, 4, 10, 4]
+0 %7 = aten.slice_scatter(values, %8, 2, 2, 4) : f32[1, 4, 10, 4]
+1 %9 = aten.slice_scatter(%7, %10, 2, 4, 6) : f32[1, 4, 10, 4]
+  %11 = prims.iota(10, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[10]
+0 %12 = aten._scaled_dot_product_flash_attention_for_cpu(%13, %1, %7, 0, False, attn_mask=%14) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+1 %15 = aten._scaled_dot_product_flash_attention_for_cpu(%16, %4, %9, 0, False, attn_mask=%17) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+  %18 = aten.copy_(keys, %4) : f32[1, 4, 10, 4]
+  %19 = aten.copy_(values, %9) : f32[1, 4, 10, 4]
+  %20 = aten.cat([%21, %22], 1) : f32[1, 4, 16]
+  return %20
 """)
 
     def test_a_static_cache_between_sequences(self):
