@@ -313,9 +313,7 @@ class _Splitter:
             if view is not None:
                 self.written[node] = view
             else:
-                self.unsplit_ops[write.call] = UnsplitOp(
-                    str(write.call.target), source_of(write.call), "no mask hides from the first half what the second half writes"
-                )
+                self.unsplit_ops[write.call] = UnsplitOp(name_of(write.call), source_of(write.call), attention.why_both(node))
                 self.written = {n: w for n, w in self.written.items() if w.call is not write.call}
 
     def _first(self, old: Node) -> Node:
