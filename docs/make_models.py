@@ -1,12 +1,20 @@
 """Write docs/models.md: what the backend does with each model of tests/zoo.py, on two CPU ranks.
 
     python docs/make_models.py
+    python docs/make_models.py --kept rows.json --seconds 3000      # and again, until it writes the page
+
+With ``--kept``, a file keeps the rows that are made, and the next call makes those that are missing. Rows of other versions of PyTorch
+or transformers are made again; after a change of the backend, delete the file.
 """
 
+import argparse
 import functools
 import inspect
+import json
+import math
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -50,7 +58,8 @@ One sequence behind a cache, as of a prompt in chunks, is cut along its tokens w
 see what the second half writes: with a dynamic cache that grows by all tokens it does. A static cache of transformers {transformers}
 counts its length in a tensor for each layer, and the mask goes by the first layer's alone; and `generate` makes the mask of a
 static cache outside of the model. What then waits for both halves is a join in the report, with this reason. So it is with one
-sequence behind a sliding window.
+sequence behind a sliding window, and with gpt-fast's own `model.py`, whose mask is a buffer that the graph gets as an input. Each
+half still writes its own rows to the cache.
 
 ## An op that has no rule
 
@@ -85,6 +94,8 @@ not called any more. Both examples are tests, in `tests/test_extending.py`.
 have it in the table above, add it to `MODELS` in `tests/zoo.py`, with what you expect, and run `python docs/make_models.py`.
 '''
 
+GENERATED = "Llama", "Mistral", "Gemma 3", "Mixtral"
+
 NOTES = {
     "the reduced value has 4 users": "their norms stand behind attention and MLP, not before them: the sum of the embedding "
     "goes to q, k, v and the first residual, and there is no norm to fuse it with",
@@ -99,34 +110,33 @@ def main():
     import zoo
     from ranks import Ranks
 
-    folder = tempfile.mkdtemp()
-    ranks = Ranks(2, timeout=300)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kept", type=Path, help="a file that keeps the rows that are made")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no row is begun after so long")
+    args = parser.parse_args()
+    until = time.monotonic() + args.seconds
+    versions = [torch.__version__, transformers.__version__]
+    kept = json.loads(args.kept.read_text()) if args.kept and args.kept.exists() else {}
+    kept = kept if kept.get("versions") == versions else {"versions": versions}
+    wanted = {name: (model, name) for name in zoo.MODELS}
+    wanted |= {f"{name}, {cache} cache": (generated, name, cache) for name in GENERATED for cache in ("static", "dynamic")}
+    ranks, folder = Ranks(2, timeout=300), tempfile.mkdtemp()
+    for key, (make, *of) in wanted.items():
+        if key not in kept and time.monotonic() < until:
+            kept[key] = make(ranks, folder, *of)
+            if args.kept:
+                args.kept.write_text(json.dumps(kept, indent=1))
+    ranks.stop()
+    if missing := [key for key in wanted if key not in kept]:
+        print(f"{len(missing)} of {len(wanted)} rows are missing, and docs/models.md is as it was:", *missing, sep="\n")
+        return
     table = [("model", "sites", "one", "batch", "float32", "bfloat16", "verify")]
     generation = [("model", "cache", "graphs", "joins", "same tokens", "bfloat16")]
     why = {}
-    for name in zoo.MODELS:
-        path = zoo.make(name, folder)
-        one = ranks(zoo.forward, path)[0]
-        batch = ranks(zoo.forward, path, 3, 32, False, torch.bfloat16)[0]
-        reports = one.reports[-1], batch.reports[-1]
-        found = sum(site.merged for site in reports[0].sites)
-        sites = f"{found} of {found + len(reports[0].refusals)}"
-        sites += f", in {len(reports[0].sites)}" if found > len(reports[0].sites) else ""
-        ratio = f"{batch.error / batch.eager_error:.2f}"
-        verified = f"{ranks(zoo.verified, path)[0]:.0e}"
-        table.append((name, sites, *map(mode, reports), f"{one.difference:.0e}", ratio, verified))
-        for report in reports:
-            for reason in {r.reason.split(" (")[0] for r in report.refusals} | {j.op for j in report.joins}:
-                why.setdefault(reason, {})[name] = True
-    for name in ("Llama", "Mistral", "Gemma 3", "Mixtral"):
-        for cache in ("static", "dynamic"):
-            greedy = functools.partial(zoo.generate, do_sample=False)
-            wide, half = (ranks(greedy, zoo.make(name, folder), cache, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
-            modes = " + ".join(report.mode for report in wide.reports)
-            same = "yes" if torch.equal(wide.tokens, wide.eager_tokens) else "no"
-            ratio = f"{half.error / half.eager_error:.2f}"
-            generation.append((name, cache, modes, str(len(wide.reports[0].joins)), same, ratio))
-    ranks.stop()
+    for key, (make, name, *_) in wanted.items():
+        (table if make is model else generation).append(kept[key]["row"])
+        for reason in kept[key]["why"]:
+            why.setdefault(reason, []).append(name)
 
     import test_extending as examples
 
@@ -138,6 +148,36 @@ def main():
         all_reduce=body(examples.test_an_all_reduce_of_ones_own_is_a_site, "(match,)"),
     )  # fmt: skip
     (HERE / "models.md").write_text(text)
+
+
+def model(ranks, folder, name) -> dict:
+    """A model's row, and why not more of it is a site or cut."""
+    import zoo
+
+    path = zoo.make(name, folder)
+    one = ranks(zoo.forward, path)[0]
+    batch = ranks(zoo.forward, path, 3, 32, False, torch.bfloat16)[0]
+    reports = one.reports[-1], batch.reports[-1]
+    found = sum(site.merged for site in reports[0].sites)
+    sites = f"{found} of {found + len(reports[0].refusals)}"
+    sites += f", in {len(reports[0].sites)}" if found > len(reports[0].sites) else ""
+    ratio = f"{batch.error / batch.eager_error:.2f}"
+    verified = f"{ranks(zoo.verified, path)[0]:.0e}"
+    why = dict.fromkeys(r.reason.split(" (")[0] for report in reports for r in report.refusals)
+    why |= dict.fromkeys(j.op for report in reports for j in report.joins)
+    return {"row": [name, sites, *map(mode, reports), f"{one.difference:.0e}", ratio, verified], "why": [*why]}
+
+
+def generated(ranks, folder, name, cache) -> dict:
+    """A row of a model that generates."""
+    import zoo
+
+    greedy = functools.partial(zoo.generate, do_sample=False)
+    wide, half = (ranks(greedy, zoo.make(name, folder), cache, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    modes = " + ".join(report.mode for report in wide.reports)
+    same = "yes" if torch.equal(wide.tokens, wide.eager_tokens) else "no"
+    ratio = f"{half.error / half.eager_error:.2f}"
+    return {"row": [name, cache, modes, str(len(wide.reports[0].joins)), same, ratio], "why": []}
 
 
 def mode(report) -> str:

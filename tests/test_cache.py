@@ -36,7 +36,7 @@ def cut(attend, *inputs, batch=1, tokens=6, unsplit=0, dynamic=False, **options)
     arguments = values(*shape), values(*shape), values(H), *inputs
     new = rewrite(functools.partial(block, attend=attend), *arguments, mode="weave", dynamic=dynamic, **options)
     assert new.report.mode == "weave" and len(new.report.joins) == unsplit
-    assert all("no mask hides" in each.reason for each in new.report.joins)
+    assert all("no mask hides" in each.reason or "what reads it" in each.reason for each in new.report.joins)
     new.check()
     return new
 
@@ -184,6 +184,52 @@ def test_grouped_queries(batch):
     cut(attend, *caches(batch), torch.tensor(2), batch=batch)
 
 
+# --- ways to write it ------------------------------------------------------------------------------------------------
+
+
+def by_setitem(cache, at, rows):
+    cache[:, :, at] = rows  # PyTorch drops leading dimensions of size 1 of the rows
+
+
+def by_slice(cache, at, rows):
+    cache[:, :, 2 : 2 + rows.shape[2]] = rows
+
+
+def by_scatter(cache, at, rows):
+    cache.scatter_(2, at[None, None, :, None].expand_as(rows), rows)
+
+
+def by_entries(cache, at, rows):
+    cache.transpose(1, 2)[torch.arange(len(rows))[:, None], at[None, :]] = rows.transpose(1, 2)
+
+
+def of_layers(cache, at, rows):
+    """A cache of two layers, of which this is the second."""
+    both = torch.stack((cache, cache))
+    both[1, :, :, at] = rows
+    cache.copy_(both[1])
+
+
+# -> how many of the two writes both halves wait for: with one sequence, with two
+WAYS = {by_setitem: (0, 0), by_slice: (0, 0), by_scatter: (0, 0), by_entries: (2, 2), of_layers: (2, 0)}
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("put", WAYS, ids=lambda put: put.__name__)
+def test_ways_to_write(put, batch, dynamic):
+    """Each half writes its own rows. Where the rows cannot be followed to the attention, both halves wait for both writes."""
+
+    def attend(q, k, v, keys, vals):
+        at = torch.arange(q.shape[2]) + 2
+        put(keys, at, k)
+        put(vals, at, v)
+        return (SDPA(q, keys, vals, attn_mask=(torch.arange(ROWS)[None, :] <= at[:, None])[None, None]),)
+
+    cut(attend, *caches(batch), batch=batch, unsplit=WAYS[put][batch - 1], dynamic=dynamic)
+
+
 # --- behind those of earlier calls -----------------------------------------------------------------------------------
 
 PAST = 3
@@ -240,7 +286,7 @@ class Snapshot(expecttest.TestCase):
         assert not unsplit
         graph.eliminate_dead_code()
         lines = text(graph, names).splitlines()
-        kept = ("index_put", "flash", "copy_", "iota", "return", "cat")
+        kept = ("index_put", "slice_scatter", "flash", "copy_", "iota", "return", "cat")
         shown = "\n".join(line for line in lines if any(word in line for word in kept)) + "\n"
         # Numbered anew: how many nodes there are between them differs with the version of torch.
         names = list(dict.fromkeys(re.findall(r"%\d+", shown)))
@@ -253,6 +299,28 @@ class Snapshot(expecttest.TestCase):
 1 %4 = aten.index_put(%1, [None, None, %5], %6) : f32[1, 4, 10, 4]
 0 %7 = aten.index_put(values, [None, None, %2], %8) : f32[1, 4, 10, 4]
 1 %9 = aten.index_put(%7, [None, None, %5], %10) : f32[1, 4, 10, 4]
+  %11 = prims.iota(10, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[10]
+0 %12 = aten._scaled_dot_product_flash_attention_for_cpu(%13, %1, %7, 0, False, attn_mask=%14) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+1 %15 = aten._scaled_dot_product_flash_attention_for_cpu(%16, %4, %9, 0, False, attn_mask=%17) : (f32[1, 4, 2, 4], f32[1, 4, 2])
+  %18 = aten.copy_(keys, %4) : f32[1, 4, 10, 4]
+  %19 = aten.copy_(values, %9) : f32[1, 4, 10, 4]
+  %20 = aten.cat([%21, %22], 1) : f32[1, 4, 16]
+  return %20
+""")
+
+    def test_rows_that_lack_a_leading_dimension(self):
+        def attend(q, k, v, keys, vals):
+            at = torch.arange(4) + 2
+            by_setitem(keys, at, k)
+            by_slice(vals, at, v)
+            return (SDPA(q, keys, vals, attn_mask=(torch.arange(ROWS)[None, :] <= at[:, None])[None, None]),)
+
+        self.assertExpectedInline(self.split(1, "x residual weight keys values", attend, *caches()), """\
+  %0 = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[4]
+0 %1 = aten.index_put(keys, [None, None, %2], %3) : f32[1, 4, 10, 4]
+1 %4 = aten.index_put(%1, [None, None, %5], %6) : f32[1, 4, 10, 4]
+0 %7 = aten.slice_scatter(values, %8, 2, 2, 4) : f32[1, 4, 10, 4]
+1 %9 = aten.slice_scatter(%7, %10, 2, 4, 6) : f32[1, 4, 10, 4]
   %11 = prims.iota(10, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) : torch.int64[10]
 0 %12 = aten._scaled_dot_product_flash_attention_for_cpu(%13, %1, %7, 0, False, attn_mask=%14) : (f32[1, 4, 2, 4], f32[1, 4, 2])
 1 %15 = aten._scaled_dot_product_flash_attention_for_cpu(%16, %4, %9, 0, False, attn_mask=%17) : (f32[1, 4, 2, 4], f32[1, 4, 2])

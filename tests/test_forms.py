@@ -134,6 +134,18 @@ def test_capped_scores():
     check(attention(attend))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_scores_with_a_bias(batch):
+    """ALiBi, as BLOOM adds it."""
+
+    def attend(q, k, v, slopes):
+        bias = slopes.repeat(q.shape[0], 1, 1) * torch.arange(k.shape[2])
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=0.5).view(*q.shape[:3], -1)
+        return scores.masked_fill(~causal(q, k), float("-inf")).softmax(-1) @ v
+
+    check(attention(attend), values(HEADS, 1, 1), batch=batch)
+
+
 def test_a_sliding_window():
     def attend(q, k, v):
         near = causal(q, k) & (torch.arange(k.shape[2])[None, :] > torch.arange(q.shape[2])[:, None] - 3)

@@ -66,6 +66,7 @@ passes.rules.functional
 passes.rules.attention
 passes.rules.quantised
 passes.rules.cache
+passes.rules.put
 passes.rules.mask
 passes.rules.gather
 passes.rules.token_axis

@@ -141,6 +141,12 @@ FORMS = {  # name -> a sum of the all-reduced a, of r, which is whole, and of c 
     "a factor behind the residual": lambda a, r, c: (a + r) * 0.5,
     "a reshape behind a vector": lambda a, r, c: (a + c).view(2, 4, H).view(8, H) + r,
     "a scalar divisor": lambda a, r, c: a / (c[0] ** 2 + 1) + r,
+    "a difference": lambda a, r, c: r - a,
+    "a difference from it": lambda a, r, c: (a + c) - r,
+    "the negative": lambda a, r, c: r + -a,
+    "more of it": lambda a, r, c: torch.add(r, a, alpha=2),
+    "addcmul": lambda a, r, c: torch.addcmul(r, c, a, value=0.5),
+    "lerp": lambda a, r, c: torch.lerp(r, a, 0.3),
     "tokens in another order": lambda a, r, c: a.view(4, 2, H).transpose(0, 1) + r.view(2, 4, H),
     "tokens in another order, as a copy": lambda a, r, c: (a.view(4, 2, H).transpose(0, 1) + c).reshape(8, H) + r,
 }

@@ -4,6 +4,7 @@
 - An argument that a functional call writes to, and that is its base in another shape, becomes the base.
 - Where a library has registered ops: a residual that is added in float32 to a sum over the ranks, and rounded afterwards, is added in the
   dtype of both, as vLLM's norms do it. A site adds in float32 in any case.
+- A difference, a negation, ``addcmul`` and ``add`` with ``alpha``, of what is linear in a sum over the ranks, become products and sums.
 - A concatenation of all slices of a value, in their order, becomes the value.
 """
 
@@ -18,8 +19,8 @@ from torch.fx import Graph, Node
 from ..compat import OpOverload, auto_functionalized, detect_fake_mode
 from .emit import Emit, Emitter
 from .find import is_sum, stays
-from .graph_utils import aten, calls, is_tensor, is_view, prims, same_shape, value
-from .norms import Norm, match_norm
+from .graph_utils import RESHAPES, aten, calls, is_tensor, is_view, prims, same_shape, value
+from .norms import Norm, is_number, match_norm
 from .rules.functional import BASES, EMPTY, given, written
 from .rules.token_axis import equal, expr
 
@@ -48,7 +49,7 @@ def plain(graph: Graph) -> None:
     if tensor is None:
         return
     emit = _Before(graph, detect_fake_mode([tensor]))
-    steps = _decompose, _reshape_bases, _add_in_dtype, _join
+    steps = _decompose, _reshape_bases, _add_in_dtype, _spell_out, _join
     changed = [any(step(emit, node) for step in steps) for node in list(graph.nodes)]
     if any(changed):
         graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or stays(node))
@@ -193,6 +194,33 @@ def _add_in_dtype(emit: _Before, node: Node) -> bool:
     for cast in rounded:
         cast.replace_all_uses_with(total)
     node.replace_all_uses_with(wide)
+    return True
+
+
+_LINEAR = (*RESHAPES, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.slice.Tensor)
+
+
+def _is_reduced(node: Node) -> bool:
+    """Whether a value is linear in a sum over the ranks which nothing else reads."""
+    is_alone = is_tensor(node) and len(node.users) == 1
+    return is_alone and (is_sum(node) or (calls(node, *_LINEAR) and any(map(_is_reduced, node.all_input_nodes))))
+
+
+def _spell_out(emit: _Before, node: Node) -> bool:
+    """A call that is linear in a sum over the ranks becomes products and sums, which merge.py knows."""
+    if not calls(node, aten.neg.default, aten.sub.Tensor, aten.add.Tensor, aten.addcmul.default):
+        return False
+    terms = list(node.args)
+    by = node.kwargs.get("alpha", node.kwargs.get("value", 1))
+    alike = all(is_tensor(term) and value(term).dtype == value(node).dtype for term in terms) and is_number(by)
+    by = -by if calls(node, aten.neg.default, aten.sub.Tensor) and alike else by
+    if not alike or not any(map(_is_reduced, terms)) or (len(terms) == 2 and by == 1):
+        return False
+    emit.at(node)
+    product = emit(aten.mul.Tensor, *terms[1:]) if len(terms) == 3 else terms[-1]
+    product = emit(aten.mul.Tensor, product, by) if by != 1 else product
+    node.replace_all_uses_with(product if len(terms) == 1 else emit(aten.add.Tensor, terms[0], product))
+    emit.graph.erase_node(node)  # it would be another reader of the sum
     return True
 
 

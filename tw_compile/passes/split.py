@@ -6,6 +6,7 @@ token-axis rule needs them whole, and after the last site.
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from .find import collectives, communicates
 from .graph_utils import WAIT, Ancestors, arguments, aten, calls, in_order, same_shape, source_of, value
 from .halves import Check, Halves
 from .rules import algebra, arrange, attention, copies, experts  # noqa: F401  # they register rules
-from .rules.cache import Write, put_entries, view_of, write_of
+from .rules.cache import Entries, Write, layout_rule, put_entries, view_of, write_of
 from .rules.functional import EMPTY, fresh, name_of
 from .rules.gather import GATHER, gather_along, side_by_side
 from .rules.per_half import PerHalf
@@ -269,32 +270,38 @@ class _Splitter:
 
     # --- writes to a cache -------------------------------------------------------------------------------------------
 
-    def _write(self, node: Node, write: Write) -> str | None:
-        """Write each half's rows in turn. Returns why that is wrong, or None."""
-        before, rows = [self._join(a) for a in write.before], self.env[write.rows].nodes
-        if write.axis.dim != write.dim:
-            self._write_entries(node, write, *before)
-            return self.check.fault(node, self.env[node])
-        if write.positions is None:
-            self.env[node] = self.emit(aten.cat.default, [*before, *rows], write.dim)
+    def _write(self, node: Node, write: Write | Entries) -> str | None:
+        """Write each half's rows in turn. Returns why that is not possible, or wrong, or None."""
+        if isinstance(write, Entries):
+            return self._write_entries(node, write)
+        before, rule = [self._join(a) for a in write.before], write.rule
+        if rule is None:
+            self.env[node] = self.emit(aten.cat.default, [*before, *self.env[write.rows].nodes], write.dim)
+        elif lacking := self._lacking(node, rule):
+            return lacking
         else:
             (cache,) = before
             for half in (0, 1):
-                at = [None] * write.dim + [self._half(write.positions, half, TokenAxis(0, write.axis.unit))]
-                cache = self._in_half(half, aten.index_put.default, cache, at, rows[half])
+                cache = self._again(node, rule, half, partial(self._written_by, half, rule, cache))
                 self.firsts.setdefault(node, cache)
             self.env[node] = cache
         self.written[node] = write
         return None
 
-    def _write_entries(self, node: Node, write: Write, cache: Node) -> None:
+    def _written_by(self, half: int, rule: Split, cache: Node, place: object, a: Node) -> Node:
+        """An argument of a half's write to ``cache``."""
+        return cache if place == 0 else self._half(a, half, rule.slice_of(place, a))
+
+    def _write_entries(self, node: Node, write: Entries) -> str | None:
         """A write between sequences. The halves are slices of the cache, so they need not be joined."""
         at, parts = [expr(n) * expr_of(write.axis.unit) for n in (0, self.cut.first, self.cut.length)], []
+        cache = self._join(write.cache)
         for half, first, end in zip((0, 1), map(self.emit.size, at), map(self.emit.size, at[1:])):
-            emit = partial(self._in_half, half)
-            cache = put_entries(emit, cache, self.env[write.positions], self.env[write.rows].nodes[half], write.dim, first)
-            parts.append(emit(aten.slice.Tensor, cache, 0, first, end))
-        self.env[node], self.joined[node] = Halves(tuple(parts), write.axis), cache
+            emit, there = partial(self._in_half, half), replace(write, positions=self._join(write.positions))
+            cache = put_entries(emit, there, cache, self.env[write.rows].nodes[half], first)
+            parts.append(emit(aten.slice.Tensor, cache, write.axis.dim, first, end))
+        self.env[node], self.joined[node] = Halves((parts[0], parts[1]), write.axis), cache
+        return self.check.fault(node, self.env[node])
 
     def _read_written(self, node: Node) -> None:
         """Note a call that reads a value to which both halves have written: a view of it, or an op that waits for both halves."""
@@ -302,12 +309,11 @@ class _Splitter:
             if a not in self.written or isinstance(value(node), torch.SymInt):
                 continue
             write = self.written[a]
-            if view := view_of(write, node):
+            view = None if self._cut_inputs(node) else view_of(write, node)
+            if view is not None:
                 self.written[node] = view
             else:
-                self.unsplit_ops[write.call] = UnsplitOp(
-                    str(write.call.target), source_of(write.call), "no mask hides from the first half what the second half writes"
-                )
+                self.unsplit_ops[write.call] = UnsplitOp(name_of(write.call), source_of(write.call), attention.why_both(node))
                 self.written = {n: w for n, w in self.written.items() if w.call is not write.call}
 
     def _first(self, old: Node) -> Node:
@@ -319,7 +325,8 @@ class _Splitter:
                 self.firsts[old] = self._in_half(0, aten.cat.default, parts, write.dim)
             else:
                 source = old.args[0]
-                rule = split_rule(old, {source: self.written[source].axis})
+                axis = self.written[source].axis
+                rule = layout_rule(old, axis) if axis is not None else None
                 assert isinstance(rule, Split)  # as in ``view_of``
                 self.firsts[old] = self._again(old, rule, 0, lambda _, a: self._first(a) if a is source else self._join(a))
         return self.firsts[old]
@@ -327,7 +334,7 @@ class _Splitter:
     def _rows(self, old: Node) -> Write | None:
         """Keys or values of all tokens, as a Write; None if the halves have not written them."""
         known = self.env[old]
-        return Write(old, (), old, known.axis.dim, known.axis) if isinstance(known, Halves) else self.written.get(old)
+        return Write(old, (), old, known.axis, 0) if isinstance(known, Halves) else self.written.get(old)
 
     def _seen(self, old: Node) -> tuple[Node, Node]:
         """The keys or the values that each half of a causal attention attends to."""

@@ -9,15 +9,16 @@ def _baddbmm(node, axes):
     """As ``bmm``, of which the tokens are the batch or the rows; what is added is broadcast to the result."""
     added, a, b = node.args[:3]
     axis = axes.get(a)
-    if axis is None or axis.dim == 2 or (b in axes and (axis.dim, axes[b].dim) != (0, 0)):
+    if axis is None or axis.dim == 2 or (b in axes and (axis.dim == 0) != (axes[b].dim == 0)):
         return None
+    whole = frozenset([2] if axis.dim == 1 and b in axes else [])  # each query needs all keys
     slices = {2: axis} if axis.dim == 0 and b not in axes else {}
     dim = axis.dim - (3 - value(added).dim())
     if added in axes:
-        return Split(axis, slices=slices) if same_axis(axes[added], TokenAxis(dim, axis.unit)) else None
+        return Split(axis, whole, slices) if same_axis(axes[added], TokenAxis(dim, axis.unit)) else None
     if dim >= 0 and not is_one(value(added).shape[dim]):
         slices |= {0: TokenAxis(dim, axis.unit)}
-    return Split(axis, slices=slices)
+    return Split(axis, whole, slices)
 
 
 @register_token_rule(aten.convolution.default)

@@ -123,6 +123,13 @@ def is_cut_causally(node: Node, axes: Mapping[Node, TokenAxis], rows: Callable[[
     return first is not None and hides_later_keys(mask, first)
 
 
+def why_both(reader: Node) -> str:
+    """Why both halves wait for what both have written to a cache that a call reads."""
+    if reader.target in SIGNATURES:
+        return "no mask hides from the first half what the second half writes"
+    return "both halves write to it, and what reads it may need all of it"
+
+
 def causal_halves(emit: Callable[[int], Emit], node: Node, queries: Pair, keys: Pair, values: Pair) -> tuple[Node, Node]:
     """Both halves of the first result of an attention with ``is_causal``.
 

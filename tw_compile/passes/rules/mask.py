@@ -79,11 +79,11 @@ def _slack(mask: Node, key: Any) -> Any:
     return sympy.expand(_COMPARISONS[mask.target](a, b).subs(_INDEX[rank - 1], _INDEX[rank - 2] + key))
 
 
-def first_row(positions: Node) -> Any:
-    """The formula of the first of ``positions`` [tokens], if they are consecutive; otherwise None."""
+def first_row(positions: Node, dim: int = 0) -> Any:
+    """The formula of the first of ``positions``, if they are consecutive along ``dim`` and alike along the others; otherwise None."""
     formula = _own_formula(positions)
-    first = None if formula is None else sympy.expand(formula - _INDEX[0])
-    return None if first is None or first.has(_INDEX[0]) else first
+    first = None if formula is None else sympy.expand(formula - _INDEX[dim])
+    return None if first is None or first.has(*_INDEX) else first
 
 
 def _constant(node: Node) -> Any:
