@@ -130,9 +130,10 @@ def begin():
 
 def run(path, name):
     """What vLLM does with a checkpoint in one of RUNS."""
-    start, before = time.perf_counter(), len(tw_compile.reports())
+    start, cpu, before = time.perf_counter(), sum(os.times()[:4]), len(tw_compile.reports())
     with engine(path, f"{path}/{name}", **RUNS[name]) as llm:
         tokens, happened = serve(llm)
     reports = [report.to_dict() for report in tw_compile.reports()[before:]]
-    print(f"{path} {name}: {time.perf_counter() - start:.0f} s, {happened}", flush=True)
+    took = f"{time.perf_counter() - start:.0f} s, {sum(os.times()[:4]) - cpu:.0f} s of CPU"
+    print(f"{os.path.basename(path)}, {name}: {took}, {happened}", flush=True)
     return dict(tokens=tokens, reports=reports, **happened)
