@@ -64,11 +64,12 @@ def test_tokens_are_those_of_eager(run, name):
     assert compiled["tokens"] == eager["tokens"]
 
 
-def test_pipeline_stages_without_tensor_parallelism_are_left_to_inductor(run):
-    eager, stages = run("Llama", "eager"), run("Llama", "stages")
-    assert stages["tokens"] == eager["tokens"]
-    assert stages["reports"]
-    for report in stages["reports"]:
+@pytest.mark.parametrize("name", ["stages", "replicas"])
+def test_without_tensor_parallelism_it_is_left_to_inductor(run, name):
+    eager, alone = run("Llama", "eager"), run("Llama", name)
+    assert alone["tokens"] == eager["tokens"]
+    assert alone["reports"]
+    for report in alone["reports"]:
         assert not report["sites"] and report["reasons"][0].startswith("it contains no all-reduce")
 
 

@@ -114,8 +114,9 @@ def serve(llm):
 RUNS = {
     "eager": {},
     "compiled": dict(compilation=COMPILED),
-    # Each rank is a pipeline stage, and alone in its tensor-parallel group.
+    # Each rank is alone in its tensor-parallel group: it is a pipeline stage, or has a model of its own.
     "stages": dict(compilation=COMPILED, tensor_parallel_size=1, pipeline_parallel_size=2),
+    "replicas": dict(compilation=COMPILED, tensor_parallel_size=1, data_parallel_size=2),
 }
 
 
