@@ -1,14 +1,15 @@
 """Start-up of vLLM in seconds, with this backend and with Inductor, with empty and with full caches. Needs vLLM: see docs/vllm.md.
 
-    torchrun --nproc-per-node 2 benchmarks/vllm_startup.py --layers 16
+    torchrun --nproc-per-node 2 benchmarks/vllm_startup.py --layers 16 --runs 3
 
-The model is a narrow Llama with random weights. Its width changes nothing but the time of its steps. Each figure comes from new processes
-that have imported vLLM. They make an engine, which compiles the model in its profiling run, and answer a long and a short prompt, of which
-the long one is woven. ``cold`` begins with empty caches of vLLM, Inductor and this package, ``warm`` with those of ``cold``.
+The model is a narrow Llama with random weights. Its width changes nothing but the time of its steps. Each figure is the median of several
+runs, in which the sides take turns at being first. Each run has new processes that have imported vLLM. They make an engine, which compiles
+the model in its profiling run, and answer a long and a short prompt, of which the long one is woven. ``cold`` begins with empty caches of
+vLLM, Inductor and this package, ``warm`` with those of ``cold``.
 
 Writes benchmarks/results/vllm-startup-*.json, one row for each side and cache, with
 
-    ratio (seconds / Inductor's seconds), cpu_ratio (the same of cpu_seconds), layers, tp, side, cache
+    ratio (seconds / Inductor's seconds), cpu_ratio (the same of cpu_seconds), layers, tp, side, cache, runs
     seconds (engine and answers, on the slowest rank), answers_seconds, cpu_seconds (of a process and its compilers: on a machine that has
     other work, these tell more)
 """
@@ -16,6 +17,7 @@ Writes benchmarks/results/vllm-startup-*.json, one row for each side and cache, 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +40,7 @@ SETTINGS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help="only start with this one, and print what it took")
     parser.add_argument("--model", help="folder of the model, for --side")
     args = parser.parse_args()
@@ -45,20 +48,29 @@ def main():
         print(json.dumps(start(args.model, args.side)))
         return
     dist.init_process_group("gloo")
+    taken = {}
+    for number in range(args.runs):
+        for side in SIDES[:: 1 if number % 2 == 0 else -1]:
+            for cache, seconds in in_new_processes(side, args.layers):
+                taken.setdefault((side, cache), []).append(seconds)
     rows = []
-    for side in SIDES:
-        for cache, taken in in_new_processes(side, args.layers):
-            inductor = next((row for row in rows if row["cache"] == cache), taken)
-            ratios = {of.replace("seconds", "ratio"): round(taken[of] / inductor[of], 3) for of in ("seconds", "cpu_seconds")}
-            rows.append({**ratios, "layers": args.layers, "tp": dist.get_world_size(), "side": side, "cache": cache, **taken})
-            if dist.get_rank() == 0:
-                print(rows[-1], flush=True)
+    for (side, cache), runs in sorted(taken.items()):
+        mine, inductor = median(runs), median(taken["inductor", cache])
+        ratios = {of.replace("seconds", "ratio"): round(mine[of] / inductor[of], 3) for of in ("seconds", "cpu_seconds")}
+        rows.append({**ratios, "layers": args.layers, "tp": dist.get_world_size(), "side": side, "cache": cache, "runs": len(runs), **mine})
+        if dist.get_rank() == 0:
+            print(rows[-1], flush=True)
     import vllm
 
     note = f"a narrow Llama in float32, prompts of {LONG} and {SHORT} tokens; vLLM {vllm.__version__}, imports not counted"
     device = torch.device(torch.accelerator.current_accelerator() or "cpu")
     result_file.write(f"vllm-startup-tp{dist.get_world_size()}", device, note, rows)
     dist.destroy_process_group()
+
+
+def median(runs):
+    """The median of each figure."""
+    return {name: round(statistics.median(run[name] for run in runs), 2) for name in runs[0]}
 
 
 def in_new_processes(side, layers):
@@ -78,7 +90,7 @@ def in_new_processes(side, layers):
             mine = json.loads(printed.splitlines()[-1])
             taken = torch.tensor([*mine.values()])
             dist.all_reduce(taken, dist.ReduceOp.MAX)  # rank 0 removes the folder of all ranks after this
-            yield cache, {name: round(seconds, 2) for name, seconds in zip(mine, taken.tolist())}
+            yield cache, dict(zip(mine, taken.tolist()))
 
 
 def make(layers, folder):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import vllm_ranks
+from ranks import Ranks
 from vllm_ranks import COMPILED, ENVIRONMENT, MODELS, REQUESTS, SERVED, TOKENS, arrivals
 
 pytestmark = [
@@ -28,27 +30,29 @@ CACHED = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def paths(tmp_path_factory):
+    """Name of a model -> its checkpoint."""
     folder = tmp_path_factory.mktemp("models")
-    for name in MODELS:
-        vllm_ranks.make(name, folder)
-    return folder
+    return {name: vllm_ranks.make(name, folder) for name in MODELS}
 
 
 @pytest.fixture(scope="module")
-def runs(folder):
-    """Name of a model -> what vLLM did in eager mode and with the backend. All in two processes that import vLLM once."""
-    launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    command = [sys.executable, *launch, str(HERE / "vllm_ranks.py"), str(folder), *MODELS]
-    done = subprocess.run(command, env={**os.environ, **CACHED}, capture_output=True, text=True, timeout=1600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"model"')]
-    return {line["model"]: line for line in lines}
+def run(paths):
+    """(name of a model, name of a run) -> what vLLM did. Two processes import vLLM once, for all engines."""
+    ranks = Ranks(2, timeout=800)
+    ranks(vllm_ranks.begin)
+
+    @functools.cache
+    def run(model, name):
+        return ranks(vllm_ranks.run, paths[model], name)[0]
+
+    yield run
+    ranks.stop()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tokens_are_those_of_eager(runs, name):
-    eager, compiled = runs[name]["eager"], runs[name]["compiled"]
+def test_tokens_are_those_of_eager(run, name):
+    eager, compiled = run(name, "eager"), run(name, "compiled")
     # Requests waited for each other, were preempted, and found the first tokens of others in the cache, alike in both runs.
     assert eager["preempted"] == compiled["preempted"] > 0 and eager["cached"] == compiled["cached"] > 0
     assert eager["reports"] == []
@@ -60,11 +64,12 @@ def test_tokens_are_those_of_eager(runs, name):
     assert compiled["tokens"] == eager["tokens"]
 
 
-def test_pipeline_stages_without_tensor_parallelism_are_left_to_inductor(runs):
-    eager, stages = runs["Llama"]["eager"], runs["Llama"]["stages"]
-    assert stages["tokens"] == eager["tokens"]
-    assert stages["reports"]
-    for report in stages["reports"]:
+@pytest.mark.parametrize("name", ["stages", "replicas"])
+def test_without_tensor_parallelism_it_is_left_to_inductor(run, name):
+    eager, alone = run("Llama", "eager"), run("Llama", name)
+    assert alone["tokens"] == eager["tokens"]
+    assert alone["reports"]
+    for report in alone["reports"]:
         assert not report["sites"] and report["reasons"][0].startswith("it contains no all-reduce")
 
 
@@ -104,11 +109,13 @@ def server(path, log):
             process.kill()
 
 
-def test_server(runs, folder, tmp_path):
+def test_server(run, paths, tmp_path):
     """16 clients at once, of which two leave while their tokens are streamed."""
     import openai
 
-    path, prompts = str(folder / "Llama"), [prompt for _, prompt in arrivals()]
+    right = run("Llama", "eager")["tokens"]
+    run("Llama", "compiled")
+    path, prompts = paths["Llama"], [prompt for _, prompt in arrivals()]
     log = tmp_path / "log"
 
     def ask(number):
@@ -140,7 +147,6 @@ def test_server(runs, folder, tmp_path):
                 break
             time.sleep(0.1)
         assert counts() == [0, CLIENTS - 2 + 1]
-    right = runs["Llama"]["eager"]["tokens"]
     assert all(tokens[:TOKENS] == right[number][: len(tokens)] for number, tokens in enumerate(got))
     assert [len(tokens) for number, tokens in enumerate(got) if number not in (3, 11)] == [TOKENS] * (CLIENTS - 2)
     assert "7 sites, 0 refused, 0 unsplit ops" in log.read_text()

@@ -60,7 +60,10 @@ def configured(longest=64, **compilation):
     from vllm.config import CompilationConfig
 
     scheduler = SimpleNamespace(max_num_batched_tokens=longest)
-    return SimpleNamespace(compilation_config=CompilationConfig(**compilation), scheduler_config=scheduler, kv_transfer_config=None)
+    return SimpleNamespace(
+        compilation_config=CompilationConfig(**compilation), scheduler_config=scheduler, kv_transfer_config=None,
+        attention_config=SimpleNamespace(use_non_causal=False), model_config=SimpleNamespace(rswa_window=None),
+    )  # fmt: skip
 
 
 def test_another_version_is_told_once(caplog, monkeypatch):
@@ -105,19 +108,30 @@ def test_the_profiling_run_has_a_step_of_each_form():
     assert Runner.steps == [(2048, True, True), (255, True, True), (2, True, True), (8, False, False)]
 
 
-def test_a_kv_connector_gets_the_attention_of_a_whole_step(monkeypatch):
+@pytest.mark.parametrize(
+    "config, field, given, reason",
+    [
+        ("", "kv_transfer_config", object(), "a KV connector sends"),
+        ("attention_config", "use_non_causal", True, "attention of this model is not causal in all steps"),
+        ("model_config", "rswa_window", 128, "attention with a window and the whole prompt (R-SWA)"),
+    ],
+)
+def test_attention_of_a_whole_step_where_the_configuration_needs_it(monkeypatch, config, field, given, reason):
     from vllm.config import CompilationMode
 
     from tw_compile.integrations.vllm import plugin
     from tw_compile.passes.rules import token_axis
 
     monkeypatch.setattr(token_axis, "_RULES", dict(token_axis._RULES))
-    config = configured(backend="tokenweave", mode=CompilationMode.DYNAMO_TRACE_ONCE)
-    config.kv_transfer_config = object()
-    compiler = config.compilation_config.init_backend(config)
+    all_of_it = configured(backend="tokenweave", mode=CompilationMode.DYNAMO_TRACE_ONCE)
+    rules = dict(token_axis._RULES)
+    all_of_it.compilation_config.init_backend(all_of_it)
+    assert rules == token_axis._RULES
+    setattr(getattr(all_of_it, config) if config else all_of_it, field, given)
+    compiler = all_of_it.compilation_config.init_backend(all_of_it)
     assert compiler.func is backend.tokenweave and compiler.keywords["options"] == {"tokenweave.cuda_graphs": False}
     for op in plugin._attention():
-        assert split_rule(Graph().call_function(op), {}).startswith("a KV connector sends")
+        assert split_rule(Graph().call_function(op), {}).startswith(reason)
 
 
 def test_a_rank_without_the_plugin_is_named(monkeypatch):

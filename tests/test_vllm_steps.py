@@ -112,6 +112,29 @@ def test_halves_attend_as_the_whole(name):
     assert cuts == 2 * (2 * (16 + 5 + 2) + 3 * 3)
 
 
+def test_only_metadata_of_layers_that_are_cut_are_made_once_for_a_step(monkeypatch):
+    """Cross-attention has metadata that cannot be cut, and runs on all tokens."""
+    from vllm import forward_context
+
+    from tw_compile.integrations.vllm import attention
+
+    layer, shared = layer_of("TRITON_ATTN"), metadata_of("TRITON_ATTN", STEPS[0])
+    across = dataclasses.replace(shared, causal=False)
+    metadata = {"first": shared, "across": across, "last": shared}
+    slots = dict.fromkeys(metadata, shared.slot_mapping)
+    step = forward_context.ForwardContext(no_compile_layers=dict.fromkeys(metadata, layer), attn_metadata=metadata, slot_mapping=slots)
+    monkeypatch.setattr(forward_context, "_forward_context", step)
+    found = []
+    for _ in range(2):
+        with attention.halved(1, 4):
+            half = forward_context.get_forward_context()
+            found += [half.attn_metadata[name] for name in ("first", "last")]
+            assert len(half.slot_mapping["last"]) == 17 - 4
+    assert found[0].num_actual_tokens == 17 - 4 and all(each is found[0] for each in found)
+    with attention.halved(1, 4), pytest.raises(TokenWeaveError, match="it is not causal"):
+        forward_context.get_forward_context().attn_metadata["across"]
+
+
 def test_schedules_of_the_whole_are_dropped():
     from tw_compile.integrations.vllm import attention
 

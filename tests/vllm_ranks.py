@@ -1,32 +1,23 @@
 """What each rank of test_vllm.py runs: vLLM in eager mode and with the backend, engine after engine in one process.
 
-    torchrun --standalone --nproc-per-node 2 tests/vllm_ranks.py FOLDER "Llama" "Gemma 3"
-
-Rank 0 prints a line of JSON for each model. The engines of the ranks go in step (executor ``external_launcher``), so that in all runs
-requests arrive at the same steps.
+The engines of the ranks go in step (executor ``external_launcher``), so that in all runs requests arrive at the same steps.
 """
 
 import contextlib
-import itertools
-import json
 import os
 import random
-import sys
-import tempfile
 import time
+
+import torch
+import torch.distributed as dist
+
+import tw_compile
 
 # Before vLLM is imported. Its scheduler is to run in this process.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
-if __name__ == "__main__":
-    os.environ |= ENVIRONMENT
-
-import torch  # noqa: E402
-
-import tw_compile  # noqa: E402
-
 VOCAB, REQUESTS, TOKENS, BLOCK = 128, 48, 12, 32
 SMALL = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -42,7 +33,6 @@ MODELS = {
 # Prompts come in chunks, and the cache is too small for the requests that run.
 SERVED = dict(max_model_len=256, max_num_batched_tokens=96, max_num_seqs=16, block_size=BLOCK, num_gpu_blocks_override=24)
 COMPILED = {"mode": "DYNAMO_TRACE_ONCE", "backend": "tokenweave", "inductor_compile_config": {"tokenweave.min_tokens": 16}}
-_stores = itertools.count()
 
 
 def make(name, folder):
@@ -82,14 +72,13 @@ def arrivals():
 
 
 @contextlib.contextmanager
-def engine(path, compilation=None, **changes):
-    """vLLM for a checkpoint over all ranks; in eager mode without a ``compilation``."""
+def engine(path, store, compilation=None, **changes):
+    """vLLM for a checkpoint over all ranks, which meet by the file ``store``; in eager mode without a ``compilation``."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
-    # The store of torchrun still has the keys of the engine before.
-    rank, store = int(os.environ["RANK"]), f"{tempfile.gettempdir()}/{os.environ['TORCHELASTIC_RUN_ID']}-{next(_stores)}"
+    rank = int(os.environ["RANK"])
     ExecutorWithExternalLauncher._distributed_args = lambda self: (f"file://{store}", rank, rank)
     how = dict(tensor_parallel_size=int(os.environ["WORLD_SIZE"]), distributed_executor_backend="external_launcher", dtype="float32")
     how |= dict(compilation_config=compilation) if compilation else dict(enforce_eager=True)
@@ -122,31 +111,30 @@ def serve(llm):
 
 
 # Name of a run -> what it changes.
-RUNS = {"eager": {}, "compiled": dict(compilation=COMPILED)}
-# Each rank is a pipeline stage, and alone in its tensor-parallel group.
-STAGES = {"stages": dict(compilation=COMPILED, tensor_parallel_size=1, pipeline_parallel_size=2)}
+RUNS = {
+    "eager": {},
+    "compiled": dict(compilation=COMPILED),
+    # Each rank is alone in its tensor-parallel group: it is a pipeline stage, or has a model of its own.
+    "stages": dict(compilation=COMPILED, tensor_parallel_size=1, pipeline_parallel_size=2),
+    "replicas": dict(compilation=COMPILED, tensor_parallel_size=1, data_parallel_size=2),
+}
 
 
-def compare(path, runs):
-    """What vLLM does with a checkpoint in each run."""
-    result = {}
-    for name, changes in runs.items():
-        begin, before = time.perf_counter(), len(tw_compile.reports())
-        with engine(path, **changes) as llm:
-            start = time.perf_counter() - begin
-            tokens, happened = serve(llm)
-        reports = [report.to_dict() for report in tw_compile.reports()[before:]]
-        result[name] = dict(tokens=tokens, reports=reports, start=start, all=time.perf_counter() - begin, **happened)
-    return result
+def begin():
+    """The ranks' group ends, as vLLM makes its own; Inductor keeps what it has compiled, for the engines that come after."""
+    os.environ |= ENVIRONMENT
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    os.environ["WORLD_SIZE"] = str(dist.get_world_size())
+    dist.destroy_process_group()
+    torch._inductor.config.fx_graph_cache = True
 
 
-def main():
-    folder, *names = sys.argv[1:]
-    for name in names:
-        result = compare(os.path.join(folder, name.replace(" ", "-")), RUNS | (STAGES if name == "Llama" else {}))
-        if os.environ["RANK"] == "0":
-            print(json.dumps({"model": name, **result}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def run(path, name):
+    """What vLLM does with a checkpoint in one of RUNS."""
+    start, cpu, before = time.perf_counter(), sum(os.times()[:4]), len(tw_compile.reports())
+    with engine(path, f"{path}/{name}", **RUNS[name]) as llm:
+        tokens, happened = serve(llm)
+    reports = [report.to_dict() for report in tw_compile.reports()[before:]]
+    took = f"{time.perf_counter() - start:.0f} s, {sum(os.times()[:4]) - cpu:.0f} s of CPU"
+    print(f"{os.path.basename(path)}, {name}: {took}, {happened}", flush=True)
+    return dict(tokens=tokens, reports=reports, **happened)

@@ -144,27 +144,38 @@ def halved(half: int, first: int) -> Iterator[None]:
 
 
 def _half_of(whole: Any, half: int, first: int) -> Any:
-    """The forward context of a half. Layers that share metadata share those of the half."""
+    """The forward context of a half."""
     metadata = whole.attn_metadata[0] if isinstance(whole.attn_metadata, list) else whole.attn_metadata
-    layers: dict[int, list[str]] = {}
-    for name, of_layer in (metadata or {}).items():
-        if name in whole.no_compile_layers:
-            layers.setdefault(id(of_layer), []).append(name)
-    new: dict[str, Any] = {}
-    for names in layers.values():
-        of_half = _metadata_of(metadata[names[0]], [whole.no_compile_layers[name] for name in names], half, first)
-        new |= dict.fromkeys(names, of_half)
     rows = slice(first, None) if half else slice(first)
     slots: dict[int, Any] = {}
     slot_mapping = {name: slots.setdefault(id(given), given[rows]) for name, given in (whole.slot_mapping or {}).items()}
-    return dataclasses.replace(whole, attn_metadata=new if metadata is not None else None, slot_mapping=slot_mapping)
+    new = _OfHalf(metadata, whole.no_compile_layers, half, first) if metadata is not None else None
+    return dataclasses.replace(whole, attn_metadata=new, slot_mapping=slot_mapping)
+
+
+class _OfHalf(dict):
+    """Name of a layer -> its metadata for a half, made when its attention asks for them.
+
+    Layers that share metadata share those of the half. Layers that run on all tokens do not ask: theirs may be of a kind that cannot be
+    cut, as those of attention to an encoder.
+    """
+
+    def __init__(self, whole: dict[str, Any], layers: dict[str, Any], half: int, first: int) -> None:
+        self.whole, self.layers, self.half, self.first = whole, layers, half, first
+
+    def __missing__(self, name: str) -> Any:
+        given = self.whole[name]
+        names = [other for other, metadata in self.whole.items() if metadata is given and other in self.layers]
+        of_half = _metadata_of(given, [self.layers[other] for other in names], self.half, self.first)
+        self.update(dict.fromkeys(names, of_half))
+        return of_half
 
 
 def _metadata_of(metadata: Any, layers: list, half: int, first: int) -> Any:
-    """The metadata of a half; those of the whole for layers of a backend that is not known: they run on all tokens."""
-    known = BACKENDS.get(layers[0].attn_backend.get_name()) if hasattr(layers[0], "attn_backend") else None
-    if known is None or metadata is None:
-        return metadata
+    """The metadata of a half for layers of a backend that is known."""
+    if metadata is None:
+        return None
+    known = BACKENDS[layers[0].attn_backend.get_name()]
     if strange := sorted(name for name in known.unused if getattr(metadata, name, None) is not None):
         raise TokenWeaveError(f"attention of this step cannot be cut: its metadata has {', '.join(strange)}. {ADVICE}")
     if metadata.causal is not True:

@@ -142,9 +142,9 @@ def _with_options(init_backend: Callable) -> Callable:
         if backend != NAME:
             return backend
         _meet_the_others()
-        if vllm_config.kv_transfer_config is not None:
+        if reason := _why_whole(vllm_config):
             for op in _attention():
-                register_token_rule(op)(rows.whole(TRANSFERRED))
+                register_token_rule(op)(rows.whole(reason))
         for module in RUNNERS:
             if module in sys.modules:  # the one that this worker has
                 _profile_all_forms(sys.modules[module].GPUModelRunner)
@@ -153,7 +153,16 @@ def _with_options(init_backend: Callable) -> Callable:
     return init
 
 
-TRANSFERRED = "a KV connector sends the keys and values of a layer after its attention, once for a step"
+def _why_whole(vllm_config: Any) -> str:
+    """Why attention runs on all tokens, whatever the layer; '' if the configuration does not ask for it. Versions differ in its fields."""
+    if vllm_config.kv_transfer_config is not None:
+        return "a KV connector sends the keys and values of a layer after its attention, once for a step"
+    if getattr(vllm_config.attention_config, "use_non_causal", False):
+        return "attention of this model is not causal in all steps, so the first half may need keys of the second"
+    if getattr(vllm_config.model_config, "rswa_window", None) is not None:
+        return "attention with a window and the whole prompt (R-SWA) cannot be cut"
+    return ""
+
 
 # Where vLLM's model runners are. That for CPUs is made of the first one.
 RUNNERS = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
