@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from graphs import without_codegen
+from graphs import run_as_it_is, without_codegen
 from sites import H, all_reduce
 
 import tw_compile
@@ -187,6 +187,28 @@ def alone_in_a_group_that_was_left():
 def test_a_known_decision_holds_in_a_group_that_was_left(ranks):
     for why in ranks(alone_in_a_group_that_was_left):
         assert "have different graphs" in why
+
+
+def no_code_on_rank_0():
+    torch._dynamo.reset()
+    context._contexts.clear()
+    before, failures = len(tw_compile.reports()), [dist.get_rank() == 0]
+
+    def failing(gm, inputs, **kwargs):
+        if failures and failures.pop():
+            raise ValueError("no code for this")
+        return run_as_it_is(gm, inputs, **kwargs)
+
+    model, x = Model(""), torch.randn(1, 48, H, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), without_codegen(failing):
+        run = torch.compile(model, backend=backend.tokenweave, options={"tokenweave.min_tokens": 8})
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+    return [(report.mode, report.reasons) for report in tw_compile.reports()[before:]]
+
+
+def test_a_compilation_that_fails_on_one_rank_leaves_the_graph_to_inductor_on_all(ranks):
+    reason = "it could not be compiled: ValueError: no code for this"
+    assert ranks(no_code_on_rank_0) == [[("off", [reason])], [("off", [f"rank 0: {reason}"])]]
 
 
 def test_a_graph_break_on_one_rank_is_an_error_on_all_where_a_mode_is_forced(ranks):
