@@ -1,9 +1,12 @@
 """How ranks find out whether they agree, on real ranks."""
 
+import threading
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
-from graphs import without_codegen
+from graphs import run_as_it_is, without_codegen
 from sites import H, all_reduce
 
 import tw_compile
@@ -21,7 +24,6 @@ def test_each_hears_all(ranks):
 
 def wait_for_rank_1():
     if dist.get_rank() == 1:
-        agree._exchanges[dist.group.WORLD] += 1  # for the tests after this one
         return None
     try:
         agree.exchange(dist.group.WORLD.group_name, "the making of something", "here", timeout_s=0.5)
@@ -160,6 +162,55 @@ def raised(what, mode):
         return type(error.inner_exception).__name__, str(error.inner_exception)
 
 
+def alone_in_a_group_that_was_left():
+    """A graph that all ranks know, then one with a graph break on rank 0, then rank 0 alone compiles the first one again."""
+    torch._dynamo.reset()
+    context._contexts.clear()
+    x = torch.randn(1, 48, H, generator=torch.Generator().manual_seed(0))
+
+    def broken(x):
+        x = all_reduce(x)
+        if dist.get_rank() == 0:
+            torch._dynamo.graph_break()
+        return [all_reduce(x)]
+
+    model, options = Model(""), {"tokenweave.min_tokens": 8}
+    known, other = (torch.compile(function, backend=backend.tokenweave, options=options) for function in (model, broken))
+    with torch.no_grad(), without_codegen():
+        for run, function in ((known, model), (other, broken), (known, model)):
+            torch.testing.assert_close(run(x), function(x), rtol=1e-4, atol=1e-4)
+            if run is other and dist.get_rank() == 0:
+                torch._dynamo.reset()
+    return context.of(dist.group.WORLD.group_name).left
+
+
+def test_a_known_decision_holds_in_a_group_that_was_left(ranks):
+    for why in ranks(alone_in_a_group_that_was_left):
+        assert "have different graphs" in why
+
+
+def no_code_on_rank_0():
+    torch._dynamo.reset()
+    context._contexts.clear()
+    before, failures = len(tw_compile.reports()), [dist.get_rank() == 0]
+
+    def failing(gm, inputs, **kwargs):
+        if failures and failures.pop():
+            raise ValueError("no code for this")
+        return run_as_it_is(gm, inputs, **kwargs)
+
+    model, x = Model(""), torch.randn(1, 48, H, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), without_codegen(failing):
+        run = torch.compile(model, backend=backend.tokenweave, options={"tokenweave.min_tokens": 8})
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+    return [(report.mode, report.reasons) for report in tw_compile.reports()[before:]]
+
+
+def test_a_compilation_that_fails_on_one_rank_leaves_the_graph_to_inductor_on_all(ranks):
+    reason = "it could not be compiled: ValueError: no code for this"
+    assert ranks(no_code_on_rank_0) == [[("off", [reason])], [("off", [f"rank 0: {reason}"])]]
+
+
 def test_a_graph_break_on_one_rank_is_an_error_on_all_where_a_mode_is_forced(ranks):
     first, second = ranks(raised, "graph break", "weave")
     assert first == second and first[0] == "TokenWeaveError" and "have different graphs" in first[1]
@@ -204,7 +255,6 @@ def alone():
         progress.begin_call()
         if dist.get_rank() == 1:
             progress.begin_call()
-            agree._exchanges[dist.group.WORLD] += 1
             return None
         try:
             agree.exchange(group, "the agreement on a graph", "", progress=progress)
@@ -217,6 +267,54 @@ def test_a_rank_that_has_a_new_graph_alone_does_not_wait_for_good(ranks):
     assert "has called the model again and did not come to the agreement on a graph, so that only some ranks have a new graph" in message
 
 
+def threads_in_another_order():
+    """Two threads compile for a group each. Dynamo compiles in one thread at a time, on rank 1 first what rank 0 compiles last."""
+    torch._dynamo.reset()
+    context._contexts.clear()
+    x, matrix, weight = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((32, H), (H, H), (H,)))
+
+    def work(group, calls):
+        def function(x):
+            x = x + all_reduce(x @ matrix, "sum", group)
+            return norm_of(x + all_reduce(norm_of(x, weight, 1e-5) @ matrix, "sum", group), weight, 1e-5)
+
+        with torch.no_grad():
+            run = torch.compile(function, backend=backend.tokenweave, options={"tokenweave.min_tokens": 8})
+            calls.append((run(x), run(x[:20]), function(x), function(x[:20])))
+
+    done, groups = [], [dist.group.WORLD, dist.new_group([0, 1])]
+    threads = [threading.Thread(target=work, args=(group.group_name, done), daemon=True) for group in groups]
+    with without_codegen():
+        for thread in threads[:: 1 - 2 * dist.get_rank()]:
+            thread.start()
+            time.sleep(0.5)  # the other one then waits for Dynamo's lock
+        for thread in threads:
+            thread.join(60)
+    dist.destroy_process_group(groups[1])
+    assert len(done) == 2
+    for first, second, *expected in done:
+        torch.testing.assert_close([first, second], expected, rtol=1e-4, atol=1e-4)
+    return sorted(report.mode for report in tw_compile.reports()[-2:])
+
+
+def test_threads_may_compile_in_another_order(ranks):
+    assert ranks(threads_in_another_order) == [["weave", "weave"]] * 2
+
+
+def given_up():
+    """Rank 0 gives up an exchange to which rank 1 does not come; both go on with another one."""
+    group = dist.group.WORLD.group_name
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match="did not come"):
+            agree.exchange(group, "the agreement on a graph", "of a graph that is given up", timeout_s=0.2)
+    dist.barrier()
+    return agree.exchange(group, "the agreement on a graph", "of the next graph")
+
+
+def test_an_exchange_that_was_given_up_is_not_the_next_one(ranks):
+    assert ranks(given_up) == [["of the next graph"] * 2] * 2
+
+
 def off_on_rank_1():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agree, "GONE_ON_S", 0.5)
@@ -225,7 +323,6 @@ def off_on_rank_1():
         said = agree.exchange(group, "the agreement on a graph", str(dist.get_rank()))
         if dist.get_rank() == 1:
             agree.pass_by(group)
-            agree._exchanges[dist.group.WORLD] += 1
             return said
         try:
             return agree.exchange(group, "the agreement on a graph", "")

@@ -88,6 +88,20 @@ def test_without_gradients_it_is_for_us(world, quick, context):
     assert tw_compile.reports()[-1].mode == "weave"
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_gradients_may_be_switched_off_inside(world, quick, context):
+    model, inputs = Small(), (values(8, H), values(8, H))
+
+    def inside(*inputs):
+        with context():
+            return model(*inputs)
+
+    for number, function in enumerate((inside, context()(model)), 1):
+        result = compiled(function, options={"tokenweave.mode": "weave"})(*inputs)
+        torch.testing.assert_close(result, model(*inputs).detach(), rtol=1e-4, atol=1e-5)
+        assert not result.requires_grad and [report.mode for report in tw_compile.reports()] == ["weave"] * number
+
+
 def test_a_model_without_parameters_that_need_gradients_is_for_us(world, quick):
     compiled(Small().requires_grad_(False), options={"tokenweave.mode": "weave"})(values(8, H), values(8, H))
     assert tw_compile.reports()[-1].mode == "weave"

@@ -226,6 +226,28 @@ def test_transports_are_chosen_and_prepared_with_real_tensors(monkeypatch):
     assert set(seen) == {3.0} and len(seen) >= 3
 
 
+def test_groups_are_entered_in_one_order(monkeypatch):
+    """Threads whose graphs have the same groups in another order do not wait for each other."""
+    group = dist.new_group([0, 1], backend="fake")
+    names, entered, real = [dist.group.WORLD.group_name, group.group_name], [], process_group.ProcessGroup.__enter__
+
+    def enter(transport):
+        if not transport._depth:
+            entered.append(transport.group_name)
+        real(transport)
+
+    monkeypatch.setattr(process_group.ProcessGroup, "__enter__", enter)
+
+    def function(x, matrix, weight, first, second):
+        x = hf_norm(x + all_reduce(x @ matrix, group=first), weight)
+        return hf_norm(x + all_reduce(x @ matrix, group=second), weight)
+
+    for order in (names, names[::-1]):
+        compiled(function)(values(48, H), values(H, H), values(H), *order)
+    dist.destroy_process_group(group)
+    assert entered == sorted(names) * 2
+
+
 # --- groups that come and go ------------------------------------------------------------------------------------------
 
 

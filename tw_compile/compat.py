@@ -126,6 +126,13 @@ statically_known_true = _name("torch.fx.experimental.symbolic_shapes.statically_
 # 2.11 takes only the name of a group; from 2.12 on also the group.
 resolve_process_group = _name("torch.distributed.distributed_c10d._resolve_process_group")
 process_group_store = _name("torch.distributed.distributed_c10d._get_process_group_store")
+_world = _name("torch.distributed.distributed_c10d._world", ("pg_map",))
+
+
+def process_groups() -> list[Any]:
+    """The process groups that this process is in."""
+    return [*_world.pg_map]
+
 
 # --- Dynamo ------------------------------------------------------------------------------------------------------------------
 

@@ -103,13 +103,14 @@ def is_current(context: Context, group_name: str) -> bool:
 
 
 def agreed(
-    graph: Graph, options: Options, form: Place | str, attempt: Callable[[wire.Decision], passes.Rewritten]
+    graph: Graph, options: Options, form: Place | str, attempt: Callable[[wire.Decision], passes.Rewritten], may_cross: bool = False
 ) -> tuple[passes.Rewritten, bool]:
     """Rewrite a graph as all ranks of its groups can. A collective of these groups, unless the decision is known.
 
     graph:   the graph before it is rewritten
     form:    the form to decide on: "fuse", or where the graph is cut
     attempt: rewrites the graph according to a decision
+    may_cross: whether the caller handles agree.Crossed, which is raised before anything is exchanged
     Returns (the rewritten graph, whether all ranks have decided on it now).
     Raises Left on all ranks if they cannot agree, and TokenWeaveError on all ranks if a request cannot be met, or differs between ranks.
     """
@@ -118,12 +119,13 @@ def agreed(
     contexts = [of(group) for group in groups]
     if not groups:
         return attempt(wire.Decision()), True
-    if left := next((context.left for context in contexts if context.left), ""):
+    key = options, str(form), json.dumps([*signatures.values()])
+    known = contexts[0].decisions.get(key)
+    # What is known holds for a group that was left later, too: other ranks may still run what they have compiled.
+    if known is None and (left := next((context.left for context in contexts if context.left), "")):
         if options.forced:
             raise TokenWeaveError(f"option 'tokenweave.mode' is {options.forced!r}, but this graph cannot be: {left}")
         raise Left(left)
-    key = options, str(form), json.dumps([*signatures.values()])
-    known = contexts[0].decisions.get(key)
     if known is not None:
         new, outcomes, _ = _attempt(attempt, known.decision, groups)
         if new is not None and {group: outcomes[group]["wire"] for group in groups} == known.wires:
@@ -139,7 +141,8 @@ def agreed(
         new, outcomes, problem = _attempt(attempt, decision, groups)
         merged = decision
         for group in asked:
-            said = _exchange(group, options, signatures[group], outcomes[group], problem)
+            said = _exchange(group, options, signatures[group], outcomes[group], problem, may_cross)
+            may_cross = False
             problem = problem or _problem(group, said)
             if not problem:
                 possible = wire.merge(merged, group, [theirs["outcome"] for theirs in said])
@@ -226,6 +229,8 @@ def _attempt(attempt: Callable, decision: wire.Decision, groups: list[str]) -> t
         new = attempt(decision)
     except TokenWeaveError as error:
         return None, dict.fromkeys(groups), ("error", str(error))
+    except Left as left:
+        return None, dict.fromkeys(groups), ("left", str(left))
     except Exception as error:  # perhaps on this rank only: the others must know
         log.debug("a graph could not be rewritten", exc_info=True)
         return None, dict.fromkeys(groups), ("left", f"it could not be rewritten: {type(error).__name__}: {error}")
@@ -241,10 +246,12 @@ def _attempt(attempt: Callable, decision: wire.Decision, groups: list[str]) -> t
     return new, outcomes, None
 
 
-def _exchange(group: str, options: Options, signature: list, outcome: dict | None, problem: tuple | None) -> list[dict]:
+def _exchange(
+    group: str, options: Options, signature: list, outcome: dict | None, problem: tuple | None, may_cross: bool
+) -> list[dict]:
     context = of(group)
     if context.progress is None:
-        context.progress = agree.progress(group)  # the first exchange of all ranks
+        context.progress = agree.progress(group, may_cross)  # the first exchange of all ranks
     mine = {
         "version": agree.version(),
         "options": options.requested,
@@ -253,7 +260,7 @@ def _exchange(group: str, options: Options, signature: list, outcome: dict | Non
         "outcome": outcome,
         "problem": problem,
     }
-    said = agree.exchange(group, "the agreement on a graph", json.dumps(mine), progress=context.progress)
+    said = agree.exchange(group, "the agreement on a graph", json.dumps(mine), progress=context.progress, may_cross=may_cross)
     return [json.loads(theirs) for theirs in said]
 
 

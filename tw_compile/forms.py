@@ -24,7 +24,7 @@ from .passes.cut import batch_of, cut_at, plan_by_rule
 from .passes.find import collectives
 from .report import Break, Report, say_once
 from .sizes import ForSizes, Sizes
-from .transports import choose
+from .transports import agree, choose
 from .transports.together import WorkspaceError
 from .variants import Compiler, Values, Variant, outside, places_of, sites_of, uncompiled
 
@@ -64,10 +64,7 @@ def compile_forms(
     run = forms.begin()
     if run is not None:
         return run
-    assert forms.left is not None
-    forms.compiler.record(forms.left)
-    if not options.off:
-        say_once(f"nothing to fuse or weave in a graph: {forms.left.reasons[-1]}")
+    forms.say_left()
     return inner_compile(gm, inputs, **kwargs)
 
 
@@ -119,21 +116,30 @@ class Forms:
             context.pass_by(self.gm.graph)
             return None
         try:
-            self.sizes = Sizes(self.gm)
-        except ValueError as error:  # an input that this backend does not know
-            if self.options.forced:
-                raise TokenWeaveError(f"option 'tokenweave.mode' is {self.options.mode!r}, but this graph cannot be: {error}") from error
-            self.left = self._report(str(error))
-            return None
-        try:
+            self.sizes = self._sizes()
             values = self.sizes.hints(self.gm)
             if values is None:
                 return self  # sizes without a hint: the first call has them
-            run = self._run_of(values)
+            run = self._run_of(values, may_cross=True)
             return self if self.sizes else run
+        except agree.Crossed:  # only outside of Dynamo's lock can the other thread come to its exchange
+            return self
         except context.Left as left:
             self.left = self.left or self._report(str(left))
             return None
+
+    def _sizes(self) -> Sizes:
+        """The sizes of the graph. Raises context.Left on all ranks if it has an input that this backend does not know on one of them."""
+        try:
+            return Sizes(self.gm)
+        except ValueError as error:
+            unknown = context.Left(str(error))
+
+        def attempt(decision):
+            raise unknown
+
+        context.agreed(self.gm.graph, self.options, FUSE, attempt)
+        raise unknown
 
     def __call__(self, args: list) -> object:
         values = self.sizes.of_call(args)
@@ -148,13 +154,21 @@ class Forms:
             return self._run_of(values)
         except context.Left as left:
             self.left = self.left or self._report(str(left))
+            self.say_left()
             return self._run_of(values)
 
-    def _run_of(self, values: tuple[int, ...]) -> Callable:
-        """What runs calls with these values of the symbols."""
+    def say_left(self) -> None:
+        """Report why the graph is left to Inductor."""
+        assert self.left is not None
+        self.compiler.record(self.left)
+        if not self.options.off:
+            say_once(f"nothing to fuse or weave in a graph: {self.left.reasons[-1]}")
+
+    def _run_of(self, values: tuple[int, ...], may_cross: bool = False) -> Callable:
+        """What runs calls with these values of the symbols. may_cross: as of ``context.agreed``"""
         if values not in self.runs:
             known = dict(zip(self.sizes.symbols, values))
-            form, why = self._form_of(known)
+            form, why = self._form_of(known, may_cross)
             variant = self._variant(form, why, known)
             self._prepare(variant, known)
             run = variant.run if form == PLAIN else self._entered(variant.run)
@@ -165,11 +179,11 @@ class Forms:
 
     # --- which form ----------------------------------------------------------------------------------------------------
 
-    def _form_of(self, values: Values) -> tuple[Place | str, str]:
+    def _form_of(self, values: Values, may_cross: bool) -> tuple[Place | str, str]:
         """(FUSE, PLAIN, or the Place where the graph is cut; why it is not woven)"""
         if self.left is not None:
             return PLAIN, ""
-        analysis = self._analysis_of(values) or self._analyse(values)
+        analysis = self._analysis_of(values) or self._analyse(values, may_cross)
         batch = [n for size in analysis.batch if (n := analysis.sized.number(size, values)) is not None]
         at: Place | str = "its number of tokens depends on data"
         if len(batch) == len(analysis.batch):
@@ -184,7 +198,7 @@ class Forms:
     def _analysis_of(self, values: Values) -> _Analysis | None:
         return next((analysis for analysis in self.analyses if analysis.sized.is_alike(values)), None)
 
-    def _analyse(self, values: Values) -> _Analysis:
+    def _analyse(self, values: Values, may_cross: bool) -> _Analysis:
         """Find the sites of the graph with sizes of this kind. The ranks agree on the sites, on a transport and on a plan.
 
         Raises context.Left for a graph without sites.
@@ -198,7 +212,7 @@ class Forms:
             seen.update(section=None, not_tuned=section) if isinstance(section, str) else seen.update(section=section, not_tuned="")
             return ""
 
-        new, together = self._agreed(FUSE, sized, look)
+        new, together = self._agreed(FUSE, sized, look, may_cross)
         passes.check_sites(new, self.options)
         if not new.sites:
             self.left = new.report
@@ -270,14 +284,14 @@ class Forms:
         variants.append(Variant(sized, run, sites))
         return variants[-1]
 
-    def _agreed(self, form: Place | str, sized: ForSizes, cut_of: Callable) -> tuple[passes.Rewritten, bool]:
+    def _agreed(self, form: Place | str, sized: ForSizes, cut_of: Callable, may_cross: bool = False) -> tuple[passes.Rewritten, bool]:
         """The rewritten graph that all ranks have agreed on, and whether they agreed now. See ``context.agreed``."""
 
         def attempt(decision):
             return passes.rewrite(sized.gm.graph, self.options, self._may_be_symmetric, cut_of, decision, self._may_be_sharded)
 
         with self.compiler.inside(sized):
-            return context.agreed(self.gm.graph, self.options, form, attempt)
+            return context.agreed(self.gm.graph, self.options, form, attempt, may_cross)
 
     def _kept(self, new: passes.Rewritten, sized: ForSizes) -> passes.Rewritten:
         """The original graph in place of a fused one that wins nothing, unless it must be fused; else the fused one."""
@@ -327,9 +341,10 @@ class Forms:
     def _entered(self, run: Callable) -> Callable:
         """``run`` inside of ``transport.call()`` for each group of the sites, so that the group's calls keep their order.
 
-        Groups and transports are looked up in each call: a group may be destroyed and made again under its name.
+        Groups and transports are looked up in each call: a group may be destroyed and made again under its name. Groups are entered in
+        the order of their names, so that two threads never wait for each other's group.
         """
-        places, requested = self.places, self.options.carrier
+        places, requested = sorted(self.places, key=str), self.options.carrier
         entries = [self._entry(group, device) for group, device in places]
 
         def entered(args):
@@ -338,12 +353,13 @@ class Forms:
                     known, transport = entries[i]
                     if not context.is_current(known, group) or choose.chosen.get((group, device, requested), _NONE)[0] is not transport:
                         entries[i] = known, transport = self._entry(group, device)
-                    known.called()
                     if stack is not None:
                         stack.enter_context(transport.call())
+                        known.called()
                 if stack is not None:
                     return run(args)
                 with transport.call():
+                    known.called()
                     return run(args)
 
         entered._boxed_call = True  # type: ignore[attr-defined]  # how Inductor knows a function that empties its arguments

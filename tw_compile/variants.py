@@ -89,8 +89,8 @@ class Compiler:
 
     @contextlib.contextmanager
     def inside(self, sized: ForSizes) -> Iterator[None]:
-        """Rewrite and compile a graph with symbols of its own as in a compilation of Dynamo's, also in a call."""
-        if not sized.symbols:
+        """Rewrite and compile a graph as in a compilation of Dynamo's, also in a call, and where it has symbols of its own."""
+        if not sized.symbols and (sized.mode is None or TracingContext.try_get() is not None):
             yield
             return
         with self._configured(), tracing(TracingContext(sized.mode)), V.set_fake_mode(sized.mode):

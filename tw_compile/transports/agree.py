@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import mmap
 import os
 import tempfile
@@ -16,16 +17,26 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..compat import process_group_store, resolve_process_group
+from ..compat import process_group_store, process_groups, resolve_process_group
 from ..options import TokenWeaveError
+
+log = logging.getLogger("tw_compile")
 
 # Seconds that a rank waits for another one, which may be compiling.
 PATIENCE_S = 600.0
 # Seconds that a rank may be ahead, in its calls or with a graph that needs no exchange, before the ranks that wait for it give up.
 GONE_ON_S = 10.0
+# Seconds after which a rank says that it waits.
+SILENT_S = 30.0
+# Seconds after which a rank looks whether it is waited for in another group.
+CROSSED_S = 1.0
 
 # The number of exchanges of each group, the same on all its ranks. The key is the group, as another group may take its name later.
 _exchanges: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = weakref.WeakKeyDictionary()
+
+
+class Crossed(RuntimeError):
+    """Ranks wait for each other in different groups, as their threads compile in another order. The exchange must be made again."""
 
 
 def is_alone(group: dist.ProcessGroup) -> bool:
@@ -52,8 +63,8 @@ class Progress:
         return self._counts[rank] > self._counts[self._rank]
 
 
-def progress(group_name: str) -> "Progress | None":
-    """A Progress for a group; None if its ranks do not share a host. A collective."""
+def progress(group_name: str, may_cross: bool = False) -> "Progress | None":
+    """A Progress for a group; None if its ranks do not share a host. A collective. may_cross: as of ``exchange``"""
     group = resolve_process_group(group_name)
     if is_alone(group):
         return None
@@ -63,14 +74,17 @@ def progress(group_name: str) -> "Progress | None":
             handle, path = tempfile.mkstemp(prefix="tokenweave-", dir="/dev/shm")
             os.write(handle, bytes(8 * world))
             os.close(handle)
-    (host, path), *others = map(json.loads, exchange(group_name, "the first agreement", json.dumps((_host(), path))))
-    counts = None
-    if path and all(theirs == host for theirs, _ in others):
-        with contextlib.suppress(OSError):
-            counts = Progress(path, rank, world)
-    opened = exchange(group_name, "the end of the first agreement", json.dumps(counts is not None))
-    if rank == 0 and path:
-        os.unlink(path)
+    try:
+        said = exchange(group_name, "the first agreement", json.dumps((_host(), path)), may_cross=may_cross)
+        (host, theirs), *others = map(json.loads, said)
+        counts = None
+        if theirs and all(other == host for other, _ in others):
+            with contextlib.suppress(OSError):
+                counts = Progress(theirs, rank, world)
+        opened = exchange(group_name, "the end of the first agreement", json.dumps(counts is not None))
+    finally:
+        if path:
+            os.unlink(path)
     return counts if all(map(json.loads, opened)) else None
 
 
@@ -99,7 +113,12 @@ def _passed(store: dist.Store, rank: int) -> int:
 
 
 def exchange(
-    group_name: str, what: str, message: str, timeout_s: float = PATIENCE_S, progress: Progress | None = None
+    group_name: str,
+    what: str,
+    message: str,
+    timeout_s: float = PATIENCE_S,
+    progress: Progress | None = None,
+    may_cross: bool = False,
 ) -> list[str]:
     """The messages of all ranks of the group, in rank order. A collective: all ranks must make their exchanges in the same order.
 
@@ -107,25 +126,35 @@ def exchange(
     message:   the message of this rank
     timeout_s: seconds to wait for each rank
     progress:  shows whether a rank that does not come has gone on
+    may_cross: whether the caller handles Crossed
     Raises TokenWeaveError on all ranks if they are in different exchanges. Raises RuntimeError, which names the rank, if a rank does not
-    come within ``timeout_s``, or begins another call of the model instead.
+    come within ``timeout_s``, or begins another call of the model instead; and Crossed if another rank meanwhile waits for this one in
+    another group. An exchange that raises RuntimeError has not taken place: the next one of this rank has its number.
     """
     group = resolve_process_group(group_name)
     if is_alone(group):
         return [message] * group.size()
-    number, passing = _exchanges.get(group, 0), _passing(group)
+    number, passing, crossed = _exchanges.get(group, 0), _passing(group), functools.partial(_awaited, group) if may_cross else None
+    store = _store(group)
     _exchanges[group] = number + 1
-    store = dist.PrefixStore(f"tokenweave/{number}", process_group_store(group))
     store.set(str(group.rank()), json.dumps((what, message)))
     said = []
-    for rank in range(group.size()):
-        problem = _wait(store, rank, timeout_s, functools.partial(_gone_on, rank, group, passing, progress))
-        if problem:
-            raise RuntimeError(
-                f"rank {rank} of group {group_name} {problem.format(what)}, where rank {group.rank()} waited for it: see its log. "
-                "All ranks of a tensor-parallel group must run the same model on the same number of tokens"
-            )
-        said.append(json.loads(store.get(str(rank))))
+    try:
+        for rank in range(group.size()):
+            gone_on = functools.partial(_gone_on, rank, group, passing, progress)
+            late = f"rank {group.rank()} waits for rank {rank} of group {group_name} to come to {what}, and goes on waiting"
+            problem = _wait(store, rank, timeout_s, late, gone_on, crossed)
+            if problem:
+                raise RuntimeError(
+                    f"rank {rank} of group {group_name} {problem.format(what)}, where rank {group.rank()} waited for it: see its log. "
+                    "All ranks of a tensor-parallel group must run the same model on the same number of tokens"
+                )
+            said.append(json.loads(store.get(str(rank))))
+    except BaseException:
+        _exchanges[group] = number
+        with contextlib.suppress(RuntimeError):  # of a store that is gone
+            store.delete_key(str(group.rank()))
+        raise
     if len({theirs for theirs, _ in said}) > 1:
         places = "; ".join(f"rank {rank} is at {theirs}" for rank, (theirs, _) in enumerate(said))
         raise TokenWeaveError(
@@ -144,18 +173,40 @@ def _gone_on(rank: int, group: dist.ProcessGroup, passing: dist.Store, progress:
     return ""
 
 
-def _wait(store: dist.Store, rank: int, timeout_s: float, gone_on: Callable[[], str]) -> str | None:
+def _store(group: dist.ProcessGroup) -> dist.Store:
+    """Rank -> its message in the next exchange of a group."""
+    return dist.PrefixStore(f"tokenweave/{_exchanges.get(group, 0)}", process_group_store(group))
+
+
+def _awaited(group: dist.ProcessGroup) -> bool:
+    """Whether a rank waits for this one in another group than this one."""
+    others = [other for other in process_groups() if other is not group and not is_alone(other)]
+    return any(_store(other).check([str(rank)]) for other in others for rank in range(other.size()) if rank != other.rank())
+
+
+def _wait(
+    store: dist.Store, rank: int, timeout_s: float, late: str, gone_on: Callable[[], str], crossed: Callable[[], bool] | None
+) -> str | None:
     """Wait for the message of a rank. Returns what the rank has done instead, '{}' standing for the exchange; None if it has come."""
     begin, ahead_since, pause = time.monotonic(), None, 1e-4
+    looked, said = begin, False
     while not store.check([str(rank)]):
-        if time.monotonic() - begin > timeout_s:
+        now = time.monotonic()
+        if now - begin > timeout_s:
             return f"did not come to {{}} within {timeout_s:g} s"
+        if now - begin > SILENT_S and not said:
+            said = True
+            log.warning(late)
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
         problem = gone_on()
-        ahead_since = (ahead_since or time.monotonic()) if problem else None
-        if ahead_since is not None and time.monotonic() - ahead_since > GONE_ON_S:
+        ahead_since = (ahead_since or now) if problem else None
+        if ahead_since is not None and now - ahead_since > GONE_ON_S:
             return problem
+        if crossed is not None and now - looked > CROSSED_S:
+            looked = now
+            if crossed():
+                raise Crossed
     return None
 
 
