@@ -75,6 +75,11 @@ class Use:
         """Indices of the shape of n."""
         return self(prims.convert_element_type.default, self(aten.mul.Tensor, self.n, 0.0), torch.int64)
 
+    @property
+    def first(self):
+        """The index of the first entry, [1]."""
+        return self(prims.iota.default, 1, start=0, step=1, dtype=torch.int64, device=torch.device("cpu"), requires_grad=False)
+
     def turned(self, x):
         return self(aten.transpose.int, x, -1, -2)
 
@@ -224,6 +229,14 @@ SAMPLES = {
     aten.repeat.default: lambda u: [u(aten.repeat.default, u.n, [2, *(2 if i == d else 1 for i in u.dims)]) for d in u.dims],
     aten.scatter.src: lambda u: [
         u(aten.scatter.src, *pair[:1], d, u.zeros, pair[1]) for d in u.dims for pair in ((u.n, u.same), (u.same, u.n), (u.same, u.same))
+    ],
+    aten.scatter_add.default: lambda u: [
+        u(aten.scatter_add.default, x, d, u.zeros, y) for d in u.dims for x, y in ((u.n, u.same), (u.same, u.n))
+    ],
+    aten.index_put.default: lambda u: [
+        *(u(aten.index_put.default, x, [*[None] * d, u.first], u(aten.slice.Tensor, y, d, 0, 1))
+          for d in u.dims for x, y in ((u.n, u.same), (u.same, u.n), (u.n, u.n))),
+        u(aten.index_put.default, u.same_rows, [u(aten.select.int, u(aten.reshape.default, u.zeros, [-1, H]), 1, 0)], u.rows, True),
     ],
     aten.scatter.value: lambda u: [u(aten.scatter.value, x, d, u.zeros, 3.0) for d in (*u.dims, -1) for x in (u.n, u.same)],
     aten.slice_scatter.default: lambda u: [
