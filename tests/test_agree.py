@@ -333,7 +333,33 @@ def off_on_rank_1():
 def test_a_rank_whose_mode_is_off_is_named(ranks):
     message, said = ranks(off_on_rank_1)
     assert said == ["0", "1"]
-    assert "has mode off for a graph, which this rank has not, and did not come to the agreement on a graph" in message
+    assert "has left a graph to Inductor alone" in message and "did not come to the agreement on a graph" in message
+
+
+def gradients_on_rank_1():
+    torch._dynamo.reset()
+    context._contexts.clear()
+    weight = torch.ones(H, requires_grad=dist.get_rank() == 1)
+    x, residual = torch.randn(2, 8, H, generator=torch.Generator().manual_seed(0))
+
+    def f(x, residual, weight):
+        return torch.nn.functional.rms_norm(residual + all_reduce(x), (H,), weight)
+
+    with pytest.MonkeyPatch.context() as patch, without_codegen():
+        patch.setattr(agree, "GONE_ON_S", 0.5)
+        compiled = torch.compile(f, backend=backend.tokenweave)
+        if dist.get_rank() == 1:
+            return compiled(x, residual, weight).requires_grad
+        with pytest.raises(RuntimeError) as error:
+            compiled(x, residual, weight)
+        f(x, residual, weight)  # the all-reduce that rank 1 is in
+        return str(error.value)
+
+
+def test_a_rank_that_alone_runs_with_gradients_is_named(ranks):
+    message, trained = ranks(gradients_on_rank_1)
+    assert trained
+    assert "rank 1 of group" in message and "has left a graph to Inductor alone" in message
 
 
 def other_graph_with_the_same_collectives():

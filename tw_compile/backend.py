@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule
 
-from . import breaks, compat, regions
+from . import breaks, compat, context, regions
 from .compat import (
     InductorWrapper,
     TensorifyScalarRestartAnalysis,
@@ -58,8 +58,7 @@ def compile_graph(
     # The presets and errors of backend="inductor".
     patches = InductorWrapper(mode, inductor, None).config
     if _trains(gm, inputs):
-        say_once(_NEEDS_GRADIENTS)
-        return compile_fx(gm, inputs, config_patches=patches)
+        return compile_fx(gm, inputs, inner_compile=_with_gradients, config_patches=patches)
     lowering.register()
     _fix_module_floats(gm)
     broken = breaks.break_of(gm)
@@ -69,8 +68,7 @@ def compile_graph(
     def inner(gm, inputs, **kwargs):
         """Inductor's ``compile_fx_inner`` for a graph that AOTAutograd has traced, with the passes in front."""
         if not kwargs.get("is_inference"):
-            say_once(_NEEDS_GRADIENTS)
-            return compile_fx_inner(gm, inputs, **kwargs)
+            return _with_gradients(gm, inputs, **kwargs)
         inlined = regions.inline(gm)
         if inlined:
             with torch.no_grad():
@@ -84,6 +82,13 @@ def compile_graph(
 
 
 _NEEDS_GRADIENTS = "a graph needs gradients: tokenweave leaves it to Inductor. For inference, run under torch.no_grad()"
+
+
+def _with_gradients(gm, inputs, **kwargs):
+    """Inductor's ``compile_fx_inner`` for a graph of a training step. Ranks that run without gradients are not to wait for this one."""
+    say_once(_NEEDS_GRADIENTS)
+    context.pass_by(gm.graph)
+    return compile_fx_inner(gm, inputs, **kwargs)
 
 
 def _inductor(gm, inputs, **kwargs):

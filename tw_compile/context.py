@@ -164,7 +164,10 @@ def agreed(
 
 
 def pass_by(graph: Graph) -> None:
-    """Let other ranks know of a graph that this rank leaves as it is without asking them, as its mode is off. Not a collective."""
+    """Let other ranks know of a graph that this rank leaves as it is without asking them: its mode is off, or it needs gradients.
+
+    Not a collective.
+    """
     for group in filter(None, wire.groups_of(graph)):
         agree.pass_by(group)
 

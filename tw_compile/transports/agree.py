@@ -96,8 +96,8 @@ def _host() -> str:
 
 
 def pass_by(group_name: str) -> None:
-    """Let the other ranks know that this rank does not make its next exchange for a graph, as its mode is off. Not a collective."""
-    with contextlib.suppress(Exception):  # such as of a group without a store: nothing may fail with mode off
+    """Let the other ranks know that this rank makes no exchange for a graph, which it leaves to Inductor. Not a collective."""
+    with contextlib.suppress(Exception):  # such as of a group without a store: nothing may fail for graphs that are not ours
         group = resolve_process_group(group_name)
         if not is_alone(group):
             _passing(group).add(str(group.rank()), 1)
@@ -169,7 +169,7 @@ def _gone_on(rank: int, group: dist.ProcessGroup, passing: dist.Store, progress:
     if progress is not None and progress.is_ahead(rank):
         return "has called the model again and did not come to {}, so that only some ranks have a new graph"
     if _passed(passing, rank) > _passed(passing, group.rank()):
-        return "has mode off for a graph, which this rank has not, and did not come to {}"
+        return "has left a graph to Inductor alone, as its mode is off or it runs with gradients, and did not come to {}"
     return ""
 
 
