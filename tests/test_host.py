@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tw_compile.site import Site
+from tw_compile.site import Planned, Site
 from tw_compile.transports.symmetric import gemms, host, transport
 from tw_compile.transports.symmetric.arguments import Arguments
 from tw_compile.transports.symmetric.layout import own_rows
@@ -504,7 +504,7 @@ def test_shapes_are_forgotten_and_workspaces_are_not(symmetric_sites, monkeypatc
 # --- What all ranks make, or none ------------------------------------------------------------------------------------
 
 
-CALLS = [(0, torch.float32, (40, H), False, ""), (1, torch.float32, (2, 100, H), False, ""), (2, torch.float32, (0, H), True, "")]
+CALLS = [Planned(slot, torch.float32, shape, slot == 2) for slot, shape in enumerate([(40, H), (2, 100, H), (0, H)])]
 
 
 def test_workspaces_can_be_made_ahead(symmetric_sites, driver):
@@ -522,7 +522,7 @@ def test_workspaces_are_made_ahead_all_or_none(symmetric_sites, monkeypatch):
         return Workspace(owner, dtype, hidden, rows)
 
     monkeypatch.setattr(transport, "Workspace", fail)
-    calls = [(1, torch.float32, (40, H), False, ""), *CALLS]
+    calls = [Planned(1, torch.float32, (40, H), False), *CALLS]
     for _ in range(2):
         with pytest.raises(WorkspaceError, match="no memory on rank 1"):
             symmetric_sites.prepare(calls)

@@ -24,7 +24,7 @@ import torch.distributed._symmetric_memory as symm_mem
 
 from tw_compile import files
 from tw_compile.quantise import quantised, read
-from tw_compile.site import WITHOUT_NORM, Site
+from tw_compile.site import WITHOUT_NORM, Planned, Site
 from tw_compile.transports import agree
 from tw_compile.transports.symmetric import gemms, nvrtc, transport
 from tw_compile.transports.symmetric.arguments import macros
@@ -127,7 +127,7 @@ class Ranks:
 
     def workspaces(self, dtype, hidden, rows, slot=2, center=False, output=""):
         """Make sure of workspaces and kernels, so that nothing is allocated or loaded while a kernel waits for another."""
-        self.each(lambda s, rank: s.prepare([(slot, dtype, (rows, hidden), center, output)]))
+        self.each(lambda s, rank: s.prepare([Planned(slot, dtype, (rows, hidden), center, output)]))
 
     def poison(self):
         """NaN over everything but the epochs."""

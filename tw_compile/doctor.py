@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from . import compat, files, records
-from .site import SLOT_WHOLE, Site
+from .site import SLOT_WHOLE, Planned, Site
 from .transports import agree, choose
 from .transports.symmetric import host, nvrtc, support, tuning
 
@@ -291,7 +291,7 @@ def _measured(name: str, device: torch.device) -> Iterator[Finding]:
 def _seconds(transport: choose.Transport, device: torch.device, tokens: int) -> float:
     """Seconds of one call on this rank, the median of _SAMPLES samples."""
     weight = torch.ones(_HIDDEN, dtype=tuning.COMPARED_DTYPE, device=device)
-    transport.prepare([(SLOT_WHOLE, weight.dtype, (tokens, _HIDDEN), False)])
+    transport.prepare([Planned(SLOT_WHOLE, weight.dtype, (tokens, _HIDDEN), False)])
     seconds = _seconds_on_gpu if device.type == "cuda" else _seconds_on_cpu
     return statistics.median([seconds(transport, weight, tokens) for _ in range(_SAMPLES + 1)][1:])
 

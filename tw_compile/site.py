@@ -59,6 +59,20 @@ class Site(NamedTuple):
         return self[1:9]
 
 
+class Planned(NamedTuple):
+    """What is known of a site before its calls.
+
+    shape:  of x
+    output: the dtype of 8 bits that the norm is quantised to, ``quantise.Quantise.dtype``; or ''
+    """
+
+    slot: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    center: bool
+    output: str = ""
+
+
 def empty_results(x: Tensor, fp32_residual: bool, quantise: str = "") -> tuple[Tensor, ...]:
     """(norm, residual) as a site on x returns them, with undefined values; see ``quantise.results`` for more than these two.
 

@@ -33,6 +33,7 @@ from .options import Options, TokenWeaveError
 from .passes.graph_utils import arguments, calls, value
 from .quantise import read
 from .report import Break, Report, record
+from .site import Planned
 from .sizes import ForSizes, copied, for_sizes
 from .transports import choose
 
@@ -54,13 +55,13 @@ class Variant:
     run: Callable
     sites: list[tuple] = field(default_factory=list)
 
-    def workspaces(self, values: Values) -> dict[tuple[str, torch.device], list[tuple]]:
-        """(group, device) -> the arguments of ``transport.prepare`` for a call with these values of the symbols."""
-        found: dict[tuple[str, torch.device], dict[tuple, None]] = {}
+    def workspaces(self, values: Values) -> dict[tuple[str, torch.device], list[Planned]]:
+        """(group, device) -> the sites of a call with these values of the symbols."""
+        found: dict[tuple[str, torch.device], dict[Planned, None]] = {}
         for group, device, slot, dtype, shape, center, output in self.sites:
-            numbers = tuple(self.sized.number(size, values) for size in shape)
-            if None not in numbers:
-                found.setdefault((group, device), {})[slot, dtype, numbers, center, output] = None
+            numbers = [n for size in shape if (n := self.sized.number(size, values)) is not None]
+            if len(numbers) == len(shape):
+                found.setdefault((group, device), {})[Planned(slot, dtype, tuple(numbers), center, output)] = None
         return {place: [*prepared] for place, prepared in found.items()}
 
 

@@ -12,6 +12,7 @@ import torch
 from .. import compat
 from ..compat import resolve_process_group
 from ..options import TokenWeaveError
+from ..site import Planned
 from . import agree, link
 from .chains import chains, difference
 from .hierarchical import Hierarchical
@@ -258,8 +259,8 @@ def self_tested(name: str, group_name: str, device: torch.device) -> tuple[Trans
         try:
             transport = _made(name, group_name, device, by_rule(group.size()))
             tests = together(group_name, "the self-test's inputs", lambda: chains(group, device), agree.PATIENCE_S)
-            kinds = [((test.dtype, test.residual.shape, test.center), output) for test in tests for output in test.outputs]
-            transport.prepare([(slot, *kind, output) for kind, output in kinds for slot in range(3)])
+            kinds = [(test.dtype, test.residual.shape, test.center, output) for test in tests for output in test.outputs]
+            transport.prepare([Planned(slot, *kind) for kind in kinds for slot in range(3)])
         except WorkspaceError as error:  # raised on all ranks
             gc.collect()
             return None, f"its self-test failed: {error}"

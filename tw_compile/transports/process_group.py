@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantise import results
-from ..site import Site, add_norm
+from ..site import Planned, Site, add_norm
 
 c10d = torch.ops._c10d_functional
 
@@ -46,7 +46,7 @@ class ProcessGroup:
         finally:
             self.lock.release()
 
-    def prepare(self, calls: Iterable[tuple]) -> None:
+    def prepare(self, calls: Iterable[Planned]) -> None:
         """Does nothing: there are no workspaces and kernels to make."""
 
     def partials(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:

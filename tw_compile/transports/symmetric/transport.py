@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ...compat import current_raw_stream, resolve_process_group
-from ...site import NEXT_SITE, Site, empty_results
+from ...site import NEXT_SITE, Planned, Site, empty_results
 from .. import agree
 from ..together import together
 from . import gemms, host, nvrtc, support
@@ -133,10 +133,9 @@ class Symmetric:
         finally:
             self.lock.release()
 
-    def prepare(self, calls: Iterable[tuple]) -> None:
+    def prepare(self, calls: Iterable[Planned]) -> None:
         """Make the workspaces and kernels of calls, so that the calls make none. A collective.
 
-        calls: (slot, dtype, shape of x, center, dtype of 8 bits that the norm is quantised to, or '') of each
         Raises WorkspaceError on all ranks if a rank cannot make them. Then no workspace is made.
         """
         before = set(self._workspaces)

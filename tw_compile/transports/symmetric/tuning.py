@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ... import logs, records
 from ...compat import cuda_sleep, resolve_process_group
-from ...site import SLOT_WHOLE, Site
+from ...site import SLOT_WHOLE, Planned, Site
 from .. import agree
 from ..together import WorkspaceError
 
@@ -190,7 +190,7 @@ def compare(transports: dict, group_name: str, device: torch.device, link: str) 
         begin = time.perf_counter()
         logs.say_that_it_tunes()
         for transport in transports.values():
-            transport.prepare([(SLOT_WHOLE, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False, "") for tokens in COMPARED_TOKENS])
+            transport.prepare([Planned(SLOT_WHOLE, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
         weight = torch.ones(COMPARED_HIDDEN, dtype=COMPARED_DTYPE, device=device)
         runs = [(transport, weight, tokens, 0, COMPARED_HEAD_START) for transport in transports.values() for tokens in COMPARED_TOKENS]
         taken = [[seconds_of_call(*run) for run in runs] for _ in range(SAMPLES + 1)]
