@@ -31,11 +31,11 @@ TEMPLATE = '''# Models
 Tiny checkpoints of transformers {transformers}, two layers each, loaded with `tp_plan="auto"` on {ranks} ranks, compiled with PyTorch
 {torch}. Nothing of a model is changed.
 
-- *sites*: all-reduces that are fused with the add and the norm behind them, of all that the model has; and how many sites that
-  makes, where two all-reduces become one.
-- *one*, *batch*: `weave` where the sites of one sequence, or of a batch of three, are cut and overlapped, with the joins: how
-  many ops between the first and the last site run whole.
-- *float32*: how far the logits are from eager PyTorch's on the same ranks, as a relative norm.
+- *sites*: all-reduces that are fused with their add and norm, of all that the model has; and the number of sites, where two
+  all-reduces become one.
+- *one*, *batch*: `weave` if the sites of one sequence, or of a batch of three, are cut and overlapped. The number of unsplit ops
+  between the first and the last site, if there are any.
+- *float32*: the relative distance of the logits from eager PyTorch's on the same ranks.
 - *bfloat16*: their error against float64 on one rank, divided by eager PyTorch's error. Below 1 is better than eager.
 - *verify*: the largest relative difference at a site that `tw_compile.verify` finds, in float32.
 
@@ -51,56 +51,58 @@ A prompt of a padded batch, then single tokens. Greedy, in float32, compiled wit
 
 {generation}
 
-Caches are written by each half in turn, which joins nothing. A static cache is written in place; a dynamic one grows by
+Each half writes its rows to a cache in turn, so nothing is joined. A static cache is written in place. A dynamic one grows by
 concatenation.
 
-One sequence behind a cache, as of a prompt in chunks, is cut along its tokens where the mask shows that the first half does not
-see what the second half writes: with a dynamic cache that grows by all tokens it does. A static cache of transformers {transformers}
-counts its length in a tensor for each layer, and the mask goes by the first layer's alone; and `generate` makes the mask of a
-static cache outside of the model. What then waits for both halves is a join in the report, with this reason. So it is with one
-sequence behind a sliding window, and with gpt-fast's own `model.py`, whose mask is a buffer that the graph gets as an input. Each
-half still writes its own rows to the cache.
+One sequence behind a cache, such as a prompt in chunks, is cut along its tokens if the mask shows that the first half does not
+attend to what the second half writes. It does for a dynamic cache that grows by all tokens. In these cases it does not, and
+both halves wait for both writes; the report names an unsplit op with this reason:
+
+- a static cache of transformers {transformers}, which counts its length in a tensor for each layer, while the mask uses that of
+  the first layer. `generate` also makes the mask of a static cache outside of the model;
+- a sliding window behind a cache;
+- gpt-fast's `model.py`, whose mask is a buffer, an input of the graph.
 
 ## An op that has no rule
 
-An op that the backend does not know runs whole where it gets values that are cut: the halves are joined before it, and the
-report says so. That is always right and costs overlap. If each token's result depends on that token only, say so with a rule.
-It gets the call and the axes along which its inputs are cut, and answers how to call the op for half of them. It answers None
-where that is not possible. Here `shift` takes `x` [batch, tokens, H], and `by` [batch, tokens], which need not be cut:
+An op without a token-axis rule runs on all tokens where its inputs are cut: an *unsplit op*. The result is right, and overlap is
+lost. If the result for each token depends on that token only, register a rule. A rule gets the call and the axes along which its
+inputs are cut. It returns how to call the op for a half, or None if that is not possible. Here `shift` takes `x`
+[batch, tokens, H], and `by` [batch, tokens], which need not be cut:
 
 ```python
 {rule}
 ```
 
-A key of `slices`, or an entry of `whole` (inputs that both halves need whole), is a node or, where one tensor may be given
-twice and not mean the same, a place in the call: a position, (position, index) in a list, or a keyword. What a rule answers is
-checked against the sizes and the dtype of the whole: an answer that does not hold, and a rule that raises, is a join.
+A key of `slices`, or an entry of `whole` (inputs that both halves need whole), is a node; or, where one tensor may be given twice
+with different meanings, a place in the call: a position, (position, index) in a list, or a keyword. What a rule returns is
+checked against the sizes and the dtype of the whole. A rule that raises, or whose answer does not hold, makes an unsplit op.
 
-## An all-reduce of one's own
+## A custom all-reduce
 
-A custom op that returns the sum over the ranks of a group, and leaves its input as it is, is named with a function that reads
-a call of it:
+Register a custom op that returns the sum over the ranks of a group, and does not change its input, with a function that reads a
+call of it:
 
 ```python
 {all_reduce}
 ```
 
-Its sites are then found as those of PyTorch's own all-reduce are, and carried by the backend's transports: the op itself is
-not called any more. Both examples are tests, in `tests/test_extending.py`.
+Its sites are then those of PyTorch's own all-reduce, and use the backend's transports: the op itself is no longer called. Both
+examples are tests, in `tests/test_extending.py`.
 
 ## A model that is not here
 
 `print(*tw_compile.explain(model, ids), sep="\\n")` shows each of its all-reduces, as a site or as a refusal with the reason. To
-have it in the table above, add it to `MODELS` in `tests/zoo.py`, with what you expect, and run `python docs/make_models.py`.
+add it to the table above, add it to `MODELS` in `tests/zoo.py`, with what you expect, and run `python docs/make_models.py`.
 '''
 
 GENERATED = "Llama", "Mistral", "Gemma 3", "Mixtral"
 
 NOTES = {
-    "the reduced value has 4 users": "their norms stand behind attention and MLP, not before them: the sum of the embedding "
-    "goes to q, k, v and the first residual, and there is no norm to fuse it with",
+    "the reduced value has 4 users": "their norms follow attention and MLP. The sum of the embedding has no norm to be fused with: q, k, v "
+    "and the first residual read it",
     "aten.sort.default": "with so few tokens experts run on all of them: a half would read the weights of all experts for too few rows. "
-    "From more tokens on each half sorts its own. Attention, router and both communications are cut in either form",
+    "With more tokens each half sorts its own. Attention, router and both all-reduces are cut in either form",
     "aten.convolution.default": "the linear attention of one sequence reads the tokens before each token. A batch is cut between sequences",
 }  # fmt: skip
 
@@ -131,7 +133,7 @@ def main():
         print(f"{len(missing)} of {len(wanted)} rows are missing, and docs/models.md is as it was:", *missing, sep="\n")
         return
     table = [("model", "sites", "one", "batch", "float32", "bfloat16", "verify")]
-    generation = [("model", "cache", "graphs", "joins", "same tokens", "bfloat16")]
+    generation = [("model", "cache", "graphs", "unsplit ops", "same tokens", "bfloat16")]
     why = {}
     for key, (make, name, *_) in wanted.items():
         (table if make is model else generation).append(kept[key]["row"])
@@ -181,7 +183,7 @@ def generated(ranks, folder, name, cache) -> dict:
 
 
 def mode(report) -> str:
-    return report.mode + (f", {len(report.joins)} joins" if report.joins else "")
+    return report.mode + (f", {len(report.joins)} unsplit ops" if report.joins else "")
 
 
 def rows(table) -> str:
