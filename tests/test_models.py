@@ -9,7 +9,11 @@ import torch
 transformers = pytest.importorskip("transformers", "5.0", reason="models are loaded with transformers 5, which is not installed")
 
 import zoo  # noqa: E402
+from graphs import without_codegen  # noqa: E402
 from zoo import MODELS  # noqa: E402
+
+import tw_compile  # noqa: E402
+from tw_compile import backend  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,28 @@ ON_FOUR_RANKS = "Llama", "Qwen3-MoE"
 def test_one_sequence_in_float32_on_four_ranks(four_ranks, checkpoint, name):
     outcome = check_forward(four_ranks, checkpoint(name), name)
     assert outcome.difference < 2e-6 and outcome.error < 2e-6
+
+
+def with_a_configuration(path):
+    """On a rank: the modes, and how far the logits are from those of the whole model."""
+    whole = zoo.load(path, parallel=False)
+    config = transformers.distributed.DistributedConfig(tp_plan="auto")  # it reads how many ranks there are
+    model = zoo.load(path, parallel=False, distributed_config=config)
+    ids, before = torch.arange(32)[None], len(tw_compile.reports())
+    with torch.no_grad(), without_codegen():
+        torch._dynamo.reset()
+        out = torch.compile(model, backend=backend.tokenweave, options={"tokenweave.min_tokens": 2})(ids, use_cache=False).logits
+        distance = zoo.distance(out, whole(ids, use_cache=False).logits)
+    return [(report.mode, len(report.sites), len(report.joins)) for report in tw_compile.reports()[before:]], distance
+
+
+def test_a_distributed_configuration(ranks, checkpoint):
+    """What transformers has in place of ``tp_plan`` in later versions."""
+    found = getattr(getattr(transformers, "distributed", None), "DistributedConfig", None)
+    if found is None or "tp_plan" not in found.__dataclass_fields__:
+        pytest.skip("this transformers has no DistributedConfig with a tp_plan")
+    for reports, distance in ranks(with_a_configuration, checkpoint("Llama")):
+        assert reports == [("weave", 5, 0)] and distance < 2e-6
 
 
 # By default one that has experts, and sums of two branches.
