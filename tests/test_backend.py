@@ -90,6 +90,8 @@ def test_without_gradients_it_is_for_us(world, quick, context):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_gradients_may_be_switched_off_inside(world, quick, context):
+    if context is torch.inference_mode and torch.__version__ < "2.13":
+        pytest.skip("PyTorch 2.11 and 2.12 do not trace into it, for Inductor either")
     model, inputs = Small(), (values(8, H), values(8, H))
 
     def inside(*inputs):
