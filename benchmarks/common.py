@@ -4,7 +4,8 @@ A result file has one row for each size and side, with
 
     model, layers, tp, batch, tokens   the size. tokens: tokens of each sequence
     quant                              how the linear layers are quantised: see quantisation.py; "none" for 16 bits
-    link, wire                         of prefill.py: the fastest link that NCCL may use, and the bits of a value over the process group
+    link                               of prefill.py: the fastest link that NCCL may use
+    wire                               bits of a value over the process group
     side, mode                         mode: the mode in force for a tokenweave side, from its report
     speedup, vs_nocomm                 time of the side inductor, and of no-comm, divided by the time of this side
     ms                                 time of a forward pass: the median over samples of the slowest rank
@@ -58,11 +59,16 @@ def waited(model):
 
 
 class Side:
-    """A model under one of SIDES. It must be called with sizes in ascending order: see ``mode``. options: further ones of tokenweave's"""
+    """A model under one of SIDES. It must be called with sizes in ascending order: see ``mode``.
 
-    def __init__(self, name, model, dynamic=True, options=None):
+    options: further ones of tokenweave's
+    wire:    bits of a value over the process group, of tokenweave's sides
+    """
+
+    def __init__(self, name, model, dynamic=True, options=None, wire=16):
         backend, of_side, change = SIDES[name]
-        options = of_side | ((options or {}) if backend == "tokenweave" else {})
+        options = of_side | ((options or {}) | {"tokenweave.wire": wire} if backend == "tokenweave" else {})
+        self.label, self.wire = (name if wire == 16 else f"{name}, {wire} bits"), wire
         model = change(model) if change else model
         self.name, self.carrier = name, parse(options)[0].carrier
         self.run = torch.compile(model, backend=backend, options=options, dynamic=dynamic) if backend else waited(model)
@@ -74,7 +80,7 @@ class Side:
         before = len(tw_compile.reports())
         self.run(*inputs)
         for report in tw_compile.reports()[before:]:
-            llama.say(f"{self.name}: {report}")
+            llama.say(f"{self.label}: {report}")
             self.mode = report.mode
         device = inputs[0].device
         if device.type == "cpu":
@@ -105,17 +111,19 @@ class Side:
 
 
 def measure(sides, inputs, samples):
-    """name of a side -> its figures on the inputs: ms, mode and memory."""
+    """label of a side -> its figures on the inputs: side, wire, ms, mode and memory."""
     device = inputs[0].device
-    memory = {side.name: side.warm_up(*inputs) for side in sides}
-    runs = {side.name: timing.recorded(functools.partial(side.run, *inputs), device) for side in sides}
+    memory = {side.label: side.warm_up(*inputs) for side in sides}
+    runs = {side.label: timing.recorded(functools.partial(side.run, *inputs), device) for side in sides}
     times = timing.median_times(runs, device, samples, calls=4 if inputs[0].numel() <= 4096 else 1)
     del runs  # the CUDA graphs, and their memory
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return {
-        side.name: {"ms": times[side.name] * 1e3, **({"mode": side.mode} if side.mode else {}), **memory[side.name]}
+        side.label: {"side": side.name, "wire": side.wire, "ms": times[side.label] * 1e3}
+        | ({"mode": side.mode} if side.mode else {})
+        | memory[side.label]
         for side in sides
     }
 
@@ -125,14 +133,14 @@ def measure(sides, inputs, samples):
 
 def rows(size, measured, device):
     """The rows of a result file. size: model, layers, batch and tokens; measured: the result of ``measure``"""
-    for side, figures in measured.items():
+    for figures in measured.values():
         ratios = {
             field: round(measured[other]["ms"] / figures["ms"], 3)
             for field, other in (("speedup", "inductor"), ("vs_nocomm", "no-comm"))
             if other in measured
         }
         figures = {**figures, "ms": round(figures["ms"], 4)}
-        yield {**size, "tp": dist.get_world_size(), "side": side, **ratios, "cuda_graphs": device.type == "cuda", **figures}
+        yield {**size, "tp": dist.get_world_size(), **ratios, "cuda_graphs": device.type == "cuda", **figures}
 
 
 def write(name, device, note, rows):

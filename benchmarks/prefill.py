@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 benchmarks/prefill.py --model 70B --quant fp8-row
 
 ``--link host`` keeps NCCL off peer memory, so that it goes through the host's memory, as on machines without NVLink; ``socket`` off shared
-memory too, as between hosts. Our sides then use the process group. ``--wire 8`` sends values in so many bits.
+memory too, as between hosts. Our sides then use the process group. ``--wire 16 8 4`` measures them with each number of bits of a value.
 
 All sides run in one process, each as a CUDA graph, in turns. Writes benchmarks/results/prefill-*.json after each size, so that a run
 that is interrupted keeps its results. common.py describes the sides and the rows.
@@ -48,14 +48,12 @@ def main():
         "--attention", choices=ATTENTION, default="sdpa", help="in the graph, or opaque to the compiler (opaque.py): cut in two, or whole"
     )
     parser.add_argument("--samples", type=int, default=15)
-    parser.add_argument("--wire", type=int, choices=(16, 8, 6, 4), default=16, help="bits of a value over the process group")
+    parser.add_argument("--wire", type=int, nargs="+", choices=(16, 8, 6, 4), default=[16], help="bits of a value over the process group")
     parser.add_argument("--link", choices=LINKS, default="nvlink", help="the fastest link that NCCL may use")
     args = parser.parse_args()
 
     os.environ.update(LINKS[args.link])  # NCCL reads it when the first group is made
-    options = {"tokenweave.wire": args.wire}
-    if args.link != "nvlink":
-        options["tokenweave.transport"] = "process_group"
+    options = {} if args.link == "nvlink" else {"tokenweave.transport": "process_group"}
     device, ranks = llama.start()
     measured_rows = []
     sizes = sorted(itertools.product(args.batch, args.tokens), key=lambda size: size[0] * size[1])
@@ -70,8 +68,12 @@ def main():
         for batch, tokens in sizes:
             if (batch, tokens) in compiled_for:
                 torch._dynamo.reset()
-                sides = [common.Side(name, model, options=options) for name in quantisation.able(args.sides, args.quant)]
-            kinds = {"quant": args.quant, "link": args.link, "wire": args.wire}
+                names = quantisation.able(args.sides, args.quant)
+                ours = {name for name in names if common.SIDES[name][0] == "tokenweave"}
+                sides = [
+                    common.Side(name, model, options=options, wire=wire) for name in names for wire in (args.wire if name in ours else [16])
+                ]
+            kinds = {"quant": args.quant, "link": args.link}
             size = {"model": args.model, "layers": args.layers, "batch": batch, "tokens": tokens} | kinds
             # Tokens in the first rank's part of the vocabulary, as the side without all-reduces can look up only its own part.
             ids = torch.randint(config.vocab // ranks, (batch, tokens), device=device)
@@ -92,7 +94,7 @@ def main():
 
 
 def _suffix(link, wire):
-    return ("" if link == "nvlink" else f"-{link}") + ("" if wire == 16 else f"-wire{wire}")
+    return ("" if link == "nvlink" else f"-{link}") + ("" if wire == [16] else f"-wire{'-'.join(map(str, wire))}")
 
 
 if __name__ == "__main__":
