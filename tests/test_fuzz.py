@@ -11,6 +11,7 @@ import os
 import shlex
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ class Layer:
     bias: bool = False
     flat: bool = False  # the all-reduce is of [B·T, H]
     post_norm: bool = False  # norm, then add
+    first: str = ""  # how the first weight is quantised, and with it the norm
     weights: str = ""  # how the last weight is quantised
     second_reader: str = ""  # what else reads the norm, the residual or the sum
 
@@ -102,8 +104,8 @@ def _norm(form, x, weight, shift):
 def _layer(layer, x, weights, escaped):
     norm_weight, shift, wide, out, bias = (next(weights) for _ in range(5))
     h = x if layer.post_norm else _norm(layer.norm, x, norm_weight, shift)
-    y = _mix(layer.mix, h, wide)
-    y = LINEARS[layer.weights](y, out) if layer.weights else y @ out.t()
+    y = _mix(layer.mix, h, wide, partial(_linear, layer.first, h))
+    y = _linear(layer.weights, y, out)
     if layer.flat:
         y = y.reshape(-1, H)
     y = all_reduce(y)
@@ -126,16 +128,20 @@ def _layer(layer, x, weights, escaped):
     return r
 
 
-def _mix(mix, h, wide):
+def _linear(quantised, x, weight):
+    return LINEARS[quantised](x, weight) if quantised else x @ weight.t()
+
+
+def _mix(mix, h, wide, project):
     batch, tokens, _ = h.shape
     if mix == "mlp":
-        gate, up, down = (h @ wide.t()).split(H, -1)
+        gate, up, down = project(wide).split(H, -1)
         return F.silu(gate) * up + down
     if mix == "squeezed":
-        y = torch.squeeze(h @ wide[:H].t()).unsqueeze(0)
+        y = torch.squeezeproject(wide[:H]).unsqueeze(0)
         return torch.where(y > 0, y, y * 0.1).squeeze(0).reshape(h.shape)
     if mix == "views":  # rows of heads, and a value beside itself
-        y = (h @ wide[:H].t()).view(-1, HEADS, H // HEADS)
+        y = project(wide[:H]).view(-1, HEADS, H // HEADS)
         y = torch.cat((y, y.sin(), y), -1)[..., 2 : 2 + H // HEADS]
         return y.permute(1, 0, 2).expand(HEADS, -1, -1).transpose(0, 1).flatten(1).unflatten(0, (batch, tokens))
     if mix == "squares":
@@ -146,8 +152,8 @@ def _mix(mix, h, wide):
         q = h.view(batch, tokens, HEADS, -1).transpose(1, 2)
         return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(h.shape)
     if mix == "cumulative":  # over the tokens: cannot be cut
-        return (h @ wide[:H].t()).cumsum(1)
-    q, k, v = (z.view(batch, tokens, HEADS, -1).transpose(1, 2) for z in (h @ wide.t()).chunk(3, -1))
+        return project(wide[:H]).cumsum(1)
+    q, k, v = (z.view(batch, tokens, HEADS, -1).transpose(1, 2) for z in project(wide).chunk(3, -1))
     position = torch.arange(tokens)
     causal = position[None, :] <= position[:, None]
     if mix == "causal":
@@ -168,7 +174,7 @@ def _mix(mix, h, wide):
         mask = torch.arange(24)[None, :] <= position[:, None] + (2 if mix == "static cache" else 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     elif mix == "gathered":
-        parts = c10d.wait_tensor(c10d.all_gather_into_tensor(h @ wide[: H // 2].t(), 2, dist.group.WORLD.group_name))
+        parts = c10d.wait_tensor(c10d.all_gather_into_tensor(project(wide[: H // 2]), 2, dist.group.WORLD.group_name))
         return torch.cat(parts.chunk(2), -1)
     elif mix == "full":
         out = F.scaled_dot_product_attention(q, k, v)
@@ -201,7 +207,7 @@ def check(block: Block):
 
 
 def _is_quantised(block):
-    return any(layer.weights for layer in block.layers)
+    return any(layer.first or layer.weights for layer in block.layers)
 
 
 def check_outputs(block, rewritten):
@@ -249,6 +255,7 @@ LAYERS = st.builds(
     bias=st.booleans(),
     flat=st.booleans(),
     post_norm=st.sampled_from((False, False, True)),
+    first=st.sampled_from(("", "", *LINEARS)),
     weights=st.sampled_from(("", "", *LINEARS)),
     second_reader=st.sampled_from(("", "", "", "norm", "residual", "sum", "tokens")),
 )

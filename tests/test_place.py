@@ -82,6 +82,12 @@ def test_a_norm_that_only_gemms_read_is_borrowed(mode):
     chain(lambda norm, _, up, down: (norm @ up).relu() @ down, up, down, mode=mode, in_workspace=halves(mode), linear=halves(mode))
 
 
+def test_a_norm_whose_largest_value_scales_a_gemm_is():
+    """As for one scale of all tokens. A reduction over all dimensions names none of them."""
+    scaled = lambda norm, _, up, down: (((norm / norm.abs().amax()) @ up).relu() @ down)  # noqa: E731
+    chain(scaled, values(H, INNER), values(INNER, H), in_workspace=1, linear=1)
+
+
 @MODES
 def test_a_norm_whose_gemm_is_the_next_sites_is_not(mode):
     """The GEMM would read the memory that it writes."""

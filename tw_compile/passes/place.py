@@ -254,7 +254,8 @@ def _is_read_before(result: Node, limit: Node | None, before: Ancestors) -> bool
 
 def _is_of_many(reduction: Node) -> bool:
     """Whether a reduction is of rows with so many elements that Inductor does not compute it again."""
-    x, dims = reduction.args[:2]
+    x, *given = reduction.args
+    dims = given[0] if given and given[0] else range(value(x).dim())  # none are all
     sizes = [value(x).shape[dim] for dim in dims]
     return any(isinstance(size, int) and size >= _REDUCED for size in sizes)
 
