@@ -138,7 +138,7 @@ def _mix(mix, h, wide, project):
         gate, up, down = project(wide).split(H, -1)
         return F.silu(gate) * up + down
     if mix == "squeezed":
-        y = torch.squeezeproject(wide[:H]).unsqueeze(0)
+        y = torch.squeeze(project(wide[:H])).unsqueeze(0)
         return torch.where(y > 0, y, y * 0.1).squeeze(0).reshape(h.shape)
     if mix == "views":  # rows of heads, and a value beside itself
         y = project(wide[:H]).view(-1, HEADS, H // HEADS)
