@@ -47,7 +47,8 @@ Tiny checkpoints of transformers {transformers}, two layers each, loaded with `t
 
 ## Generation
 
-A prompt of a padded batch, then single tokens. Greedy, in float32, compiled without a graph break.
+A prompt of a padded batch, then single tokens. Greedy, in float32, compiled without a graph break. The graphs of single tokens are
+`off`: over the process group a graph that is not woven stays Inductor's own.
 
 {generation}
 
