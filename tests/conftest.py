@@ -29,12 +29,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of a test with the marker ``one_in(n)`` each n-th case runs, and of one with ``full`` none; with TW_FULL=1 all of them."""
+    """Of a test with the marker ``one_in(n)`` each n-th case runs, and of one with ``full`` or ``slow`` none.
+
+    With TW_SLOW=1 the slow ones run, too, and with TW_FULL=1 all.
+    """
     if os.environ.get("TW_FULL"):
         return
     seen, left_out = Counter(), set()
     for item in items:
-        if item.get_closest_marker("full"):
+        if item.get_closest_marker("full") or (item.get_closest_marker("slow") and not os.environ.get("TW_SLOW")):
             left_out.add(item)
         elif marker := item.get_closest_marker("one_in"):
             test = item.parent, item.originalname

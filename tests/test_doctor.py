@@ -148,6 +148,7 @@ def torchrun(ranks):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 def test_ranks():
     done = torchrun(2)
     installed = bool(importlib.metadata.entry_points(group="torch_dynamo_backends", name="tokenweave"))

@@ -79,6 +79,7 @@ def forward(hosts, options):
     return out, ((out.double() - right).norm() / right.norm()).item(), tw_compile.reports()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode, bits", [("weave", "auto"), ("auto", 8)])
 def test_a_model(four_ranks, mode, bits):

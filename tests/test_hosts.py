@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_two_nodes():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -846,6 +846,7 @@ def test_back_to_back_calls(machine, world, hidden):
         assert kernels.status == 0
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(5)
 @needs_gxx
 @pytest.mark.parametrize("dtype, hidden", [(torch.bfloat16, 512), (torch.float16, 64), (torch.float32, 64)], ids=str)
@@ -864,6 +865,7 @@ def test_a_residual_is_carried_unrounded(machine, dtype, hidden, rows, kernel):
         _, residual = all_reduce_add_norm(**call)
 
 
+@pytest.mark.slow
 @needs_gxx
 @pytest.mark.parametrize("center, hidden", [(False, 1024), (True, 520)], ids=("RMSNorm", "LayerNorm"))
 @settings(max_examples=3, deadline=None, database=None, derandomize=True)

@@ -43,6 +43,7 @@ def test_reports():
     assert "tokenweave_before" not in said
 
 
+@pytest.mark.slow
 def test_graphs_and_what_tlparse_reads(tmp_path):
     said = run(COMPILE, TORCH_LOGS="+tokenweave", TORCH_TRACE=str(tmp_path))
     (path,) = tmp_path.iterdir()

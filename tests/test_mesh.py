@@ -1,5 +1,6 @@
 """A 2-D mesh on four real ranks: the all-reduces of the tensor-parallel groups are sites, those of the others are not."""
 
+import pytest
 import torch
 import torch.distributed._functional_collectives as funcol
 from graphs import without_codegen
@@ -28,6 +29,7 @@ def forward():
     return tw_compile.reports()[-1], mesh["tensor"].get_group().group_name
 
 
+@pytest.mark.slow
 def test_only_the_tensor_parallel_group_is_ours(four_ranks):
     for report, group in four_ranks(forward):
         assert report.mode == "weave" and not report.joins

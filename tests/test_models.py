@@ -79,6 +79,7 @@ def test_one_sequence_in_float32_on_two_ranks(ranks, checkpoint, name):
     assert outcome.difference < 2e-6 and outcome.error < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS if FULL else list(MODELS)[::50])
 def test_a_batch_in_bfloat16_on_two_ranks(ranks, checkpoint, name):
     """The error is not above that of eager PyTorch."""
@@ -86,6 +87,7 @@ def test_a_batch_in_bfloat16_on_two_ranks(ranks, checkpoint, name):
     assert outcome.error <= 1.1 * outcome.eager_error < 0.03
 
 
+@pytest.mark.slow
 def test_experts_are_cut_with_many_tokens(ranks, checkpoint):
     for outcome in ranks(zoo.with_experts_cut, checkpoint("Qwen3-MoE")):
         (report,) = outcome.reports
@@ -118,6 +120,7 @@ def check_generate(ranks, path, *arguments, **how):
 GENERATE = [("Llama", "static"), ("Mixtral", "dynamic"), ("Mistral", "dynamic"), ("Gemma 3", "static")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, cache", GENERATE if FULL else GENERATE[:1])
 def test_generate_has_the_same_tokens(ranks, checkpoint, name, cache):
     result = check_generate(ranks, checkpoint(name), cache, do_sample=False)

@@ -53,6 +53,7 @@ def forward(requests, refused):
     return same, torch.allclose(results[0][0], expected, rtol=1e-4, atol=1e-5), tw_compile.reports()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("requests, refused", [("one", ""), ("several", ""), ("several", "its backend is not known")])
 def test_opaque_attention(ranks, requests, refused):

@@ -48,6 +48,7 @@ def test_a_wheel_has_every_file(wheel):
     assert packed == here | {"tokenweave.py"}
 
 
+@pytest.mark.slow
 def test_what_is_installed_is_complete(wheel, tmp_path):
     subprocess.run([*PIP, "install", "--quiet", "--no-index", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

@@ -110,6 +110,7 @@ def test_llama(run, style, norm, dynamic, batch):
     check(run, style, norm, dynamic, batch, codegen=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style, norm, dynamic, batch", THROUGH_INDUCTOR)
 def test_llama_through_inductor(run, style, norm, dynamic, batch):
     """With code generation: Inductor's own passes and scheduler leave the order as it is, and the error is Inductor's."""
@@ -152,6 +153,7 @@ def sizes_with_a_threshold():
     return [report.mode for report in tw_compile.reports()[before:]], max(errors), orders
 
 
+@pytest.mark.slow
 def test_a_graph_is_woven_from_the_threshold_on_and_fused_below(ranks):
     for modes, error, orders in ranks(sizes_with_a_threshold):
         assert modes == ["weave", "fuse"]

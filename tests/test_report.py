@@ -205,6 +205,7 @@ print(len(tw_compile.reports()[-1].joins))
 """
 
 
+@pytest.mark.slow
 def test_a_rule_that_is_registered_later_is_not_hidden_by_a_cache():
     constant = str(new_constant())
     unsplit = [run_in_a_process(True, "-c", RULE, which, constant) for which in ("without", "with")]

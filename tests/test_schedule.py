@@ -100,6 +100,7 @@ def really():
         return section, report.rehearsal, os.listdir(folder)
 
 
+@pytest.mark.slow
 def test_the_first_layers_are_tuned_as_they_are(ranks):
     (section, kept, files), (other_section, other_kept, _) = ranks(really)
     assert section == other_section
@@ -402,6 +403,7 @@ CASES = {  # each rank's plan -> tuned, what they agree on, mode
 }
 
 
+@pytest.mark.slow
 def test_ranks_with_different_plans_agree(ranks):
     for seen in ranks(of_ranks_with_different_plans, list(CASES)):
         assert seen == list(CASES.values())

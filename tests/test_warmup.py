@@ -95,6 +95,7 @@ def on_a_rank(sizes, fails=None):
     return [report.mode for report in made], "warm-up" in shown.getvalue()
 
 
+@pytest.mark.slow
 def test_ranks(ranks):
     assert ranks(on_a_rank, [[64, 8]] * 2) == [(["weave", "off"], True), (["weave", "off"], False)]
     (message, _), (other, _) = ranks(on_a_rank, [[64, 8], [64]])
