@@ -39,9 +39,12 @@ class Ranks:
         return [result for result, _ in answers]
 
     def _start(self):
-        # Ranks are forks of a process that has made the imports, and nothing else: they take longer than many a test.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTS)
+        # Ranks are forks of a process that has made the imports, and nothing else: they take longer than many a test. With PyTorch before
+        # 2.13, two threads that compile in a fork do not end (test_agree.py has such threads).
+        forks = torch.__version__ >= "2.13"
+        context = mp.get_context("forkserver" if forks else "spawn")
+        if forks:
+            context.set_forkserver_preload(IMPORTS)
         store = tempfile.mktemp(prefix="ranks")
         self.pipes = []
         for rank in range(self.world):
