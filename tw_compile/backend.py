@@ -58,6 +58,7 @@ def compile_graph(
     # The presets and errors of backend="inductor".
     patches = InductorWrapper(mode, inductor, None).config
     if _trains(gm, inputs):
+        say_once(_NEEDS_GRADIENTS)  # here, too: AOTAutograd's cache may have the graph, and then nothing is compiled
         return compile_fx(gm, inputs, inner_compile=_with_gradients, config_patches=patches)
     lowering.register()
     _fix_module_floats(gm)
