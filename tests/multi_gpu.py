@@ -131,7 +131,7 @@ def try_model(model, path, name, batch, device):
     unsplit, refused = dict(Counter(each.op for each in report.joins)), [refusal.reason for refusal in report.refusals]
     llama.say(f"models: {name}, batch {batch}: {report.mode}, {len(report.sites)} sites, unsplit {unsplit}, refused {refused}, "
               f"error {result.error:.2e}, eager's {result.eager_error:.2e}")  # fmt: skip
-    zoo.check_report(report, model, result.embedding, batch)
+    zoo.check_report(result, model, batch)
     assert report.transport == "peer"
     # A token whose best experts are nearly equal may go to another one than in eager mode.
     assert result.error <= (1.5 if model.unsplit else 1.1) * result.eager_error < 0.03
@@ -159,7 +159,13 @@ def check_agreement(device):
         expected = "S0 S1 " + "W0 S0 W1 S1 " * (sites - 1) + "W0 W1"
         assert " ".join(EVENTS) == expected, EVENTS
         report = tw_compile.reports()[-1]
-        assert (report.mode, report.transport, len(report.sites), report.refusals, report.joins) == ("weave", "peer", sites, [], []), report
+        assert (report.mode, report.transport, len(report.sites), report.refusals, report.joins) == (
+            "weave",
+            "peer",
+            sites,
+            [],
+            [],
+        ), report
         llama.say(f"agreement {batch}×{tokens}: " + ", ".join(f"{n} {e:.3e}" for n, e in errors.items()))
         assert errors["weave"] <= 1.1 * errors["inductor"], errors
         copies = [torch.empty_like(hidden) for _ in range(dist.get_world_size())]
@@ -328,7 +334,9 @@ def check_tuning(device):
         for i, which in enumerate((symmetric, *forced)):
             begin = i * (site.ROWS - rows) // len(forced)
             assert same_bits(call(which, begin, rows), begin), (rows, which.tuning)
-        ran, one_shot, *two_shot = [which._call(slot, torch.bfloat16, torch.Size((rows, 8192))).kernel for which in (symmetric, *forced)]
+        ran, one_shot, *two_shot = [
+            which._call(slot, torch.bfloat16, torch.Size((rows, 8192))).kernel for which in (symmetric, *forced)
+        ]
         assert (ran, one_shot) == (choice.kernel_of(rows), "one_shot" if rows < LEAST_ROWS else "two_shot")
         assert set(two_shot) == {"two_shot"}
     dist.barrier()  # nobody gives memory back that others still use
@@ -442,7 +450,12 @@ def check_wire(device):
         choose.forget(dist.group.WORLD.group_name)
         for mode in ("weave", "fuse"):
             torch._dynamo.reset()
-            options = {"tokenweave.transport": "process_group", "tokenweave.wire": bits, "tokenweave.mode": mode, "triton.cudagraphs": True}
+            options = {
+                "tokenweave.transport": "process_group",
+                "tokenweave.wire": bits,
+                "tokenweave.mode": mode,
+                "triton.cudagraphs": True,
+            }
             with mock.patch.object(threshold, "least_bytes", return_value=1):  # whatever is faster here
                 run = compiled(model, **options)
                 results = [run(ids)[0].clone() for _ in range(4)]
@@ -659,7 +672,9 @@ def check_opaque(device):
             if report.mode == "weave":
                 assert {join.reason for join in report.joins} == ({refused} if refused else set()), report
             errors = error(eager, right), error(got, right)
-            llama.say(f"opaque: {tokens} tokens, {report.mode}, {len(report.joins)} unsplit: error {errors[1]:.2e}, eager {errors[0]:.2e}")
+            llama.say(
+                f"opaque: {tokens} tokens, {report.mode}, {len(report.joins)} unsplit: error {errors[1]:.2e}, eager {errors[0]:.2e}"
+            )
             assert errors[1] <= 1.1 * errors[0] < 0.05
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -684,7 +699,12 @@ def check_hierarchical(device):
     with mock.patch.dict(os.environ, {link.HOST_NAME: str(dist.get_rank() // (world // 2))}):
         for bits, mode in itertools.product((16, 8), ("weave", "fuse")):
             torch._dynamo.reset()
-            options = {"tokenweave.transport": "hierarchical", "tokenweave.wire": bits, "tokenweave.mode": mode, "triton.cudagraphs": True}
+            options = {
+                "tokenweave.transport": "hierarchical",
+                "tokenweave.wire": bits,
+                "tokenweave.mode": mode,
+                "triton.cudagraphs": True,
+            }
             with mock.patch.object(threshold, "least_bytes", return_value=1):
                 run = compiled(model, **options)
                 results = [run(ids)[0].clone() for _ in range(4)]

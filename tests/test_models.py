@@ -30,8 +30,7 @@ def checkpoint(tmp_path_factory):
 
 def check_forward(ranks, path, name, batch=1, *arguments):
     first, *others = ranks(zoo.forward, path, batch, *arguments)
-    (report,) = first.reports
-    zoo.check_report(report, MODELS[name], first.embedding, batch)
+    zoo.check_report(first, MODELS[name], batch)
     assert all(other.reports == first.reports for other in others)
     return first
 
