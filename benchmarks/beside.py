@@ -95,13 +95,14 @@ def times_of_host(peer, device, group):
     weight = torch.ones(HIDDEN, device=device, dtype=torch.bfloat16)
 
     def pair():
-        token = direct.start(x, None, weight, None, None, 1e-5, 1.0, 0.0, False, 0, SLOT, 0, True, True, group, "peer")
-        direct.wait(token, x, None, weight, None, None, None, SLOT, True, True, True, group, "peer")
+        direct.start((x, None, weight, None, None, 1e-5, 1.0, 0.0, False, 0, SLOT, 0, True, True, "", None), group, "peer")
+        direct.wait(x, SLOT, True, group, "peer")
 
     peer.start(Site(x, weight=weight, slot=1 - SLOT, fp32_residual=True, sharded_residual=True))  # as for the other half
     pair()
-    kernel, ctas = peer._call(SLOT, x.dtype, x.shape).launcher(False, 0, 0)
-    given = peer._call(SLOT, x.dtype, x.shape).arguments.address
+    call = peer._call(SLOT, x.dtype, x.shape)
+    kernel, ctas = call.launcher(False, "", 0, call.ctas)
+    given = call.arguments.address
     current, side, calls, (fork, done) = peer._current(), peer._side, peer._host, peer._events[SLOT]
 
     def driver():

@@ -1,7 +1,8 @@
-"""The implementations of the ops, as plain functions: each finds its transport and calls it.
+"""What the ops do, as plain functions: each finds its transport and calls it.
 
 The code that Inductor generates calls these functions directly. All other callers use the ops, which reach them through PyTorch's
-dispatcher: with this many arguments the dispatcher takes longer than the function itself.
+dispatcher: with this many arguments the dispatcher takes longer than the function itself. Functions of few arguments save time, too: the
+fields of a Site are one tuple, and ``wait`` takes only what it reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,30 +45,23 @@ def _written(gemm: Callable, dtype: torch.dtype | None, *args: Any) -> Tensor:
     return gemm(a, b, *others, out=out) if out.numel() else out
 
 
-# The fields of a Site are taken and passed on as one tuple: that takes half the time of naming each.
-
-
-def start(*args: Any) -> Tensor:
-    """args: the fields of a Site, group, transport"""
-    device, group, transport = args[0].device, args[-2], args[-1]
+def start(site: tuple, group: str, transport: str) -> Tensor:
+    """site: the fields of a Site"""
+    device = site[0].device
     found, _ = chosen.get((group, device, transport)) or choose(transport, group, device)
-    return found.start(_packed(Site, args[:-2]))
+    return found.start(_packed(Site, site))
 
 
-def wait(
-    token: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None,
-    after: Tensor | None, slot: int, fp32_residual: bool, sharded_residual: bool, in_workspace: bool, quantise: str,
-    static_scale: Tensor | None, group: str, transport: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def wait(x: Tensor, slot: int, in_workspace: bool, group: str, transport: str) -> tuple[Tensor, ...]:
     found, _ = chosen.get((group, x.device, transport)) or choose(transport, group, x.device)
     return found.wait(slot, in_workspace)
 
 
-def fused(*args: Any) -> tuple[Tensor, ...]:
-    """args: the fields of a Site, in_workspace, group, transport"""
-    device, in_workspace, group, transport = args[0].device, args[-3], args[-2], args[-1]
+def fused(site: tuple, in_workspace: bool, group: str, transport: str) -> tuple[Tensor, ...]:
+    """site: the fields of a Site"""
+    device = site[0].device
     found, _ = chosen.get((group, device, transport)) or choose(transport, group, device)
-    return found.fused(_packed(Site, args[:-3]), in_workspace)
+    return found.fused(_packed(Site, site), in_workspace)
 
 
 def reduced(total: Tensor, after: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..compat import SubgraphPythonWrapperCodegen, V, detect_fake_mode, ir, is_collective, is_lowering, lowering, pytree
-from . import fused, linear, partials, placed, reduced, scaled_linear, scaled_linear_v2, start, wait
+from . import direct_arguments, fused, linear, partials, placed, reduced, scaled_linear, scaled_linear_v2, start, wait
 
 
 class _Direct(ir.FallbackKernel):
@@ -23,6 +23,12 @@ class _Direct(ir.FallbackKernel):
             writer.add_import_once("from tw_compile.ops import direct as tokenweave")
             self.python_kernel_name = f"tokenweave.{self.op_overload._opname}"
         super().codegen(wrapper)
+
+    def codegen_args(self) -> list[str]:
+        args = super().codegen_args()
+        if V.graph.cpp_wrapper or V.graph.fx_wrapper:
+            return args
+        return [arg if isinstance(arg, str) else f"({', '.join(arg)})" for arg in direct_arguments(self.op_overload, args)]
 
 
 class _Site(_Direct, ir._CollectiveKernel):

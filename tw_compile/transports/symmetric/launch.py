@@ -20,13 +20,15 @@ from .workspace import Workspace
 class Outputs(NamedTuple):
     """Where a kernel writes.
 
-    norm:           [..., H]; only one_shot takes the address, and only where the norm is read
+    norm:           [..., H]
+    norm_at:        its address; only one_shot takes it, and only where the norm is read
     whole_residual: the new residual, if it is not sharded
     quantised:      (q, the scale if each row has its own); () if the kernel does not quantise
     new:            these are new tensors, which need no copy, unless they are what may stay in the workspace
     """
 
     norm: Tensor
+    norm_at: int
     whole_residual: Tensor
     quantised: tuple[Tensor, ...]
     new: bool
@@ -74,11 +76,11 @@ class Call:
 
     def _in_workspace(self, quantise: str) -> "Outputs":
         if not quantise:
-            return Outputs(self.norm, self.whole_residual, (), False)
+            return Outputs(self.norm, self.activations_at, self.whole_residual, (), False)
         how, (*tokens, _) = read(quantise), self.shape
         q = _with_own_storage(self.workspace.quantised)[: self.rows].view(DTYPES[how.dtype][0]).view(self.shape)
         scales = [_with_own_storage(self.workspace.scales)[: self.rows].view(*tokens, 1)] if how.per_token else []
-        return Outputs(self.norm, self.whole_residual, (q, *scales), False)
+        return Outputs(self.norm, self.activations_at, self.whole_residual, (q, *scales), False)
 
     def outputs(self, site: Site, in_workspace: bool) -> "Outputs":
         """Where a kernel on the current stream writes: one_shot, which only has results of this rank, to new tensors.
@@ -91,22 +93,24 @@ class Call:
             return kept
         residual = self.whole_residual if site.sharded_residual else empty_like(x)
         if in_workspace:
-            return Outputs(self.norm, residual, kept.quantised, True)
+            return Outputs(self.norm, self.activations_at, residual, kept.quantised, True)
         norm = self.norm if quantise and not read(quantise).keeps_norm else empty_like(x)
-        return Outputs(norm, residual, tuple(map(empty_like, kept.quantised)), True)
+        return Outputs(norm, norm.data_ptr(), residual, tuple(map(empty_like, kept.quantised)), True)
 
     def results(self, site: Site, outputs: "Outputs", in_workspace: bool) -> tuple[Tensor, ...]:
         """The results of a site whose kernel writes to ``outputs``, as ``quantise.results`` has them."""
-        norm, residual, quantised, new = outputs
-        if site.quantise and not read(site.quantise).keeps_norm:
-            norm = self._nothing
-        if not (new or in_workspace):
-            norm, quantised = norm.clone(), tuple(map(torch.clone, quantised))
+        norm, _, residual, quantised, new = outputs
         if site.sharded_residual:
             residual = self.carried()
         elif not new:
             residual = residual.clone()
-        return (norm, residual, *quantised) if quantised else (norm, residual)
+        if not quantised:
+            return norm if new or in_workspace else norm.clone(), residual
+        if not read(site.quantise).keeps_norm:
+            norm = self._nothing
+        if not (new or in_workspace):
+            norm, quantised = norm.clone(), tuple(map(torch.clone, quantised))
+        return norm, residual, *quantised
 
     def grid(self, ctas: int, default_ctas: int, cluster: int = 1) -> int:
         """The number of CTAs of a kernel, a multiple of ``cluster``, the same on all ranks.
@@ -167,7 +171,7 @@ class Call:
         if text:
             self._set_quantised(text, outputs.quantised, static_scale)
         self.arguments.set(
-            self.rows, x_at, residual_at, bias_at, weight_at, outputs.norm.data_ptr(),
+            self.rows, x_at, residual_at, bias_at, weight_at, outputs.norm_at,
             self.carried_at if sharded_residual else outputs.whole_residual.data_ptr(), number, weight_is_float, carried,
             not sharded_residual, eps, scale, offset, shift_is_float, shift_at,
         )  # fmt: skip

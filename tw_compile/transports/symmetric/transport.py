@@ -78,6 +78,7 @@ class Symmetric:
         self._workspaces: dict[tuple[int, torch.dtype, int, int], Workspace] = {}  # (slot, dtype, hidden, rows) -> Workspace
         self._calls: dict[tuple[int, torch.dtype, torch.Size], Call] = {}  # (slot, dtype, shape) -> Call, recently used ones
         self._older_calls: dict[tuple[int, torch.dtype, torch.Size], Call] = {}
+        self._latest: dict[int, Call] = {}  # slot -> its last Call: to compare it takes less time than to hash a shape
         self._kernels: dict[tuple[str, torch.dtype, int, bool, str], nvrtc.Kernel] = {}  # (name, dtype, hidden, center, output) -> Kernel
         # slot -> what wait() needs of start(), and what must stay alive until then; no Call without tokens
         self._pending: dict[int, tuple[Call | None, Site, Any, Any]] = {}
@@ -286,7 +287,10 @@ class Symmetric:
             self._follow(stream)
         if slot in self._pending:
             self._abandon(slot)
-        return self._calls.get((slot, x.dtype, x.shape)) or (self._call(slot, x.dtype, x.shape) if x.numel() else None)
+        call, shape = self._latest.get(slot), x.shape
+        if call is not None and call.shape == shape and call.dtype is x.dtype:
+            return call
+        return self._call(slot, x.dtype, shape) if x.numel() else None
 
     def _call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Call:
         """The Call for a shape, which is made if there is none. A Call that is dropped owns no workspace and no kernels: they are kept."""
@@ -296,6 +300,7 @@ class Symmetric:
             if len(self._calls) >= MAX_CALLS // 2:
                 self._calls, self._older_calls = {}, self._calls
             self._calls[key] = call
+        self._latest[slot] = call
         return call
 
     def _new_call(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Call:
@@ -367,6 +372,7 @@ class Symmetric:
             for calls in (self._calls, self._older_calls):
                 for which in [which for which, call in calls.items() if call.workspace is workspace]:
                     del calls[which]
+            self._latest = {}
         if keys:
             del workspace, calls
             gc.collect()  # frees the workspaces, which contain reference cycles
