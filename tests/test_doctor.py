@@ -73,7 +73,7 @@ def test_one_gpu(gpus):
 
 def test_gpus_that_have_all(gpus):
     seen = gpus(3, multicast=True)
-    assert (seen["links"].text, seen["peer access"].status) == ("NVLink (NV18): 2, PCIe (SYS): 1 pairs", OK)
+    assert (seen["links"].text, seen["peer access"].status) == ("pairs of GPUs: 2 by NVLink (NV18), 1 by PCIe (SYS)", OK)
     assert seen["transport"].text == "multimem or peer, whichever is faster, for a group of 3 GPUs"
     assert seen["driver"].text == "NVIDIA 580.1" and MISSING not in {f.status for f in seen.values()}
 

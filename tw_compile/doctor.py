@@ -173,7 +173,10 @@ def _links() -> Iterator[Finding]:
         return
     links = links_of(_smi("topo", "-m") or "")
     if links:
-        yield Finding("links", ", ".join(f"{_LINKS.get(kind[:2], 'PCIe')} ({kind}): {count}" for kind, count in links.items()) + " pairs")
+        yield Finding(
+            "links",
+            "pairs of GPUs: " + ", ".join(f"{count} by {_LINKS.get(kind[:2], 'PCIe')} ({kind})" for kind, count in links.items()),
+        )
     else:
         yield Finding("links", "unknown: nvidia-smi topo -m shows none", NOTE)
     apart = [reason for index in range(world) if (reason := support.unreachable(index, range(world)))]
@@ -203,7 +206,9 @@ def _caches() -> Iterator[Finding]:
     kernels = len([*place.glob("*.cubin")])
     text = f"{place}: {_size(place)}, {len(found)} plans, {kernels} kernels" + (f", {len(others)} unusable files" if others else "")
     reason = files.unsafe(place / "any")
-    yield Finding("cache", f"{text}\n{reason}; compiled programs are not loaded from there" if reason else text, NOTE if reason else OK)
+    yield Finding(
+        "cache", f"{text}\n{reason}; compiled programs are not loaded from there" if reason else text, NOTE if reason else OK
+    )
     inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
     yield Finding("Inductor's cache", f"{inductor}: {_size(inductor)}")
 
@@ -284,7 +289,9 @@ def _measured(name: str, device: torch.device) -> Iterator[Finding]:
     slowest = [max(times) for times in zip(*map(json.loads, of_ranks))]
     world, (few, many) = dist.get_world_size(), seconds
     moved = 2 * (world - 1) / world * many * _HIDDEN * tuning.COMPARED_DTYPE.itemsize
-    text = f"self-test passed; {slowest[0] * 1e6:.0f} µs for {few} token, {moved / slowest[1] / 1e9:.3g} GB/s on the wire for {many}"
+    text = (
+        f"self-test passed; {slowest[0] * 1e6:.0f} µs for {few} token, {moved / slowest[1] / 1e9:.3g} GB/s on the wire for {many}"
+    )
     yield Finding(name, f"{text} tokens of {_HIDDEN} {str(tuning.COMPARED_DTYPE).removeprefix('torch.')}, all-reduce + add + norm")
 
 
