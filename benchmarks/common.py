@@ -27,8 +27,8 @@ import variants
 from variants import llama
 
 import tw_compile
-from tw_compile import ops
 from tw_compile.options import parse
+from tw_compile.site import SLOT_WHOLE
 from tw_compile.transports import choose
 
 # All sides compile the same functions, each for small and for large sizes.
@@ -38,7 +38,7 @@ torch._dynamo.config.fail_on_recompile_limit_hit = True
 # --- sides -----------------------------------------------------------------------------------------------------------
 
 # name -> backend, options, what is made of the model
-SIDES = {
+SIDES: dict[str, tuple] = {
     "eager": (None, {}, None),
     "inductor": ("inductor", {}, None),
     "inductor-symm": ("inductor", {}, variants.with_symmetric_rows),
@@ -100,7 +100,7 @@ class Side:
         if self.mode not in ("fuse", "weave"):
             return 0
         transport, _ = choose.choose(self.carrier, dist.group.WORLD.group_name, device)
-        largest = dict.fromkeys((0, 1) if self.mode == "weave" else (ops.SLOT_WHOLE,), 0)
+        largest = dict.fromkeys((0, 1) if self.mode == "weave" else (SLOT_WHOLE,), 0)
         for (slot, *_), workspace in getattr(transport, "_workspaces", {}).items():
             if slot in largest:
                 largest[slot] = max(largest[slot], workspace.bytes)

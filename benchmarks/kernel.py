@@ -92,7 +92,7 @@ def measure(ours, compiled, device, dtype_name, hidden, tokens, ceiling, args):
 
     # Zeros, as the sum of zeros in place is zeros again.
     zeros = torch.zeros_like(x)
-    sides = {"baseline_us": lambda: compiled(reduced(zeros), residual, weight)}
+    sides: dict = {"baseline_us": lambda: compiled(reduced(zeros), residual, weight)}
     if args.torch and dtype is not torch.float16:  # PyTorch 2.11 has no float16 kernels
         symmetric = symm_mem.empty(tokens, hidden, dtype=dtype, device=device).zero_()
         symm_mem.rendezvous(symmetric, group)

@@ -52,7 +52,7 @@ def config_of(name, layers):
 def build(name, layers, device):
     """(a function of token ids that returns the last token's logits, its vocabulary)"""
     config = config_of(name, layers)
-    where = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    where = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(where)
     if dist.get_rank() == 0:
         torch.manual_seed(0)

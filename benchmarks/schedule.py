@@ -12,6 +12,7 @@ Writes benchmarks/results/schedule-*.json: one row for each way, with
 
 import argparse
 import functools
+from collections.abc import Iterable
 
 import result_file
 import timing
@@ -85,7 +86,7 @@ class Ways(Stage):
         for number, phase in enumerate(self.section.phases):
             # Generators: the norm and residual of a piece are waited for when they are needed.
             first = ((self.value(pieces[slot], self.section.hidden), None) for slot in slots)
-            halves = (self.transport.wait(slot, True) for slot in slots) if number else first
+            halves: Iterable = (self.transport.wait(slot, True) for slot in slots) if number else first
             whole = any(op[0] == "attention" for op in phase)
             if whole:
                 halves = list(halves)
