@@ -10,8 +10,12 @@ from graphs import copy, rewrite, run, shuffled, text, without_codegen
 from models import VOCAB, parallel
 from sites import INNER, H, all_reduce, hf_norm, values
 from test_weave import Logging, designed
+from torch._dynamo.utils import detect_fake_mode
+from torch._inductor.compile_fx import _recursive_post_grad_passes
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
+from torch._library.opaque_object import get_opaque_type_name, register_opaque_type
+from torch._opaque_base import OpaqueBase
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -20,10 +24,13 @@ from workspace import Workspace
 
 import tw_compile
 from tw_compile import backend, forms, ops, passes
+from tw_compile.compat import FakeScriptObject, auto_functionalized
 from tw_compile.ops import lowering
 from tw_compile.options import Options
 from tw_compile.passes import outline
-from tw_compile.passes.graph_utils import arguments, aten, c10d, prims
+from tw_compile.passes.graph_utils import arguments, aten, c10d, prims, value
+from tw_compile.passes.rules import token_axis
+from tw_compile.passes.rules.functional import rows
 from tw_compile.site import Site
 from tw_compile.transports.symmetric.transport import Symmetric
 
@@ -246,6 +253,90 @@ def test_sites_are_numbered_on():
 
     outlined.outputs(Numbering())
     assert counted == [(slot, site) for site in range(6) for slot in (0, 1)]
+
+
+class Name(OpaqueBase):
+    """What vLLM's layers have: the name of a layer, which is an input of a graph."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return isinstance(other, Name) and self.value == other.value
+
+    def __hash__(self):
+        return hash(self.value)
+
+    def __fx_repr__(self):
+        return f"Name({self.value!r})", {"Name": Name}
+
+
+register_opaque_type(Name, typ="value", hoist=True)
+FACTORS = {f"layers.{i}": 1.0 + i for i in range(6)}  # what is kept under a name
+
+
+def scale_by_what_is_kept(x, output, name):
+    output.copy_(x * FACTORS[getattr(name, "value", name)])
+
+
+library = torch.library.Library("tests_outline_named", "DEF")
+for op, name_type in (("scale", get_opaque_type_name(Name)), ("scale_by_text", "str")):
+    library.define(f"{op}(Tensor x, Tensor(a!) output, {name_type} name) -> ()")
+    library.impl(op, scale_by_what_is_kept, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tests_outline_named::{op}", lambda x, output, name: None, lib=library)
+scale, scale_by_text = (getattr(torch.ops.tests_outline_named, op) for op in ("scale", "scale_by_text"))
+
+
+def named(op, name_of, output_of=lambda x, earlier: x.new_empty(x.shape)):
+    """A stack whose layers each call an op, which writes to ``output_of`` what it computes from something under the layer's name."""
+
+    def stack(*inputs):
+        earlier = []
+
+        def between(i, norm, up, down):
+            x = norm @ up
+            output = output_of(x, earlier)
+            earlier.append(x)
+            op(x, output, name_of(f"layers.{i}"))
+            return output @ down
+
+        return mlps(len(FACTORS), between)(*inputs)
+
+    return stack
+
+
+def copies(body):
+    """How many copies Inductor makes in a layer, so that its ops can write."""
+    with V.set_fake_mode(detect_fake_mode([value(node) for node in body.graph.find_nodes(op="placeholder")])):
+        _recursive_post_grad_passes(body, is_inference=True)
+    assert not body.graph.find_nodes(op="call_function", target=auto_functionalized)
+    return len(body.graph.find_nodes(op="call_function", target=aten.clone.default))
+
+
+@MODES
+def test_layers_with_names(mode, monkeypatch):
+    """A layer takes its name as an operand, if that is an object. The op writes to memory of the layer."""
+    monkeypatch.setitem(token_axis._RULES, scale.default, rows("x", "output"))
+    outlined, body = check(named(scale, Name), *mlps_inputs(len(FACTORS), 8), count=4, mode=mode)
+    taken, _ = calls(outlined)
+    names = [[value(a).real_obj.value for a in operands if isinstance(value(a), FakeScriptObject)] for operands in taken]
+    # A woven layer ends between the halves of one.
+    assert names == [[f"layers.{i + at}" for at in ((0, 1) if mode == "weave" else (1,))] for i in range(4)]
+    assert copies(body) == 0
+
+
+def test_an_op_does_not_write_to_what_a_layer_takes():
+    """It writes to a copy of the operand, which the caller may read again."""
+
+    def output_of(x, earlier):
+        return earlier.pop() if earlier else x.cos()
+
+    _, body = check(named(scale, Name, output_of), *mlps_inputs(len(FACTORS), 8), count=4, mode="fuse")
+    assert copies(body) == 1
+
+
+def test_layers_with_texts_as_names_are_not_equal():
+    check(named(scale_by_text, str), *mlps_inputs(len(FACTORS), 8), count=0, mode="fuse")
 
 
 # --- what is not called ----------------------------------------------------------------------------------------------

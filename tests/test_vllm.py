@@ -60,6 +60,7 @@ def test_tokens_are_those_of_eager(run, name):
     assert modes[0] == "weave" and "fuse" in modes
     for report in compiled["reports"]:
         assert len(report["sites"]) == 7 and not report["refusals"] and not report["joins"]
+        assert report["alike"] == 2  # each has a name of its own
     assert [len(tokens) for tokens in compiled["tokens"]] == [TOKENS] * REQUESTS
     assert compiled["tokens"] == eager["tokens"]
 

@@ -152,6 +152,8 @@ auto_functionalized = _name("torch.ops.higher_order.auto_functionalized_v2")
 
 # The name in schemas of a type that Python has registered (opaque objects): for vLLM only.
 get_opaque_type_name = _name("torch._library.opaque_object.get_opaque_type_name", missing=[])
+# What stands for an input of a graph that is an object of such a type.
+FakeScriptObject = _name("torch._library.fake_class_registry.FakeScriptObject", missing=[])
 
 # --- logging -----------------------------------------------------------------------------------------------------------------
 

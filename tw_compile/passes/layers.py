@@ -2,7 +2,7 @@
 
 Sites mark the layers. A section is the nodes from one site to the next. Layers are the longest run of sections that repeats with some
 period. Repetitions are equal if their ops, constants, shapes and data flow are equal. Their operands, mostly weights, and the numbers of
-their sites differ.
+their sites differ. An operand may also be an opaque object, such as the name of a layer.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
+from ..compat import FakeScriptObject
 from ..site import NEXT_SITE
 from .graph_utils import arguments, aten, c10d, calls, in_order, value
 from .rules.token_axis import expr
@@ -36,8 +37,8 @@ class Repetition:
     outer: list[Node]
 
     def operands(self) -> list[Node]:
-        """The tensors in ``outer``."""
-        return [a for a in self.outer if isinstance(value(a), torch.Tensor)]
+        """The tensors in ``outer``, then the objects. (Inductor takes a call's device from the first of them.)"""
+        return [a for kind in (torch.Tensor, FakeScriptObject) for a in self.outer if isinstance(value(a), kind)]
 
     def written(self) -> list[Node]:
         """The inputs of the graph that the layer writes to."""
@@ -155,6 +156,8 @@ def arguments_of(node: Node, numbers: dict[Node, int]) -> tuple:
 def _signature(val: Any) -> tuple:
     if isinstance(val, torch.Tensor):
         return val.device, val.dtype, tuple(map(expr, val.shape)), tuple(map(expr, val.stride())), _is_aligned(val)
+    if isinstance(val, FakeScriptObject):  # an object is no constant
+        return FakeScriptObject, val.script_class_name
     return tuple(map(_signature, val)) if isinstance(val, (list, tuple)) else (type(val), str(val))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from ..compat import OpOverload, detect_fake_mode
+from ..compat import FakeScriptObject, OpOverload, auto_functionalized, detect_fake_mode
 from ..ops.lowering import layer
 from .emit import Emitter
 from .graph_utils import aten, calls, is_view, prims, value
@@ -165,15 +165,17 @@ def _not_callable(alike: list[Repetition]) -> str | None:
             return f"its layers call {node.target}, whose result has a size that depends on data"
         if node.target is operator.getitem or isinstance(value(node), (torch.SymInt, torch.SymFloat, torch.SymBool)):
             continue
-        if not isinstance(node.target, OpOverload):
-            return f"its layers call {node.target}, which has a graph of its own"
-        tags = node.target.tags
-        if torch.Tag.cudagraph_unsafe in tags or node.target._schema.is_mutable:
-            return f"its layers call {node.target}, which is not a function of its inputs alone"
+        # A functional call of an op that writes: Inductor lets it write to a value of the layer, or to a copy of an operand.
+        is_functional = calls(node, auto_functionalized)
+        op = node.args[0] if is_functional else node.target
+        if not isinstance(op, OpOverload):
+            return f"its layers call {op}, which has a graph of its own"
+        if torch.Tag.cudagraph_unsafe in op.tags or (op._schema.is_mutable and not is_functional):
+            return f"its layers call {op}, which is not a function of its inputs alone"
     for repetition in alike:
         inside = set(repetition.nodes)
         taken = {*repetition.operands(), *(node.args[1] for node in repetition.nodes if is_write(node))}
-        not_new = set(map(_storage, taken)) - only_read
+        not_new = {_storage(node) for node in taken if isinstance(value(node), torch.Tensor)} - only_read
         for node in repetition.nodes:
             outside = [user for user in node.users if user not in inside]
             if any(calls(user, aten.copy_.default) for user in outside):
@@ -184,8 +186,8 @@ def _not_callable(alike: list[Repetition]) -> str | None:
                 return f"its layers return the result of {name}, which is not a tensor, or is a part of one"
             if outside and _storage(node) in not_new:
                 return "its layers return a view of an input, or of a value that they write"
-        if not all(isinstance(value(node), (torch.Tensor, torch.SymInt)) for node in repetition.outer):
-            return "its layers have inputs other than tensors and sizes"
+        if not all(isinstance(value(node), (torch.Tensor, torch.SymInt, FakeScriptObject)) for node in repetition.outer):
+            return "its layers have inputs other than tensors, sizes and objects"
     # Results without users, such as the seed of an attention, may be scalar tensors on the CPU.
     elsewhere = [(node, t) for node in [*alike[0].nodes, *alike[0].outer] for t in _tensors(value(node)) if t.device != device]
     if any(node in alike[0].outer or tensor.dim() > 0 for node, tensor in elsewhere):
