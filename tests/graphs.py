@@ -256,7 +256,7 @@ def run(graph: Graph, inputs, transport=None, emulated=None):
 
 
 class Plain:
-    """The ops as their specification has them."""
+    """The functions of ``ops.direct`` as the specification has them."""
 
     def __init__(self):
         self.pending = {}
@@ -273,26 +273,20 @@ class Plain:
     def placed(self, x, slot, group, transport):
         return x.contiguous()
 
-    def start(self, *given):
-        site = Site._make(given[:-2])
+    def start(self, site, group, transport):
+        site = Site._make(site)
         assert site.slot not in self.pending, "a slot's site is started before its last one was waited for"
         self.pending[site.slot] = site, add_norm(site.x * RANKS, *site.addends)
         return site.x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, shift, after, slot, fp32_residual, *others):
+    def wait(self, x, slot, in_workspace, group, transport):
         site, (norm, total) = self.pending.pop(slot)
-        total = total if fp32_residual else total.to(x.dtype)
+        total = total if site.fp32_residual else total.to(x.dtype)
         return results(norm.to(x.dtype), total, site.quantise, site.static_scale)
 
-    def fused(self, *given):
-        return fused(self, *given)
-
-
-def fused(transport, *given):
-    """The op of this name by the other two."""
-    *site, in_workspace, group, name = given
-    transport.start(*site, group, name)
-    return transport.wait(None, *site[:5], None, site[10], *site[12:14], in_workspace, *site[14:], group, name)
+    def fused(self, site, in_workspace, group, transport):
+        self.start(site, group, transport)
+        return self.wait(site[0], Site._make(site).slot, in_workspace, group, transport)
 
 
 OPS = "linear", "scaled_linear", "scaled_linear_v2", "placed", "start", "wait", "fused"
@@ -305,10 +299,14 @@ class _Run(Interpreter):
             c10d.all_reduce.default: lambda x, *_: x * RANKS,
             c10d.wait_tensor.default: lambda x: x,
             c10d.all_gather_into_tensor.default: lambda x, ranks, _: torch.cat([x] * ranks),
-            **{getattr(ops, name): getattr(transport, name) for name in OPS},
+            **{op: functools.partial(self.direct, op, getattr(transport, op._opname)) for op in (getattr(ops, name) for name in OPS)},
             lowering.layer: lambda gm, written, *operands: _Run(gm.graph, transport, emulated).run(*operands),
             **emulated,
         }
+
+    @staticmethod
+    def direct(op, function, *args):
+        return function(*ops.direct_arguments(op, args))
 
     def call_function(self, target, args, kwargs):
         return self.replaced.get(target, target)(*args, **kwargs)

@@ -246,10 +246,10 @@ def test_sites_are_numbered_on():
     transport._sites = {}
 
     class Numbering(Logging):
-        def start(self, *given):
-            site = Site._make(given[:-2])
-            counted.append((site.slot, transport._number(site.slot, site.number)))
-            return super().start(*given)
+        def start(self, site, *where):
+            slot, number = (given := Site._make(site)).slot, given.number
+            counted.append((slot, transport._number(slot, number)))
+            return super().start(site, *where)
 
     outlined.outputs(Numbering())
     assert counted == [(slot, site) for site in range(6) for slot in (0, 1)]

@@ -55,13 +55,13 @@ class Logging(Plain):
         super().__init__()
         self.log = []
 
-    def start(self, *given):
-        self.log.append(f"S{Site._make(given[:-2]).slot}")
-        return super().start(*given)
+    def start(self, site, *where):
+        self.log.append(f"S{Site._make(site).slot}")
+        return super().start(site, *where)
 
-    def wait(self, token, x, residual, weight, bias, shift, after, slot, *others):
+    def wait(self, x, slot, *others):
         self.log.append(f"W{slot}")
-        return super().wait(token, x, residual, weight, bias, shift, after, slot, *others)
+        return super().wait(x, slot, *others)
 
 
 def designed(sites):

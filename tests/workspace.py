@@ -10,7 +10,7 @@ import math
 from collections import Counter
 
 import torch
-from graphs import RANKS, fused
+from graphs import RANKS, Plain
 from quantised import EMULATED
 
 from tw_compile.quantise import results
@@ -55,20 +55,18 @@ class Workspace:
         self.lent["placed"] += 1
         return self._slot(group, slot, x.dtype).write(x)
 
-    def start(self, *given):
-        *site, group, _ = given
+    def start(self, site, group, transport):
         site = Site._make(site)
+        assert site.fp32_residual == site.sharded_residual
+        self.lent["sharded_residual"] += site.sharded_residual
         self._slot(group, site.slot, site.x.dtype).start(site)
         return site.x.new_empty(0)
 
-    def wait(self, token, x, residual, weight, bias, shift, after, slot, fp32_residual, sharded_residual, in_workspace, *others):
-        assert fp32_residual == sharded_residual
+    def wait(self, x, slot, in_workspace, group, transport):
         self.lent["in_workspace"] += in_workspace
-        self.lent["sharded_residual"] += sharded_residual
-        return self._slot(others[-2], slot, x.dtype).finish(sharded_residual, in_workspace)
+        return self._slot(group, slot, x.dtype).finish(in_workspace)
 
-    def fused(self, *given):
-        return fused(self, *given)
+    fused = Plain.fused
 
 
 class _Slot:
@@ -90,13 +88,13 @@ class _Slot:
         for tensor in self.quantised:
             tensor.copy_(torch.full_like(tensor, NAN, dtype=torch.float32) if tensor.is_floating_point() else torch.full_like(tensor, 99))
 
-    def finish(self, sharded_residual, in_workspace):
+    def finish(self, in_workspace):
         x, (residual, *others) = self.pending.x, self.pending.addends  # read as late as possible: it must still be there
         if residual is not None and residual.data_ptr() == self.own_rows.data_ptr():
             residual = self.every_row
         norm, total = add_norm(x * RANKS, residual, *others)
         norm, _, *quantised = results(norm.to(x.dtype), total, self.pending.quantise, self.pending.static_scale)
-        self.pending = None
+        sharded_residual, self.pending = self.pending.sharded_residual, None
         norm = self.write(norm) if in_workspace else norm
         self.quantised = quantised if in_workspace else []
         if sharded_residual:
