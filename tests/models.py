@@ -34,9 +34,9 @@ def gather(norm, inputs, x):
 
 
 def all_gather(x, dim, group):
-    if dim == 0 or torch.__version__ >= "2.12":
+    if dim == 0 or torch.__version__ >= "2.13":
         return funcol.all_gather_tensor(x, dim, group)
-    # Dynamo 2.11 does not trace into what that does for other dimensions than the first.
+    # Dynamo of 2.11 and 2.12 does not trace into what that does for other dimensions than the first.
     return torch.cat(funcol.all_gather_tensor(x, 0, group).chunk(group.size()), dim)
 
 

@@ -22,7 +22,7 @@ class Experts:
     act_fn = staticmethod(torch.sin)
 
     def __init__(self, up, down, biases):
-        self.gate_up_proj, self.down_proj, self.has_bias = up, down, bool(biases)
+        self.gate_up_proj, self.down_proj, self.has_bias = up, down, len(biases) > 0
         self.gate_up_proj_bias, self.down_proj_bias = biases or (None, None)
 
     def _apply_gate(self, x):

@@ -180,7 +180,7 @@ def _scale(scale: Node, rows: list[Node]) -> tuple[Node, bool, float, float, flo
     """(the scale in float32, narrow, added, least, most, floor), as a ``Quantise`` has them, for the scale of each row; or None."""
     if value(scale).dtype != torch.float32:
         return None
-    rounded: list[set[torch.dtype]] = []  # the dtypes to which the result of each step is rounded
+    rounded: list[tuple[set[torch.dtype], float | None]] = []  # the dtypes to which each step is rounded, and the limit of a clamp
     floor, node = _number(scale, rounded, aten.clamp_min.default, aten.clamp.default)
     quotient, dtypes = _without_casts(node)
     if not calls(quotient, aten.div.Tensor) or not is_number(quotient.args[1]) or quotient.kwargs:
@@ -188,12 +188,20 @@ def _scale(scale: Node, rows: list[Node]) -> tuple[Node, bool, float, float, flo
     least, node = _number(quotient.args[0], rounded, aten.clamp_min.default, aten.clamp.default)
     added, node = _number(node, rounded, aten.add.Tensor)
     largest, of_largest = _without_casts(node)
-    if not dtypes | of_largest <= {value(rows[0]).dtype} or any(step != dtypes for step in rounded) or not _is_largest(largest, rows):
+    if not dtypes | of_largest <= {value(rows[0]).dtype} or any(not _rounds_alike(step, limit, dtypes) for step, limit in rounded) or not _is_largest(largest, rows):
         return None
     return scale, bool(dtypes), added, least, float(quotient.args[1]), floor
 
 
-def _number(node: Node, rounded: list[set[torch.dtype]], *targets: Any) -> tuple[float, Node]:
+def _rounds_alike(step: set[torch.dtype], limit: float | None, dtypes: set[torch.dtype]) -> bool:
+    """Whether a step that is rounded to ``step`` has the bits that it has where it is rounded to ``dtypes``, as its input is.
+
+    Inductor of PyTorch 2.12 drops the rounding of a clamp. Nothing is to be rounded if the limit is a number of these dtypes.
+    """
+    return step == dtypes or (not step and limit is not None and all(torch.tensor(limit, dtype=dtype).item() == limit for dtype in dtypes))
+
+
+def _number(node: Node, rounded: list[tuple[set[torch.dtype], float | None]], *targets: Any) -> tuple[float, Node]:
     """(c, x) if ``node`` is one of ``targets`` of x and a number c > 0, which adds to ``rounded``; (0.0, node) if it is not."""
     step, dtypes = _without_casts(node)
     if not calls(step, *targets) or (calls(step, aten.add.Tensor) and step.kwargs):
@@ -201,7 +209,7 @@ def _number(node: Node, rounded: list[set[torch.dtype]], *targets: Any) -> tuple
     low, high = (step.args[1], None) if calls(step, aten.add.Tensor) else _limits(step)
     if not is_number(low) or low <= 0 or high is not None:
         return 0.0, node
-    rounded.append(dtypes)
+    rounded.append((dtypes, None if calls(step, aten.add.Tensor) else float(low)))
     return float(low), step.args[0]
 
 
