@@ -47,7 +47,7 @@ class Model:
 # An entry of the sorted tokens may come from either half.
 BY_EXPERT = {"aten.sort.default": LAYERS, "aten.index.Tensor": 2 * LAYERS}
 IN_ONE_LAYER = {"aten.sort.default": 1, "aten.index.Tensor": 2}
-# Inductor of PyTorch 2.11 and 2.12 makes the mask of the groups of experts an int64, and leaves float32 in the metadata of the op behind it.
+# Inductor of PyTorch 2.11 and 2.12 makes the mask of groups of experts an int64, and leaves float32 in the metadata of the next op.
 BY_GROUP = IN_ONE_LAYER | ({"aten.unsqueeze.default": 1} if torch.__version__ < "2.13" else {})
 # Experts in the second layer, and one that all tokens go to.
 ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1, first_k_dense_replace=1)

@@ -188,7 +188,9 @@ def _scale(scale: Node, rows: list[Node]) -> tuple[Node, bool, float, float, flo
     least, node = _number(quotient.args[0], rounded, aten.clamp_min.default, aten.clamp.default)
     added, node = _number(node, rounded, aten.add.Tensor)
     largest, of_largest = _without_casts(node)
-    if not dtypes | of_largest <= {value(rows[0]).dtype} or any(not _rounds_alike(step, limit, dtypes) for step, limit in rounded) or not _is_largest(largest, rows):
+    if not dtypes | of_largest <= {value(rows[0]).dtype} or not _is_largest(largest, rows):
+        return None
+    if not all(_rounds_alike(step, limit, dtypes) for step, limit in rounded):
         return None
     return scale, bool(dtypes), added, least, float(quotient.args[1]), floor
 
