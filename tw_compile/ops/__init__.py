@@ -82,7 +82,8 @@ reduced = torch.ops.tokenweave.reduced.default
 def direct_arguments(op: Any, args: Sequence[Any]) -> Sequence[Any]:
     """The arguments of the function of ``direct`` for those of the op, which are all given."""
     if op is wait:
-        return args[1], args[7], args[-5], *args[-2:]
+        _, x, *_, in_workspace, _, _, group, transport = args
+        return x, args[7], in_workspace, group, transport  # args[7]: the slot
     fields = len(Site._fields)
     return (tuple(args[:fields]), *args[fields:]) if op in (start, fused) else args
 

@@ -198,7 +198,7 @@ def _scale(scale: Node, rows: list[Node]) -> tuple[Node, bool, float, float, flo
 def _rounds_alike(step: set[torch.dtype], limit: float | None, dtypes: set[torch.dtype]) -> bool:
     """Whether a step that is rounded to ``step`` has the bits that it has where it is rounded to ``dtypes``, as its input is.
 
-    Inductor of PyTorch 2.12 drops the rounding of a clamp. Nothing is to be rounded if the limit is a number of these dtypes.
+    Inductor of PyTorch 2.11 and 2.12 drops the rounding of a clamp. Nothing is to be rounded if the limit is a number of these dtypes.
     """
     return step == dtypes or (not step and limit is not None and all(torch.tensor(limit, dtype=dtype).item() == limit for dtype in dtypes))
 
