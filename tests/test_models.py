@@ -23,6 +23,8 @@ def checkpoint(tmp_path_factory):
     def make(name):
         if transformers.__version__.startswith("5.0.") and name in ("Mixtral", "Qwen3-MoE"):
             pytest.skip("the experts of transformers 5.0 hang on two CPU ranks, in eager mode too")
+        if not MODELS[name].is_parallel:
+            pytest.skip(f"transformers {transformers.__version__} has no plan for {name}: from {MODELS[name].since} on")
         return zoo.make(name, folder)
 
     return make

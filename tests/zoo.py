@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from graphs import without_codegen
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tw_compile
@@ -34,6 +35,7 @@ class Model:
     merged:    how many sites are two all-reduces of the model
     unsplit:   op -> how many of it run whole where the model is woven, at most: versions of transformers differ
     scans:     functions of the model that go through the tokens of a sequence: of one sequence, and not of a batch, their ops run whole
+    since:     the first version of transformers that has a plan for it; by earlier ones each rank runs the whole model
     """
 
     config: str
@@ -42,6 +44,14 @@ class Model:
     merged: int = 0
     unsplit: dict = field(default_factory=dict)
     scans: tuple = ()
+    since: str = "5.0"
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the installed version of transformers has a plan for it."""
+        import transformers
+
+        return Version(transformers.__version__) >= Version(self.since)
 
 
 # An entry of the sorted tokens may come from either half.
@@ -78,8 +88,8 @@ MODELS = {
     "Qwen3-MoE": Model("Qwen3MoeConfig", dict(head_dim=16, **MOE), unsplit=BY_EXPERT),
     # Attention and MLP of one norm.
     "GPT-NeoX": Model("GPTNeoXConfig", merged=LAYERS),
-    "GPT-J": Model("GPTJConfig", OLD, merged=LAYERS),
-    "CodeGen": Model("CodeGenConfig", OLD, merged=LAYERS),
+    "GPT-J": Model("GPTJConfig", OLD, merged=LAYERS, since="5.24"),
+    "CodeGen": Model("CodeGenConfig", OLD, merged=LAYERS, since="5.24"),
     "Phi": Model("PhiConfig", dict(num_key_value_heads=8), merged=LAYERS),
     "Cohere": Model("CohereConfig", merged=LAYERS),
     "Cohere 2": Model("Cohere2Config", WINDOW, merged=LAYERS),
@@ -106,6 +116,7 @@ MODELS = {
         "GraniteMoeSharedConfig",
         dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32),
         unsplit=BY_EXPERT,
+        since="5.21",
     ),
 }
 
