@@ -133,7 +133,7 @@ def try_model(model, path, name, batch, device):
               f"error {result.error:.2e}, eager's {result.eager_error:.2e}")  # fmt: skip
     zoo.check_report(result, model, batch)
     assert report.transport == "peer"
-    # A token whose best experts are nearly equal may go to another one than in eager mode, and in eager mode to another one than in float64.
+    # A token whose best experts are nearly equal may go to another one than in eager mode, and there to another one than in float64.
     assert result.error <= (1.5 if model.unsplit else 1.1) * result.eager_error < (0.07 if model.unsplit else 0.03)
 
 
