@@ -15,7 +15,8 @@ setup(
     install_requires=["torch>=2.11,<2.15", "cuda-bindings>=13.0", "tqdm"],
     extras_require={
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "expecttest", "hypothesis", "numpy", "nvidia-cuda-nvrtc==13.0.*", "triton",
-                 "transformers>=5.0", "accelerate", "matplotlib", "torchao>=0.18"],
+                 "transformers>=5.0", "accelerate", "matplotlib", "torchao>=0.18",
+                 "setuptools>=70.1"],  # which builds wheels by itself
         "examples": ["numpy", "safetensors"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
         "docs": ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"],
