@@ -101,12 +101,11 @@ def times_of_host(peer, device, group):
     peer.start(Site(x, weight=weight, slot=1 - SLOT, fp32_residual=True, sharded_residual=True))  # as for the other half
     pair()
     call = peer._call(SLOT, x.dtype, x.shape)
-    kernel, ctas = call.launcher(False, "", 0, call.ctas)
-    given = call.arguments.address
-    current, side, calls, (fork, done) = peer._current(), peer._side, peer._host, peer._events[SLOT]
+    launch, _ = call.launch(False, "", 0, call.ctas)
+    current, calls, done = peer._current(), peer._host, call.done
 
     def driver():
-        kernel.start(ctas, given, current, side, fork, done)
+        calls.start(launch, current)
         calls.wait(current, done)
 
     times = timing.host_time(pair, device), timing.host_time(driver, device)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from timing import times_of
 
-from tw_compile.transports.symmetric import nvrtc
+from tw_compile.transports.symmetric import host, nvrtc
 
 PART = 16 << 20  # bytes of each peer
 WAYS = ("registers", "cp.async", "bulk")
@@ -128,7 +128,6 @@ def measure(device, ways=WAYS, all_ctas=(2, 4, 8, 16, 32, 64)) -> list[dict]:
     handle = symm_mem.rendezvous(memory, dist.group.WORLD.group_name)
     mine = memory.data_ptr() - handle.buffer_ptrs[rank] + rank * PART
     buffers = (ctypes.c_uint64 * (world + 1))(*(handle.buffer_ptrs[(rank + i) % world] + mine for i in range(world)), PART)
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffers))
     arch = nvrtc.architecture(torch.cuda.get_device_capability(device))
     macros = {"TW_WORLD": world, "TW_PIECE": PIECE, "TW_PIECES": PIECES}
     image, _ = nvrtc.compile_source(SOURCE.encode(), "wire.cu", nvrtc.options(arch, macros))
@@ -137,9 +136,10 @@ def measure(device, ways=WAYS, all_ctas=(2, 4, 8, 16, 32, 64)) -> list[dict]:
         name, threads, shared = way.replace(".", "_"), 32 if way == "bulk" else 512, 0 if way == "registers" else PIECE * PIECES
         kernel = nvrtc.Kernel(image, name, (threads, 1), shared)
         for ctas in all_ctas:
+            launch = kernel.packed(ctas, ctypes.addressof(buffers))
 
-            def run():
-                kernel.launch(ctas, ctypes.addressof(arguments), torch.cuda.current_stream().cuda_stream)
+            def run(launch=launch):
+                host.calls().launch(launch, torch.cuda.current_stream().cuda_stream)
 
             # In each direction: this rank's reads and the peers' writes, or the peers' reads and this rank's writes.
             us = times_of({"": run}, "warm", 7, device)[""]

@@ -74,13 +74,14 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def driver(library):
-    """calls: the module over this driver; noted(): what was called since the last time; fail(name): from now on; captures: by stream"""
+    """calls: the module over this driver; noted(): what was called since the last time, but for the creation of events; fail(name): from
+    now on; captures: by stream"""
     loaded = ctypes.CDLL(library)
     notes, failing = (ctypes.c_char * (1 << 16)).in_dll(loaded, "notes"), (ctypes.c_char * 64).in_dll(loaded, "failing")
 
     def noted():
         lines, notes.value = notes.value.decode().split("\n")[:-1], b""
-        return [(name, *map(int, numbers)) for name, *numbers in map(str.split, lines)]
+        return [(name, *map(int, numbers)) for name, *numbers in map(str.split, lines) if name != "create"]
 
     def fail(name):
         failing.value = name.encode()
@@ -92,12 +93,16 @@ def driver(library):
     return SimpleNamespace(calls=host.calls(library), noted=noted, fail=fail, captures=captures)
 
 
+def packed_launch(ctas=8):
+    return host.pack_launch(FUNCTION, (THREADS, GROUPS), SHARED, ctas, 0, SIDE, 1, 2)
+
+
 def launched(stream, ctas):
     return "launch", FUNCTION, ctas, THREADS << 40 | GROUPS << 32 | SHARED, stream
 
 
 def test_a_start_is_four_calls_of_the_driver(driver):
-    driver.calls.start(FUNCTION, THREADS, GROUPS, SHARED, 8, 0, CURRENT, SIDE, 1, 2)
+    driver.calls.start(packed_launch(), CURRENT)
     assert driver.noted() == [("record", 1, CURRENT, 0, 0), ("wait", SIDE, 1, 0, 0), launched(SIDE, 8), ("record", 2, SIDE, 0, 0)]
 
 
@@ -105,7 +110,7 @@ def test_a_start_is_four_calls_of_the_driver(driver):
 def test_the_first_that_fails_is_the_last_and_an_error_with_its_name(driver, name, calls):
     driver.fail(name)
     with pytest.raises(RuntimeError, match="^CUDA call failed: CUDA_ERROR_LAUNCH_FAILED$"):
-        driver.calls.start(FUNCTION, THREADS, GROUPS, SHARED, 8, 0, CURRENT, SIDE, 1, 2)
+        driver.calls.start(packed_launch(), CURRENT)
     assert len(driver.noted()) == calls
 
 
@@ -114,6 +119,11 @@ def test_what_is_no_number_is_an_error(driver):
         driver.calls.wait(CURRENT, "event")
     with pytest.raises(TypeError):
         driver.calls.wait(CURRENT)
+    for arguments in ((), (packed_launch(),), (packed_launch()[:-1], CURRENT), (CURRENT, packed_launch()), (packed_launch(), CURRENT, 0)):
+        with pytest.raises(TypeError):
+            driver.calls.start(*arguments)
+        with pytest.raises(TypeError):
+            driver.calls.launch(*arguments)
     assert driver.noted() == []
 
 
@@ -163,9 +173,7 @@ class Workspace:
         self.quantised, self.scales = torch.zeros(rows, hidden, dtype=torch.uint8), torch.zeros(rows)
         self.tuning, self.bytes = by_rule(owner.world), rows * hidden * 8
         self.arguments, self.max_ctas = Arguments(0, [0, 0], [0, 0], 0, 0, 0, 1.0, 0, 0, 0), 64
-        loaded = FUNCTION, THREADS, GROUPS, SHARED
-        calls = owner._host
-        kernel = SimpleNamespace(start=partial(calls.start, *loaded), launch=partial(calls.launch, *loaded), cluster=1)
+        kernel = SimpleNamespace(packed=partial(host.pack_launch, FUNCTION, (THREADS, GROUPS), SHARED), cluster=1)
         self.kernels = lambda center, output: {"one_shot": kernel, "two_shot": kernel}
 
 
@@ -211,9 +219,9 @@ def test_a_start_and_a_wait(symmetric_sites, driver):
         token = symmetric_sites.start(Site(x, None, *site(), 8, SLOT, 7, False, False))
         norm, residual = symmetric_sites.wait(SLOT, True)
     assert (token.shape, token.dtype) == ((0,), x.dtype) and norm.shape == residual.shape == x.shape
-    (_, fork, *_), (_, done, *_), *calls = driver.noted()
+    fork, done = symmetric_sites._events[SLOT]
     once = [("record", fork, CURRENT, 0, 0), ("wait", SIDE, fork, 0, 0), launched(SIDE, 8), ("record", done, SIDE, 0, 0)]
-    assert calls == 2 * [*once, ("wait", CURRENT, done, 0, 0)]
+    assert driver.noted() == 2 * [*once, ("wait", CURRENT, done, 0, 0)]
     assert torch.equal(symmetric_sites._call(SLOT, x.dtype, x.shape).partials, x), "two_shot reads it in the workspace"
     assert packed(symmetric_sites, x).rows == 64 and packed(symmetric_sites, x).site == 7
 

@@ -659,7 +659,7 @@ def test_a_cubin_that_does_not_load_is_made_anew():
     whole = path.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], files._sealed(b"no cubin")):
         path.write_bytes(damaged)
-        assert s._kernel("two_shot", BF16, 8192, False, "").launch
+        assert s._kernel("two_shot", BF16, 8192, False, "").packed(1, 0)
         assert path.read_bytes() == whole
 
 

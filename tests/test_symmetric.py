@@ -13,11 +13,11 @@ def call(rows, shape):
         activations=torch.zeros(64, 16, dtype=torch.bfloat16),
         carried=torch.zeros(64, 16),
         whole_residual=torch.zeros(64, 16, dtype=torch.bfloat16),
-        arguments=None,
+        arguments=SimpleNamespace(set=None),
         max_ctas=16,
         tuning=by_rule(2),
     )
-    return workspace, Call(SimpleNamespace(rank=0, world=2), workspace, torch.Size(shape), rows)
+    return workspace, Call(SimpleNamespace(rank=0, world=2, side=0), workspace, torch.Size(shape), rows, 0, 0)
 
 
 def test_no_result_shares_the_storage_of_an_input():

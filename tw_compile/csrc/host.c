@@ -99,33 +99,52 @@ static PyObject *event(PyObject *module, PyObject *const *given, Py_ssize_t coun
   return status ? answer(driver, status) : PyLong_FromVoidPtr(made);
 }
 
-// n: the first arguments of launch() and start(): function, threads in x, threads in y, shared_bytes, ctas, arguments
-static int launch_on(const Driver *driver, Handle stream, const uintptr_t *n) {
-  return driver->launch_kernel((Handle)n[0], n[4], 1, 1, n[1], n[2], 1, n[3], stream, (void **)n[5], NULL);
+// A launch, packed by pack_launch() in host.py. side, fork and done are for start() only.
+typedef struct {
+  Handle function;
+  uint64_t threads_x, threads_y, shared_bytes, ctas;
+  void *arguments;
+  Handle side, fork, done;
+} Launch;
+
+// Reads a packed launch and a stream. Returns NULL, with a Python error set, if the arguments are something else.
+static const Launch *launch_and_stream(PyObject *const *given, Py_ssize_t count, uintptr_t *stream) {
+  if (!numbers(given + 1, count - 1, 1, stream)) return NULL;
+  if (!PyBytes_Check(given[0]) || PyBytes_GET_SIZE(given[0]) != sizeof(Launch)) {
+    PyErr_SetString(PyExc_TypeError, "the first argument is no packed launch");
+    return NULL;
+  }
+  return (const Launch *)PyBytes_AS_STRING(given[0]);
+}
+
+static int launch_on(const Driver *driver, const Launch *l, Handle stream) {
+  void *arguments[] = {l->arguments};
+  return driver->launch_kernel(l->function, l->ctas, 1, 1, l->threads_x, l->threads_y, 1, l->shared_bytes, stream, arguments, NULL);
 }
 
 static PyObject *launch(PyObject *module, PyObject *const *given, Py_ssize_t count) {
   const Driver *driver = PyModule_GetState(module);
-  uintptr_t n[7];
+  uintptr_t stream;
   int status;
-  if (!numbers(given, count, 7, n)) return NULL;
+  const Launch *l = launch_and_stream(given, count, &stream);
+  if (!l) return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  status = launch_on(driver, (Handle)n[6], n);
+  status = launch_on(driver, l, (Handle)stream);
   Py_END_ALLOW_THREADS;
   return answer(driver, status);
 }
 
 static PyObject *start(PyObject *module, PyObject *const *given, Py_ssize_t count) {
   const Driver *driver = PyModule_GetState(module);
-  uintptr_t n[10];
+  uintptr_t current;
   int status;
-  if (!numbers(given, count, 10, n)) return NULL;
-  const Handle current = (Handle)n[6], side = (Handle)n[7], fork = (Handle)n[8], done = (Handle)n[9];
+  const Launch *l = launch_and_stream(given, count, &current);
+  if (!l) return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  status = driver->event_record(fork, current);
-  if (status == 0) status = driver->stream_wait_event(side, fork, 0);
-  if (status == 0) status = launch_on(driver, side, n);
-  if (status == 0) status = driver->event_record(done, side);
+  status = driver->event_record(l->fork, (Handle)current);
+  if (status == 0) status = driver->stream_wait_event(l->side, l->fork, 0);
+  if (status == 0) status = launch_on(driver, l, l->side);
+  if (status == 0) status = driver->event_record(l->done, l->side);
   Py_END_ALLOW_THREADS;
   return answer(driver, status);
 }
@@ -173,11 +192,10 @@ static PyMethodDef methods[] = {
     {"load", load, METH_O, "load(path): take the driver from this library; before all else"},
     {"context", context, METH_O, "context(index): torch's, of the GPU of this number"},
     {"event", (PyCFunction)(void (*)(void))event, METH_FASTCALL, "event(context): a new one, without a time"},
-    {"launch", (PyCFunction)(void (*)(void))launch, METH_FASTCALL,
-     "launch(function, threads_x, threads_y, shared_bytes, ctas, arguments, stream): enqueue a kernel"},
+    {"launch", (PyCFunction)(void (*)(void))launch, METH_FASTCALL, "launch(packed, stream): enqueue a kernel"},
     {"start", (PyCFunction)(void (*)(void))start, METH_FASTCALL,
-     "start(function, threads_x, threads_y, shared_bytes, ctas, arguments, current, side, fork, done): enqueue a kernel on side, "
-     "a stream, behind all that is on the stream current, by the event fork; and record the event done behind it"},
+     "start(packed, current): enqueue a kernel on the launch's side stream, behind all that is on the stream current, by its event fork; "
+     "and record its event done behind it"},
     {"wait", (PyCFunction)(void (*)(void))wait, METH_FASTCALL, "wait(stream, event): what is enqueued next waits for the event"},
     {"capture", (PyCFunction)(void (*)(void))capture, METH_FASTCALL,
      "capture(context, stream): the number of the CUDA graph that is being captured there, 0 if none is"},

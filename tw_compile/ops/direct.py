@@ -2,7 +2,7 @@
 
 The code that Inductor generates calls these functions directly. All other callers use the ops, which reach them through PyTorch's
 dispatcher: with this many arguments the dispatcher takes longer than the function itself. Functions of few arguments save time, too: the
-fields of a Site are one tuple, and ``wait`` takes only what it reads.
+fields of a Site are one tuple, which is not made a Site here, and ``wait`` takes only what it reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..site import Site
 from ..transports.choose import choose, chosen
-
-_packed = tuple.__new__  # does the same as Site(), which is a function in Python
 
 
 def linear(a: Tensor, b: Tensor, bias: Tensor | None, slot: int, group: str, transport: str) -> Tensor:
@@ -49,7 +46,7 @@ def start(site: tuple, group: str, transport: str) -> Tensor:
     """site: the fields of a Site"""
     device = site[0].device
     found, _ = chosen.get((group, device, transport)) or choose(transport, group, device)
-    return found.start(_packed(Site, site))
+    return found.start(site)
 
 
 def wait(x: Tensor, slot: int, in_workspace: bool, group: str, transport: str) -> tuple[Tensor, ...]:
@@ -61,7 +58,7 @@ def fused(site: tuple, in_workspace: bool, group: str, transport: str) -> tuple[
     """site: the fields of a Site"""
     device = site[0].device
     found, _ = chosen.get((group, device, transport)) or choose(transport, group, device)
-    return found.fused(_packed(Site, site), in_workspace)
+    return found.fused(site, in_workspace)
 
 
 def reduced(total: Tensor, after: Tensor | None) -> Tensor:

@@ -34,7 +34,8 @@ class Beside(ProcessGroup):
         """Whether a site with these partial sums is one all-reduce, as ProcessGroup has it."""
         return False
 
-    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, ...]:
+    def fused(self, site: tuple, in_workspace: bool) -> tuple[Tensor, ...]:
+        site = Site._make(site)
         if self.is_plain(site.x):
             return super().fused(site, in_workspace)
         return results(*self.run(site, *self.memory(site)), site.quantise, site.static_scale)

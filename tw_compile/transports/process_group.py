@@ -61,7 +61,8 @@ class ProcessGroup:
         with contextlib.suppress(RuntimeError):  # raised if that call was captured in a CUDA graph
             finish()  # later work may reuse its memory
 
-    def start(self, site: Site) -> Tensor:
+    def start(self, site: tuple) -> Tensor:
+        site = Site._make(site)
         if site.slot in self.pending:
             self._forget(site.slot)
         self.pending[site.slot] = self._begin(site)
@@ -72,8 +73,8 @@ class ProcessGroup:
             raise RuntimeError(f"wait for slot {slot} without a start")
         return self.pending.pop(slot)()
 
-    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, ...]:
-        return self._begin(site)()
+    def fused(self, site: tuple, in_workspace: bool) -> tuple[Tensor, ...]:
+        return self._begin(Site._make(site))()
 
     def _begin(self, site: Site) -> Callable[[], tuple[Tensor, ...]]:
         """Begin a site. Returns what waits for its results."""

@@ -100,8 +100,7 @@ class Arguments:
             rank,
         )
         self.set_timeout(timeout_s)
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
-        self.address = ctypes.addressof(self._pointers)
+        self.address = ctypes.addressof(self._buffer)
 
     def set_timeout(self, timeout_s: float) -> None:
         struct.pack_into("<Q", self._buffer, self._timeout_at, int(timeout_s * 1e9))
@@ -129,7 +128,7 @@ class ErrorRecord:
     def __init__(self) -> None:
         self._memory = torch.zeros(_ERROR_WORDS, dtype=torch.int32, pin_memory=True)
         self.address: int = self._memory.data_ptr()
-        self.words = (ctypes.c_uint32 * _ERROR_WORDS).from_address(self.address)
+        self.words = memoryview((ctypes.c_uint32 * _ERROR_WORDS).from_address(self.address)).cast("B").cast("I")  # faster to read
 
     def raise_if_set(self, timeout_s: float, cause: BaseException | None = None) -> None:
         """Raise RuntimeError from ``cause`` if there is an error. timeout_s: seconds that the kernel has waited, for the message"""

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import struct
 import subprocess
 import sysconfig
 import tempfile
@@ -20,6 +21,23 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 _DRIVER = "libcuda.so.1"
 _COMPILER_S = 60.0  # timeout in seconds; the compiler takes less than one
 _SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")  # contains the version of Python and the machine
+
+
+_LAUNCH = struct.Struct("9Q")
+
+
+def pack_launch(
+    function: int, block: tuple[int, int], shared_bytes: int, ctas: int, arguments: int, side: int = 0, fork: int = 0, done: int = 0
+) -> bytes:
+    """A launch of a kernel, as ``launch`` and ``start`` of ``calls()`` take it: ``Launch`` in csrc/host.c.
+
+    function:        the address of the driver's function
+    block:           threads of a CTA in x and y
+    shared_bytes:    dynamic shared memory of a CTA
+    arguments:       the address of the kernel's argument, a structure
+    side, fork, done: the stream of ``start``; the event by which it waits for the current stream, and the one that is recorded behind
+    """
+    return _LAUNCH.pack(function, *block, shared_bytes, ctas, arguments, side, fork, done)
 
 
 @functools.cache

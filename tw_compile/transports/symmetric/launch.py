@@ -9,8 +9,6 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from ...quantise import DTYPES, read
-from ...site import Site
-from . import nvrtc
 from .arguments import numbers_of
 from .layout import own_rows
 from .tuning import two_shot_ctas
@@ -44,9 +42,11 @@ class Call:
     one_shot:       whether the kernel is one_shot, not two_shot
     """
 
-    def __init__(self, owner: Any, workspace: Workspace, shape: torch.Size, rows: int) -> None:
-        """owner: Symmetric; rows: the number of tokens"""
+    def __init__(self, owner: Any, workspace: Workspace, shape: torch.Size, rows: int, fork: int, done: int) -> None:
+        """owner: Symmetric; rows: the number of tokens; fork, done: the events of the slot"""
+        self._stream_and_events, self.done = (owner.side, fork, done), done
         self.shape, self.rows, self.workspace, self.arguments = shape, rows, workspace, workspace.arguments
+        self._set = workspace.arguments.set
         self.dtype = workspace.activations.dtype
         self.activations_at, self.carried_at = workspace.activations.data_ptr(), workspace.carried.data_ptr()
         # A result of an op must not share the storage of an input: PyTorch 2.11 warns of it, and 2.12 raises. But the input of a site and
@@ -65,14 +65,15 @@ class Call:
         self.most_rows = rows if self.one_shot else -(-rows // owner.world)
         self.ctas = two_shot_ctas(owner.world)
         self.ctas_alone = workspace.tuning.ctas_alone(rows)
-        # (center, quantise, ctas, default_ctas) -> (Kernel, number of CTAs): see grid
-        self.launcher = functools.cache(self._launcher)
+        # (center, quantise, ctas, default_ctas) -> (packed launch, number of CTAs): see grid
+        self.launch = functools.cache(self._launch)
         self.in_workspace = functools.cache(self._in_workspace)  # quantise -> Outputs in the workspace
         self._nothing = self.partials.new_empty(0)  # in place of a norm that is quantised
 
-    def _launcher(self, center: bool, quantise: str, ctas: int, default_ctas: int) -> tuple[nvrtc.Kernel, int]:
+    def _launch(self, center: bool, quantise: str, ctas: int, default_ctas: int) -> tuple[bytes, int]:
         kernel = self.workspace.kernels(center, read(quantise).dtype if quantise else "")[self.kernel]
-        return kernel, self.grid(ctas, default_ctas, kernel.cluster)
+        grid = self.grid(ctas, default_ctas, kernel.cluster)
+        return kernel.packed(grid, self.arguments.address, *self._stream_and_events), grid
 
     def _in_workspace(self, quantise: str) -> "Outputs":
         if not quantise:
@@ -82,31 +83,32 @@ class Call:
         scales = [_with_own_storage(self.workspace.scales)[: self.rows].view(*tokens, 1)] if how.per_token else []
         return Outputs(self.norm, self.activations_at, self.whole_residual, (q, *scales), False)
 
-    def outputs(self, site: Site, in_workspace: bool) -> "Outputs":
+    def outputs(self, site: tuple, in_workspace: bool) -> "Outputs":
         """Where a kernel on the current stream writes: one_shot, which only has results of this rank, to new tensors.
 
+        site:         see ``Symmetric.start``
         in_workspace: the norm may stay in the workspace
         """
-        x, quantise = site.x, site.quantise
+        x, *_, sharded_residual, quantise, _ = site
         kept = self.in_workspace(quantise)
         if not self.one_shot:
             return kept
-        residual = self.whole_residual if site.sharded_residual else empty_like(x)
+        residual = self.whole_residual if sharded_residual else empty_like(x)
         if in_workspace:
             return Outputs(self.norm, self.activations_at, residual, kept.quantised, True)
         norm = self.norm if quantise and not read(quantise).keeps_norm else empty_like(x)
         return Outputs(norm, norm.data_ptr(), residual, tuple(map(empty_like, kept.quantised)), True)
 
-    def results(self, site: Site, outputs: "Outputs", in_workspace: bool) -> tuple[Tensor, ...]:
+    def results(self, site: tuple, outputs: "Outputs", in_workspace: bool) -> tuple[Tensor, ...]:
         """The results of a site whose kernel writes to ``outputs``, as ``quantise.results`` has them."""
         norm, _, residual, quantised, new = outputs
-        if site.sharded_residual:
+        if site[13]:  # sharded_residual
             residual = self.carried()
         elif not new:
             residual = residual.clone()
         if not quantised:
             return norm if new or in_workspace else norm.clone(), residual
-        if not read(site.quantise).keeps_norm:
+        if not read(site[14]).keeps_norm:
             norm = self._nothing
         if not (new or in_workspace):
             norm, quantised = norm.clone(), tuple(map(torch.clone, quantised))
@@ -128,11 +130,11 @@ class Call:
         grid = min(ctas or (self.most_rows if self.one_shot else default_ctas), self.most_rows)
         return min(-(-grid // cluster) * cluster, most)
 
-    def prepare(self, site: Site, number: int, outputs: "Outputs", default_ctas: int) -> tuple[nvrtc.Kernel, int, tuple]:
+    def prepare(self, site: tuple, number: int, outputs: "Outputs", default_ctas: int) -> tuple[bytes, int, tuple]:
         """Copy inputs that the kernel cannot read in place, on the current stream, and pack the argument of the launch.
 
         default_ctas: see grid
-        Returns (the kernel, its number of CTAs, tensors that must stay alive until it has run).
+        Returns (the packed launch, its number of CTAs, tensors that must stay alive until it has run).
         Raises RuntimeError for inputs that the kernel does not support.
         """
         x, residual, weight, bias, shift, eps, scale, offset, center, ctas, _, _, fp32_residual, sharded_residual, text, static_scale = site
@@ -145,7 +147,9 @@ class Call:
         x_at = residual_at = weight_at = bias_at = shift_at = 0
         weight_is_float = shift_is_float = carried = False
         if self.one_shot:
-            x, x_at = _readable(x)
+            x_at = x.data_ptr()
+            if x_at % 16 or not x.is_contiguous():
+                x, x_at = _copied(x)
         elif x.data_ptr() != self.activations_at or not x.is_contiguous():
             self.partials.copy_(x)  # two_shot reads x in the workspace
         if residual is not None:
@@ -157,26 +161,33 @@ class Call:
             if not carried:
                 if residual.dtype is not self.dtype or residual.shape != self.shape:
                     raise RuntimeError(f"residual is {residual.dtype} {[*residual.shape]}, but x is {x.dtype} {[*x.shape]}")
-                residual, residual_at = _readable(residual)
+                if residual_at % 16 or not residual.is_contiguous():
+                    residual, residual_at = _copied(residual)
         if weight is not None:
             weight_is_float = weight.dtype is not self.dtype and _is_float("weight", weight, x)
-            weight, weight_at = _readable(weight)
+            weight_at = weight.data_ptr()
+            if weight_at % 16 or not weight.is_contiguous():
+                weight, weight_at = _copied(weight)
         if bias is not None:
             if bias.dtype is not self.dtype:
                 raise RuntimeError(f"bias is {bias.dtype}, but x is {x.dtype}: bias must have the dtype of x")
-            bias, bias_at = _readable(bias)
+            bias_at = bias.data_ptr()
+            if bias_at % 16 or not bias.is_contiguous():
+                bias, bias_at = _copied(bias)
         if shift is not None:
             shift_is_float = shift.dtype is not self.dtype and _is_float("shift", shift, x)
-            shift, shift_at = _readable(shift)
+            shift_at = shift.data_ptr()
+            if shift_at % 16 or not shift.is_contiguous():
+                shift, shift_at = _copied(shift)
         if text:
             self._set_quantised(text, outputs.quantised, static_scale)
-        self.arguments.set(
+        self._set(
             self.rows, x_at, residual_at, bias_at, weight_at, outputs.norm_at,
             self.carried_at if sharded_residual else outputs.whole_residual.data_ptr(), number, weight_is_float, carried,
             not sharded_residual, eps, scale, offset, shift_is_float, shift_at,
         )  # fmt: skip
-        kernel, grid = self.launcher(center, text, ctas, default_ctas)
-        return kernel, grid, (x, residual, weight, bias, shift, static_scale)
+        launch, grid = self.launch(center, text, ctas, default_ctas)
+        return launch, grid, (x, residual, weight, bias, shift, static_scale)
 
     def _set_quantised(self, quantise: str, quantised: tuple[Tensor, ...], static_scale: Tensor | None) -> None:
         q, *scales = quantised
@@ -205,13 +216,10 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _readable(t: Tensor) -> tuple[Tensor, int]:
-    """(t, its address); a copy of t if t is not contiguous and 16-byte aligned, as the kernels need it."""
-    address = t.data_ptr()
-    if address % 16 or not t.is_contiguous():
-        t = t.clone(memory_format=torch.contiguous_format)
-        address = t.data_ptr()
-    return t, address
+def _copied(t: Tensor) -> tuple[Tensor, int]:
+    """(a copy of t that is contiguous and 16-byte aligned, as the kernels need it; its address)"""
+    t = t.clone(memory_format=torch.contiguous_format)
+    return t, t.data_ptr()
 
 
 def _is_float(name: str, vector: Tensor, x: Tensor) -> bool:

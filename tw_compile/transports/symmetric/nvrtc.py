@@ -109,9 +109,7 @@ def _cache_key(name: str, command: list[str]) -> tuple:
 class Kernel:
     """A loaded kernel, whose argument is one structure.
 
-    ``launch(ctas, arguments, stream)`` enqueues it on a stream. ``start(ctas, arguments, current, side, fork, done)`` enqueues it on the
-    stream ``side``, behind the work on the stream ``current``: see csrc/host.c. arguments: the address of an array with the address of
-    the kernel's argument
+    ``packed(ctas, arguments, ...)`` is a launch of it, as host.pack_launch() has it.
     """
 
     def __init__(self, image: bytes | None, name: str, block: tuple[int, int], shared_bytes: int, cluster: int = 1) -> None:
@@ -130,6 +128,4 @@ class Kernel:
         if shared_bytes > _DEFAULT_SHARED_BYTES:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-        self.launch, self.start = (
-            functools.partial(call, int(function), *block, shared_bytes) for call in (host.calls().launch, host.calls().start)
-        )
+        self.packed = functools.partial(host.pack_launch, int(function), block, shared_bytes)

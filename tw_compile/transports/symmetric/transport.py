@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ...compat import current_raw_stream, resolve_process_group
-from ...site import NEXT_SITE, Planned, Site, empty_results
+from ...site import NEXT_SITE, Planned, empty_results
 from .. import agree
 from ..together import together
 from . import gemms, host, nvrtc, support
@@ -81,10 +81,10 @@ class Symmetric:
         self._latest: dict[int, Call] = {}  # slot -> its last Call: to compare it takes less time than to hash a shape
         self._kernels: dict[tuple[str, torch.dtype, int, bool, str], nvrtc.Kernel] = {}  # (name, dtype, hidden, center, output) -> Kernel
         # slot -> what wait() needs of start(), and what must stay alive until then; no Call without tokens
-        self._pending: dict[int, tuple[Call | None, Site, Any, Any]] = {}
+        self._pending: dict[int, tuple[Call | None, tuple, Any, Any]] = {}
         self._carveout = False  # whether SMs are reserved for its kernels
         self._stream = torch.cuda.Stream(self.device, priority=-1)  # CTAs of its kernels come before those of GEMMs
-        self._side = self._stream.cuda_stream
+        self.side = self._stream.cuda_stream
         self._current = functools.partial(current_raw_stream, self.device.index)
         self._host = host.calls()
         self._context = self._host.context(self.device.index)
@@ -171,23 +171,23 @@ class Symmetric:
             self.raise_if_lost(error)
             raise
 
-    def start(self, site: Site) -> Tensor:
+    def start(self, site: tuple) -> Tensor:
         """Begin a site on the side stream. wait() returns its results.
 
+        site: a Site, or its fields as a plain tuple, from which fields are read by position: to make a Site takes longer
         Returns a tensor without elements, for the op ``wait``. Raises RuntimeError if fp32_residual and sharded_residual differ.
         two_shot reads only ``own_rows`` of a residual that is not sharded.
         """
-        x, slot = site.x, site.slot
+        x, slot, number, quantise = site[0], site[10], site[11], site[14]
         try:
             stream = self._current()
-            call = self._begin(slot, x, stream)
+            call = self._begin(slot, number, x, stream)
             if call is None:
                 self._pending[slot] = None, site, None, None
                 return x.new_empty(0)
-            outputs = call.in_workspace(site.quantise)
-            kernel, grid, held = call.prepare(site, self._number(slot, site.number), outputs, call.ctas)
-            events = self._events.get(slot) or self._make_events(slot)
-            kernel.start(grid, call.arguments.address, stream, self._side, *events)
+            outputs = call.in_workspace(quantise)
+            launch, grid, held = call.prepare(site, self._sites[slot], outputs, call.ctas)
+            self._host.start(launch, stream)
             self._pending[slot] = call, site, outputs, held
             if not self._carveout:
                 self._carveout = gemms.reserve_sms(grid)
@@ -213,23 +213,24 @@ class Symmetric:
             if self._carveout and not self._pending:
                 self._end_carveout()
             if call is None:
-                return empty_results(site.x, site.fp32_residual, site.quantise)
-            self._host.wait(stream, self._events[slot][1])
+                return _nothing(site)
+            self._host.wait(stream, call.done)
             return call.results(site, outputs, in_workspace)
         except RuntimeError as error:
             self.raise_if_lost(error)
             raise
 
-    def fused(self, site: Site, in_workspace: bool) -> tuple[Tensor, ...]:
+    def fused(self, site: tuple, in_workspace: bool) -> tuple[Tensor, ...]:
         """start() and wait() in one kernel launch on the current stream."""
+        x, slot, number = site[0], site[10], site[11]
         try:
             stream = self._current()
-            call = self._begin(site.slot, site.x, stream)
+            call = self._begin(slot, number, x, stream)
             if call is None:
-                return empty_results(site.x, site.fp32_residual, site.quantise)
+                return _nothing(site)
             outputs = call.outputs(site, in_workspace)
-            kernel, grid, held = call.prepare(site, self._number(site.slot, site.number), outputs, call.ctas_alone)
-            kernel.launch(grid, call.arguments.address, stream)
+            launch, _, held = call.prepare(site, self._sites[slot], outputs, call.ctas_alone)
+            self._host.launch(launch, stream)
             del held  # its memory is reused later on this stream
             return call.results(site, outputs, in_workspace)
         except RuntimeError as error:
@@ -279,14 +280,18 @@ class Symmetric:
         wanted = macros(dtype, hidden, self.world, self.rank, self.name, center, layout, output)
         return nvrtc.cubin(name, arch, wanted, lambda image: nvrtc.Kernel(image, name, block, layout.shared[not two_shot], cluster))
 
-    def _begin(self, slot: int, x: Tensor, stream: int) -> Call | None:
-        """The common beginning of start() and fused(). Returns the Call; None if there are no tokens."""
+    def _begin(self, slot: int, number: int, x: Tensor, stream: int) -> Call | None:
+        """The common beginning of start() and fused(). Returns the Call; None if there are no tokens.
+
+        number: of the site, which is kept in _sites
+        """
         if self._error.words[0]:
             self.raise_if_lost()
         if stream != self._on:
             self._follow(stream)
         if slot in self._pending:
             self._abandon(slot)
+        self._sites[slot] = self._sites.get(slot, NEXT_SITE) + 1 if number == NEXT_SITE else number
         call, shape = self._latest.get(slot), x.shape
         if call is not None and call.shape == shape and call.dtype is x.dtype:
             return call
@@ -310,7 +315,8 @@ class Symmetric:
         if hidden % 8 or hidden > MAX_HIDDEN:
             raise RuntimeError(f"hidden size {hidden}: the kernels support multiples of 8 up to {MAX_HIDDEN}")
         rows = shape.numel() // hidden
-        return Call(self, self._workspace(slot, dtype, hidden, rows), shape, rows)
+        events = self._events.get(slot) or self._make_events(slot)
+        return Call(self, self._workspace(slot, dtype, hidden, rows), shape, rows, *events)
 
     def _workspace(self, slot: int, dtype: torch.dtype, hidden: int, rows: int) -> Workspace:
         bucket = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
@@ -325,11 +331,6 @@ class Symmetric:
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
                 self._workspaces[key] = thread.submit(Workspace, self, dtype, hidden, bucket).result()
         return self._workspaces[key]
-
-    def _number(self, slot: int, number: int) -> int:
-        """The number of a site that is given as ``number``, which may be NEXT_SITE."""
-        self._sites[slot] = number = self._sites.get(slot, NEXT_SITE) + 1 if number == NEXT_SITE else number
-        return number
 
     def _end_carveout(self) -> None:
         self._carveout = False
@@ -362,8 +363,8 @@ class Symmetric:
     def _leave(self) -> None:
         """Let the side stream take the place of the last call's, which may be destroyed before the next call, and its address reused."""
         if self._on is not None and not self._host.capture(self._context, self._on):
-            self._host.follow(self._context, self._on, self._side, self._order)
-            self._uncaptured, self._on = self._side, None
+            self._host.follow(self._context, self._on, self.side, self._order)
+            self._uncaptured, self._on = self.side, None
 
     def _drop(self, keys: set[tuple[int, torch.dtype, int, int]]) -> None:
         """Free workspaces that no kernel has used yet."""
@@ -385,7 +386,13 @@ class Symmetric:
         if call is not None and not torch.cuda.is_current_stream_capturing():
             with contextlib.suppress(RuntimeError):  # raised if that call was captured; then no kernel runs either
                 for stream in {self._current(), self._uncaptured} - {None}:  # the memory of its inputs is reused on these streams
-                    self._host.wait(stream, self._events[slot][1])
+                    self._host.wait(stream, call.done)
+
+
+def _nothing(site: tuple) -> tuple[Tensor, ...]:
+    """The results of a site without tokens."""
+    x, *_, fp32_residual, _, quantise, _ = site
+    return empty_results(x, fp32_residual, quantise)
 
 
 def _is_external(stream_id: int) -> bool:
