@@ -183,11 +183,11 @@ def plan_of(graph: Graph, options: Options, section: schedule.Section | None, de
     plans = of(groups[0]).plans
     if key in plans or not together or not schedule.possible(device):
         if key not in plans and section is not None:
-            return schedule.known(section, groups[0], device, options.carrier)
+            return schedule.known(section, groups[0], device, options.transport_and_wire)
         return plans.get(key)
     plan = None
     for group in groups:
-        plan = schedule.agree_on(section, group, device, options.carrier, plan or _mine(section, group, device, options))
+        plan = schedule.agree_on(section, group, device, options.transport_and_wire, plan or _mine(section, group, device, options))
         section = None  # the first group has tuned it; the other groups take its plan
     plans[key] = plan
     return plan
@@ -203,7 +203,7 @@ def all_well(graph: Graph, what: str, failure: str) -> str:
 
 
 def _mine(section: schedule.Section | None, group: str, device: torch.device, options: Options) -> Plan | None:
-    return schedule.known(section, group, device, options.carrier) if section is not None else None
+    return schedule.known(section, group, device, options.transport_and_wire) if section is not None else None
 
 
 def _conformed(new: passes.Rewritten, known: _Known, groups: list[str], attempt: Callable) -> passes.Rewritten | None:

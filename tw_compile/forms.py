@@ -220,7 +220,7 @@ class Forms:
         self.places = places_of(new.report)
         with outside():
             for group, device in self.places:
-                choose.choose(self.options.carrier, group, device, self.compiler.timeout)
+                choose.choose(self.options.transport_and_wire, group, device, self.compiler.timeout)
         if self.plan is None and not self.options.fused_only:
             with outside():
                 plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, together)
@@ -297,11 +297,11 @@ class Forms:
         """The original graph in place of a fused one that wins nothing, unless it must be fused; else the fused one."""
         if self.options.forced == "fuse" or self.regions or new.merged:
             return new
-        over_process_group = functools.partial(choose.is_over_process_group, self.options.carrier)
+        over_process_group = functools.partial(choose.is_over_process_group, self.options.transport_and_wire)
         with self.compiler.inside(sized):
             if not passes.wins_nothing(new.graph, sized.gm.graph, new.sites.values(), over_process_group):
                 return new
-            sent.describe(new, self.options.carrier)
+            sent.describe(new, self.options.transport_and_wire)
         return passes.kept(new, sized.gm.graph)
 
     def _least_half(self, at: Place, values: Values) -> int:
@@ -313,10 +313,10 @@ class Forms:
         return min(first, length - first)
 
     def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
-        return choose.may_be_symmetric(self.options.carrier, group, device)
+        return choose.may_be_symmetric(self.options.transport_and_wire, group, device)
 
     def _may_be_sharded(self, group: str, device: torch.device) -> bool:
-        return choose.may_be_hierarchical(self.options.carrier, group, device)
+        return choose.may_be_hierarchical(self.options.transport_and_wire, group, device)
 
     def _report(self, reason: str) -> Report:
         return Report(requested=self.options.requested, reasons=[reason])
@@ -329,14 +329,14 @@ class Forms:
         Raises TokenWeaveError on all ranks if the transport is forced.
         """
         for (group, device), calls in variant.workspaces(values).items():
-            transport, _ = choose.choose(self.options.carrier, group, device, self.compiler.timeout)
+            transport, _ = choose.choose(self.options.transport_and_wire, group, device, self.compiler.timeout)
             try:
                 with outside():
                     transport.prepare(calls)
             except WorkspaceError as error:
                 if self.options.transport != "auto":
                     raise TokenWeaveError(f"option 'tokenweave.transport' is {self.options.transport!r}, but {error}") from error
-                choose.fall_back(self.options.carrier, group, device, str(error))
+                choose.fall_back(self.options.transport_and_wire, group, device, str(error))
 
     def _entered(self, run: Callable) -> Callable:
         """``run`` inside of ``transport.call()`` for each group of the sites, so that the group's calls keep their order.
@@ -344,7 +344,7 @@ class Forms:
         Groups and transports are looked up in each call: a group may be destroyed and made again under its name. Groups are entered in
         the order of their names, so that two threads never wait for each other's group.
         """
-        places, requested = sorted(self.places, key=str), self.options.carrier
+        places, requested = sorted(self.places, key=str), self.options.transport_and_wire
         entries = [self._entry(group, device) for group, device in places]
 
         def entered(args):
@@ -367,7 +367,7 @@ class Forms:
 
     def _entry(self, group: str, device: torch.device) -> tuple:
         known = context.of(group)
-        return known, choose.choose(self.options.carrier, group, device, self.compiler.timeout)[0]
+        return known, choose.choose(self.options.transport_and_wire, group, device, self.compiler.timeout)[0]
 
 
 _NONE = (None, "")

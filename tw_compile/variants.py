@@ -118,11 +118,11 @@ class Compiler:
             try:
                 gm, patches = copied(sized.gm, new.graph), {}
                 if new.sites:
-                    sent.describe(new, self.options.carrier)
+                    sent.describe(new, self.options.transport_and_wire)
                     # The user's passes run here, on the whole graph, before equal layers become calls of one function.
                     for user_pass in _user_passes():
                         user_pass(gm.graph)
-                    passes.expand(gm.graph, functools.partial(choose.is_over_process_group, self.options.carrier))
+                    passes.expand(gm.graph, functools.partial(choose.is_over_process_group, self.options.transport_and_wire))
                     _outline(gm, new.report)
                     patches = {"post_grad_custom_pre_pass": None, "reorder_for_locality": False}
                     for name, which in (("before", sized.gm), ("after", gm)):
@@ -146,7 +146,7 @@ class Compiler:
     def complete(self, report: Report) -> None:
         """Add transport and plan to the report of a form with sites, and record it."""
         for group, device in places_of(report):
-            transport, why_not = choose.choose(self.options.carrier, group, device, self.timeout)
+            transport, why_not = choose.choose(self.options.transport_and_wire, group, device, self.timeout)
             report.transport = transport.name
             report.reasons += [why_not] if why_not else []
         report.rehearsal = self.rehearsal

@@ -134,9 +134,9 @@ def agree_on(section: Section | None, group: str, device: torch.device, requeste
 def _key(section: Section, group: str, device: torch.device, requested: str) -> dict:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     world = resolve_process_group(group).size()
-    (carrier, _), link = choose.choose(requested, group, device), choose.links.get((group, device), "")
+    (transport, _), link = choose.choose(requested, group, device), choose.links.get((group, device), "")
     return {
-        "section": asdict(section), "transport": requested, "carrier": carrier.name, "link": link, "gpu": gpu, "ranks": world,
+        "section": asdict(section), "requested": requested, "transport": transport.name, "link": link, "gpu": gpu, "ranks": world,
         "version": agree.version(),
     }  # fmt: skip
 
