@@ -10,6 +10,7 @@ from ..report import Refusal, Report, Site
 from .cut import Cut, choose_cut, stream
 from .expand import expand
 from .find import Match, find
+from .fingerprint import Decision, numbered
 from .fuse import fuse
 from .graph_utils import copied_graph, source_of, value
 from .keep import wins_nothing
@@ -24,7 +25,6 @@ from .section import section_of
 from .split import split
 from .unshard import unshard
 from .weave import weave
-from .wire import Decision, numbered
 
 __all__ = [
     "Cut",
