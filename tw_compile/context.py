@@ -177,9 +177,9 @@ def pass_by(graph: Graph) -> None:
 
 
 def plan_of(graph: Graph, options: Options, section: schedule.Section | None, device: torch.device, together: bool) -> Plan | None:
-    """The plan of all ranks for a graph. If no rank has one, they tune it. None if there is none: the plan then follows a rule.
+    """The plan of all ranks for a graph. If no rank has one, they autotune it. None if there is none: the plan then follows a rule.
 
-    section:  the part of the graph that is run to tune it
+    section:  the part of the graph that is run to autotune it
     together: whether all ranks call this now
     """
     groups = [group for group in fingerprint.groups_of(graph) if group]
@@ -192,7 +192,7 @@ def plan_of(graph: Graph, options: Options, section: schedule.Section | None, de
     plan = None
     for group in groups:
         plan = schedule.agree_on(section, group, device, options.transport_and_wire, plan or _mine(section, group, device, options))
-        section = None  # the first group has tuned it; the other groups take its plan
+        section = None  # the first group has autotuned it; the other groups take its plan
     plans[key] = plan
     return plan
 

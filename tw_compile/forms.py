@@ -11,9 +11,10 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from . import context, passes, sent
 from .autotune.plan import Place, Plan, first_half, place_of_cut
@@ -135,7 +136,7 @@ class Forms:
         except ValueError as error:
             unknown = context.Left(str(error))
 
-        def attempt(decision):
+        def attempt(decision: passes.Decision) -> passes.Rewritten:
             raise unknown
 
         context.agreed(self.gm.graph, self.options, FUSE, attempt)
@@ -206,7 +207,7 @@ class Forms:
         sized = self.compiler.for_sizes(values)
         seen: dict = {}
 
-        def look(sites):
+        def look(sites: list[Node]) -> str:
             section = passes.section_of(sites, self.options, self.compiler.cuda_graphs) if self.plan is None else ""
             seen.update(batch=batch_of(sites), by_rule=plan_by_rule(sites))
             seen.update(section=None, not_tuned=section) if isinstance(section, str) else seen.update(section=section, not_tuned="")
@@ -225,7 +226,7 @@ class Forms:
             with outside():
                 plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, together)
             if plan is not None and seen["section"] is not None:
-                self.compiler.rehearsal = {"section": asdict(seen["section"]), "plan": asdict(plan)}
+                self.compiler.autotuned = {"section": asdict(seen["section"]), "plan": asdict(plan)}
             elif plan is None and seen["not_tuned"]:
                 self.compiler.not_tuned = seen["not_tuned"]
             self.plan = plan or seen["by_rule"]
@@ -287,7 +288,7 @@ class Forms:
     def _agreed(self, form: Place | str, sized: ForSizes, cut_of: Callable, may_cross: bool = False) -> tuple[passes.Rewritten, bool]:
         """The rewritten graph that all ranks have agreed on, and whether they agreed now. See ``context.agreed``."""
 
-        def attempt(decision):
+        def attempt(decision: passes.Decision) -> passes.Rewritten:
             return passes.rewrite(sized.gm.graph, self.options, self._may_be_symmetric, cut_of, decision, self._may_be_sharded)
 
         with self.compiler.inside(sized):
@@ -347,7 +348,7 @@ class Forms:
         places, requested = sorted(self.places, key=str), self.options.transport_and_wire
         entries = [self._entry(group, device) for group, device in places]
 
-        def entered(args):
+        def entered(args: list) -> Any:
             with contextlib.ExitStack() if len(places) > 1 else contextlib.nullcontext() as stack:
                 for i, (group, device) in enumerate(places):
                     known, transport = entries[i]

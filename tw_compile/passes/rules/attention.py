@@ -22,7 +22,7 @@ from ..emit import Emit, size_of
 from ..graph_utils import aten, is_one, prims, value
 from .cache import Write, first_key
 from .mask import hides_later_keys
-from .token_axis import Split, TokenAxis, register_token_rule
+from .token_axis import Axes, Split, TokenAxis, register_token_rule
 
 _FLASH = aten._scaled_dot_product_flash_attention.default
 _EFFICIENT = aten._scaled_dot_product_efficient_attention.default
@@ -75,7 +75,7 @@ def attention_mask(node: Node) -> Node | None:
 
 
 @register_token_rule(*SIGNATURES)
-def _attention(node, axes):
+def _attention(node: Node, axes: Axes) -> Split | str | None:
     """query, key, value: [B, heads, T, D]. Only the first result may have users, not the log-sum-exp or the random state."""
     query, key, val = node.args[:3]
     mask = attention_mask(node)
