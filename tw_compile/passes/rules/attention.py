@@ -185,9 +185,9 @@ def _bottom_right(emit: Emit, node: Node, query: Node, keys: Pair, values: Pair)
     lse = [_as_rows(emit, emit(operator.getitem, part, 1), query) for part in (past, own)]
     # out_a + (out_b - out_a) · sigmoid(lse_b - lse_a) is the merge above, without overflow.
     share = emit(aten.sigmoid.default, emit(aten.sub.Tensor, lse[1], lse[0]))
-    wide = [emit(prims.convert_element_type.default, o, torch.float32) for o in out]
-    step = emit(aten.mul.Tensor, emit(aten.sub.Tensor, wide[1], wide[0]), share)
-    merged = emit(aten.add.Tensor, wide[0], step)
+    fp32 = [emit(prims.convert_element_type.default, o, torch.float32) for o in out]
+    step = emit(aten.mul.Tensor, emit(aten.sub.Tensor, fp32[1], fp32[0]), share)
+    merged = emit(aten.add.Tensor, fp32[0], step)
     return emit(prims.convert_element_type.default, merged, value(out[0]).dtype)
 
 
