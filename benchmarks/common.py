@@ -70,7 +70,7 @@ class Side:
         options = of_side | ((options or {}) | {"tokenweave.wire": wire} if backend == "tokenweave" else {})
         self.label, self.wire = (name if wire == 16 else f"{name}, {wire} bits"), wire
         model = change(model) if change else model
-        self.name, self.carrier = name, parse(options)[0].carrier
+        self.name, self.transport_and_wire = name, parse(options)[0].transport_and_wire
         self.run = torch.compile(model, backend=backend, options=options, dynamic=dynamic) if backend else waited(model)
         # The mode of the newest graph. Its guards are lower bounds of the tokens, so that larger sizes run this graph.
         self.mode = None
@@ -99,7 +99,7 @@ class Side:
             return max(buffer.nbytes for buffer in variants.buffers.values())
         if self.mode not in ("fuse", "weave"):
             return 0
-        transport, _ = choose.choose(self.carrier, dist.group.WORLD.group_name, device)
+        transport, _ = choose.choose(self.transport_and_wire, dist.group.WORLD.group_name, device)
         largest = dict.fromkeys((0, 1) if self.mode == "weave" else (SLOT_WHOLE,), 0)
         for (slot, *_), workspace in getattr(transport, "_workspaces", {}).items():
             if slot in largest:

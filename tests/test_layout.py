@@ -38,7 +38,7 @@ context
 passes
 passes.section
 passes.keep
-passes.wire
+passes.fingerprint
 passes.outline
 passes.layers
 passes.expand

@@ -77,10 +77,10 @@ def test_an_artifact_of_a_form_that_a_later_call_compiles(world, unexpanded, mon
 def test_it_says_once_and_on_rank_0_only_that_it_tunes(world, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("TW_COMPILE_CACHE_DIR", str(tmp_path))
     for rank, times in ((1, 0), (0, 1)):
-        logs.say_that_it_tunes.cache_clear()
+        logs.say_that_it_autotunes.cache_clear()
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         with caplog.at_level(logging.WARNING, logger="tw_compile"):
-            logs.say_that_it_tunes()
-            logs.say_that_it_tunes()
+            logs.say_that_it_autotunes()
+            logs.say_that_it_autotunes()
         assert len(caplog.records) == times
     assert f"is cached in {tmp_path}" in caplog.text

@@ -302,6 +302,46 @@ def test_refused_a_factor_that_may_differ_between_ranks(name):
     assert reason.startswith("its factor may differ between ranks: it is made of ") and not report.sites
 
 
+VIEWED = {  # name -> a partial sum, of which a GEMM makes the operands through views
+    "squeeze": lambda h, down: (h.unsqueeze(0).squeeze() @ down.t()).unsqueeze(0).squeeze(),
+    "expand": lambda h, down: torch.bmm(h.expand(1, 8, INNER), down.t().expand(1, INNER, H))[0],
+    "slice": lambda h, down: (torch.cat([h, h]) @ down.t())[:8],
+    "select": lambda h, down: torch.bmm(h.view(1, 8, INNER), down.t().unsqueeze(0)).select(0, 0),
+}
+
+
+@pytest.mark.parametrize("factor", ["partial sum", "weight"])
+@pytest.mark.parametrize("name", VIEWED)
+def test_refused_a_factor_made_of_what_views_lie_between(name, factor):
+    """Between a partial sum and its GEMM, and between a GEMM and its operands, there may be any views."""
+
+    def block(h, down, r, w):
+        x = VIEWED[name](h, down)
+        own = x.sigmoid() if factor == "partial sum" else down.sum(-1)
+        return hf_norm(all_reduce(x) * own + r, w)
+
+    report = rewrite(block, values(8, INNER), values(H, INNER), values(8, H), values(H), by=trace_with_inputs).report
+    assert [f.reason.partition(" made of ")[0] for f in report.refusals] == ["its factor may differ between ranks: it is"]
+
+
+def test_a_factor_made_of_a_value_of_which_a_rank_multiplies_its_part():
+    """The whole is the same on all ranks; the slice that is the GEMM's operand is not."""
+
+    def block(h, down, r, w):
+        return hf_norm(all_reduce(h[:, INNER:] @ down) * h.sum(-1, keepdim=True) + r, w)
+
+    check(block, values(8, 2 * INNER), values(INNER, H), values(8, H), values(H), merged=1)
+
+
+def test_refused_a_factor_made_of_the_part_that_a_rank_multiplies():
+    def block(h, down, r, w):
+        mine = h[:, INNER:]
+        return hf_norm(all_reduce(mine @ down) * mine.sum(-1, keepdim=True) + r, w)
+
+    report = rewrite(block, values(8, 2 * INNER), values(INNER, H), values(8, H), values(H), by=trace_with_inputs).report
+    assert [f.reason.partition(" made of ")[0] for f in report.refusals] == ["its factor may differ between ranks: it is"]
+
+
 def test_a_factor_made_of_reduced_values_is_the_same_on_all_ranks():
     def block(h, down, r, w):
         first = hf_norm(all_reduce(h @ down) + r, w)

@@ -21,7 +21,7 @@ SECONDS = {"peer": 2e-5, "process_group": 5e-5}
 def keys(version):
     of = {**H200, "version": version}
     return {
-        "plan": {"section": SECTION, "transport": "auto", **of},
+        "plan": {"section": SECTION, "requested": "auto", "transport": "peer", "link": "4 ranks, 256 to 1024 GB/s", **of},
         "tuning": {"transport": "peer", "dtype": "bfloat16", "hidden": 8192, **of},
         "transports": {"transports": [*SECONDS], **of},
     }
@@ -60,7 +60,7 @@ def test_list(machine, capsys):
     status, said = run(capsys, "list")
     assert status == 0 and said.startswith(f"3 plans in {folder}\n")
     plan, tuning, transports = said.splitlines()[1:]
-    assert "plan        4 × NVIDIA H200  auto, 8192 bfloat16, 256 to 512 tokens" in plan
+    assert "plan        4 × NVIDIA H200  peer, 8192 bfloat16, 256 to 512 tokens" in plan
     assert "woven from 1024 tokens on, with split ratio 0.625, 6 CTAs: 1.12 times as fast" in plan
     assert "peer, 8192 bfloat16" in tuning and "one_shot up to 16 tokens" in tuning
     assert "peer 20 µs, process_group 50 µs" in transports
@@ -92,6 +92,17 @@ def test_clear(machine, capsys):
     assert set(ids(capsys)) == {"plan", "transports"} and len([*folder.iterdir()]) == 2
     run(capsys, "clear")
     assert [*folder.iterdir()] == []
+
+
+def test_a_plan_with_the_key_of_an_earlier_version(machine, capsys):
+    machine("a", tuned=False)
+    of = {"section": SECTION, "transport": "auto", "carrier": "peer", **H200, "version": "of last year"}
+    assert records.write("plan", of, PLAN)
+    (line,) = run(capsys, "list")[1].splitlines()[1:]
+    assert "auto, 8192 bfloat16" in line and "1.12 times as fast" in line and "not used: from of last year" in line
+    assert json.loads(run(capsys, "show", ids(capsys)["plan"])[1])[0]["key"] == of
+    run(capsys, "clear", "--stale")
+    assert not ids(capsys)
 
 
 def test_a_fleet(machine, capsys, tmp_path):

@@ -12,7 +12,7 @@ from workspace import Workspace
 
 import tw_compile
 from tw_compile import backend, ops, passes
-from tw_compile.passes import wire
+from tw_compile.passes import fingerprint
 from tw_compile.passes.graph_utils import arguments
 from tw_compile.quantise import quantised, read
 
@@ -244,14 +244,14 @@ def test_in_the_workspace(kind, mode):
 
 def test_ranks_that_do_not_quantise_alike_do_not():
     new = site(torchao_fp8, *inputs())
-    group = next(iter(wire.groups_of(new.after)))
-    mine = wire.wire(new.after, group)
+    group = next(iter(fingerprint.groups_of(new.after)))
+    mine = fingerprint.fingerprint(new.after, group)
     theirs = [[*mine[0][:-1], ""]]
-    outcomes = [{"wire": each, "refused": {}, "sites": {"0": 0}, "merged": {}, "not_woven": ""} for each in (mine, theirs)]
-    decision = wire.merge(passes.Decision(), group, outcomes)
+    outcomes = [{"fingerprint": each, "refused": {}, "sites": {"0": 0}, "merged": {}, "not_woven": ""} for each in (mine, theirs)]
+    decision = fingerprint.merge(passes.Decision(), group, outcomes)
     assert decision == passes.Decision(unquantised=frozenset({0}))
     again = passes.rewrite(new.before, passes.Options(mode="fuse"), lambda *_: False, lambda _: "", decision)
-    assert wire.wire(again.graph, group) == theirs and not again.report.sites[0].output
+    assert fingerprint.fingerprint(again.graph, group) == theirs and not again.report.sites[0].output
 
 
 def on_a_rank(kind):

@@ -36,14 +36,14 @@ class Rank:
 
     def __init__(self, folder, **patches):
         self.tuned = []
-        tune = patches.pop("_tune_schedule", schedule._tune_schedule)
+        tune = patches.pop("_autotune", schedule._autotune)
 
         def logged(section, *args):
             self.tuned.append(section)
             return tune(section, *args)
 
         self.patches = [
-            mock.patch.multiple(schedule, possible=lambda device: True, SIZES=SIZES, SAMPLES=1, _tune_schedule=logged, **patches),
+            mock.patch.multiple(schedule, possible=lambda device: True, SIZES=SIZES, SAMPLES=1, _autotune=logged, **patches),
             mock.patch.dict(os.environ, TW_COMPILE_CACHE_DIR=folder),
             mock.patch.dict(context._contexts, clear=True),  # as in a new process
             without_codegen(),
@@ -128,7 +128,7 @@ def files_of_two_processes():
     seen = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):
-            with Rank(folder, _tune_schedule=faster_from(8)):
+            with Rank(folder, _autotune=faster_from(8)):
                 args = section, dist.group.WORLD.group_name, torch.device("cpu"), "auto"
                 schedule.agree_on(*args, schedule.known(*args))
                 seen += [path.stat().st_ino for path in Path(folder).iterdir()]
@@ -357,7 +357,7 @@ def of_plan():
     """On a rank: a plan for 256 tokens or more, then one for none."""
     seen = []
     for least, sizes in ((256, (500, 40)), (None, (500,))):
-        with tempfile.TemporaryDirectory() as folder, Rank(folder, _tune_schedule=faster_from(least)) as rank:
+        with tempfile.TemporaryDirectory() as folder, Rank(folder, _autotune=faster_from(least)) as rank:
             run = compiled(Block())
             for tokens in sizes:
                 run(*mlp_inputs(tokens)[:2])
@@ -380,13 +380,13 @@ def of_ranks_with_different_plans(cases):
     """Each rank in processes that find the plan of its rank on its disk, or none."""
     seen = []
     with tempfile.TemporaryDirectory() as folder:
-        with Rank(folder, _tune_schedule=faster_from(1000)):
+        with Rank(folder, _autotune=faster_from(1000)):
             compiled(Block())(*mlp_inputs(40)[:2])
         (path,) = Path(folder).iterdir()
         for plans in cases:
             plan = plans[dist.get_rank()]
             path.unlink() if plan is None else path.write_text(json.dumps({"value": asdict(plan)}))
-            with Rank(folder, _tune_schedule=faster_from(2000)) as rank:
+            with Rank(folder, _autotune=faster_from(2000)) as rank:
                 compiled(Block())(*mlp_inputs(40)[:2])
                 (report,) = rank.reports
                 seen.append((len(rank.tuned), Plan(**report.rehearsal["plan"]), report.mode))

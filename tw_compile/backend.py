@@ -1,6 +1,7 @@
 """The backend: options, and Inductor with the passes in front of it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -66,7 +67,7 @@ def compile_graph(
     # AOTAutograd does not pass a DTensor to a region.
     marked = any(map(is_traceable_wrapper_subclass, inputs)) and regions.inline(gm)
 
-    def inner(gm, inputs, **kwargs):
+    def inner(gm: GraphModule, inputs: list, **kwargs: Any) -> Any:
         """Inductor's ``compile_fx_inner`` for a graph that AOTAutograd has traced, with the passes in front."""
         if not kwargs.get("is_inference"):
             return _with_gradients(gm, inputs, **kwargs)
@@ -85,14 +86,14 @@ def compile_graph(
 _NEEDS_GRADIENTS = "a graph needs gradients: tokenweave leaves it to Inductor. For inference, run under torch.no_grad()"
 
 
-def _with_gradients(gm, inputs, **kwargs):
+def _with_gradients(gm: GraphModule, inputs: list, **kwargs: Any) -> Any:
     """Inductor's ``compile_fx_inner`` for a graph of a training step. Ranks that run without gradients are not to wait for this one."""
     say_once(_NEEDS_GRADIENTS)
     context.pass_by(gm.graph)
     return compile_fx_inner(gm, inputs, **kwargs)
 
 
-def _inductor(gm, inputs, **kwargs):
+def _inductor(gm: GraphModule, inputs: list, **kwargs: Any) -> Any:
     return compile_fx_inner(gm, inputs, **kwargs)
 
 

@@ -21,7 +21,7 @@ from .autotune import schedule
 from .autotune.plan import Place, Plan
 from .compat import resolve_process_group
 from .options import Options, TokenWeaveError
-from .passes import wire
+from .passes import fingerprint
 from .passes.conform import halve
 from .passes.find import collective_group, collectives, registered_all_reduces
 from .passes.plain import decompositions
@@ -67,8 +67,8 @@ class Left(Exception):
 
 @dataclass(frozen=True)
 class _Known:
-    decision: wire.Decision
-    wires: dict
+    decision: fingerprint.Decision
+    fingerprints: dict
 
 
 _contexts: dict[str, Context] = {}
@@ -103,7 +103,11 @@ def is_current(context: Context, group_name: str) -> bool:
 
 
 def agreed(
-    graph: Graph, options: Options, form: Place | str, attempt: Callable[[wire.Decision], passes.Rewritten], may_cross: bool = False
+    graph: Graph,
+    options: Options,
+    form: Place | str,
+    attempt: Callable[[fingerprint.Decision], passes.Rewritten],
+    may_cross: bool = False,
 ) -> tuple[passes.Rewritten, bool]:
     """Rewrite a graph as all ranks of its groups can. A collective of these groups, unless the decision is known.
 
@@ -114,11 +118,11 @@ def agreed(
     Returns (the rewritten graph, whether all ranks have decided on it now).
     Raises Left on all ranks if they cannot agree, and TokenWeaveError on all ranks if a request cannot be met, or differs between ranks.
     """
-    groups = [group for group in wire.groups_of(graph) if group]
-    signatures = {group: wire.signature(graph, group) for group in groups}
+    groups = [group for group in fingerprint.groups_of(graph) if group]
+    signatures = {group: fingerprint.signature(graph, group) for group in groups}
     contexts = [of(group) for group in groups]
     if not groups:
-        return attempt(wire.Decision()), True
+        return attempt(fingerprint.Decision()), True
     key = options, str(form), json.dumps([*signatures.values()])
     known = contexts[0].decisions.get(key)
     # What is known holds for a group that was left later, too: other ranks may still run what they have compiled.
@@ -128,7 +132,7 @@ def agreed(
         raise Left(left)
     if known is not None:
         new, outcomes, _ = _attempt(attempt, known.decision, groups)
-        if new is not None and {group: outcomes[group]["wire"] for group in groups} == known.wires:
+        if new is not None and {group: outcomes[group]["fingerprint"] for group in groups} == known.fingerprints:
             return new, False
         # To the process group two forms of a site differ only if one is cut and the other is not.
         if new is not None and all(map(choose.is_process_group, groups)) and (new.sites or options.fused_only):
@@ -136,7 +140,7 @@ def agreed(
             if conformed is not None:
                 return conformed, False
     asked = [group for group in groups if not agree.is_alone(resolve_process_group(group))]
-    decision = known.decision if known is not None else wire.Decision()
+    decision = known.decision if known is not None else fingerprint.Decision()
     for _ in range(ROUNDS):
         new, outcomes, problem = _attempt(attempt, decision, groups)
         merged = decision
@@ -145,7 +149,7 @@ def agreed(
             may_cross = False
             problem = problem or _problem(group, said)
             if not problem:
-                possible = wire.merge(merged, group, [theirs["outcome"] for theirs in said])
+                possible = fingerprint.merge(merged, group, [theirs["outcome"] for theirs in said])
                 problem = ("left", "its ranks cannot agree on what to do with its collectives") if possible is None else None
                 merged = possible or decision
         again = merged != decision
@@ -157,7 +161,7 @@ def agreed(
         if problem:
             _give_up(problem, contexts, options)
         if not again:
-            contexts[0].decisions[key] = _Known(decision, {group: outcomes[group]["wire"] for group in groups})
+            contexts[0].decisions[key] = _Known(decision, {group: outcomes[group]["fingerprint"] for group in groups})
             return new, True
         decision = merged
     raise Left("its ranks cannot agree on what to do with its collectives", together=True)
@@ -168,34 +172,34 @@ def pass_by(graph: Graph) -> None:
 
     Not a collective.
     """
-    for group in filter(None, wire.groups_of(graph)):
+    for group in filter(None, fingerprint.groups_of(graph)):
         agree.pass_by(group)
 
 
 def plan_of(graph: Graph, options: Options, section: schedule.Section | None, device: torch.device, together: bool) -> Plan | None:
-    """The plan of all ranks for a graph. If no rank has one, they tune it. None if there is none: the plan then follows a rule.
+    """The plan of all ranks for a graph. If no rank has one, they autotune it. None if there is none: the plan then follows a rule.
 
-    section:  the part of the graph that is run to tune it
+    section:  the part of the graph that is run to autotune it
     together: whether all ranks call this now
     """
-    groups = [group for group in wire.groups_of(graph) if group]
-    key = options, json.dumps([wire.signature(graph, group) for group in groups])
+    groups = [group for group in fingerprint.groups_of(graph) if group]
+    key = options, json.dumps([fingerprint.signature(graph, group) for group in groups])
     plans = of(groups[0]).plans
     if key in plans or not together or not schedule.possible(device):
         if key not in plans and section is not None:
-            return schedule.known(section, groups[0], device, options.carrier)
+            return schedule.known(section, groups[0], device, options.transport_and_wire)
         return plans.get(key)
     plan = None
     for group in groups:
-        plan = schedule.agree_on(section, group, device, options.carrier, plan or _mine(section, group, device, options))
-        section = None  # the first group has tuned it; the other groups take its plan
+        plan = schedule.agree_on(section, group, device, options.transport_and_wire, plan or _mine(section, group, device, options))
+        section = None  # the first group has autotuned it; the other groups take its plan
     plans[key] = plan
     return plan
 
 
 def all_well(graph: Graph, what: str, failure: str) -> str:
     """Why a step failed on any rank of a graph's groups; '' if it did not. A collective. failure: why it failed on this rank, or ''"""
-    groups = [group for group in wire.groups_of(graph) if group and not agree.is_alone(resolve_process_group(group))]
+    groups = [group for group in fingerprint.groups_of(graph) if group and not agree.is_alone(resolve_process_group(group))]
     for group in groups:
         said = agree.exchange(group, what, failure)
         failure = failure or next((f"rank {rank}: {theirs}" for rank, theirs in enumerate(said) if theirs), "")
@@ -203,12 +207,12 @@ def all_well(graph: Graph, what: str, failure: str) -> str:
 
 
 def _mine(section: schedule.Section | None, group: str, device: torch.device, options: Options) -> Plan | None:
-    return schedule.known(section, group, device, options.carrier) if section is not None else None
+    return schedule.known(section, group, device, options.transport_and_wire) if section is not None else None
 
 
 def _conformed(new: passes.Rewritten, known: _Known, groups: list[str], attempt: Callable) -> passes.Rewritten | None:
     """The graph with its collectives cut as on the other ranks; None if that is not possible."""
-    decision = wire.conform(known.decision, new, known.wires)
+    decision = fingerprint.conform(known.decision, new, known.fingerprints)
     if decision is None:
         return None
     if decision != known.decision:
@@ -216,17 +220,17 @@ def _conformed(new: passes.Rewritten, known: _Known, groups: list[str], attempt:
     if new is None:
         return None
     for group in groups:
-        mine, theirs = wire.plain(wire.wire(new.graph, group)), wire.plain(known.wires[group])
+        mine, theirs = fingerprint.plain(fingerprint.fingerprint(new.graph, group)), fingerprint.plain(known.fingerprints[group])
         nodes = [n for n in collectives(new.graph) if collective_group(n) == group and n.meta.get("half") in (None, 0)]
         for node, mine_halved, halved in zip(nodes, mine, theirs):
             if halved and not mine_halved and (new.cut is None or not halve(node, new.cut)):
                 return None
-        if wire.plain(wire.wire(new.graph, group)) != theirs:
+        if fingerprint.plain(fingerprint.fingerprint(new.graph, group)) != theirs:
             return None
     return new
 
 
-def _attempt(attempt: Callable, decision: wire.Decision, groups: list[str]) -> tuple:
+def _attempt(attempt: Callable, decision: fingerprint.Decision, groups: list[str]) -> tuple:
     """(the rewritten graph or None, group -> what the rank tells the others, problem or None)"""
     try:
         new = attempt(decision)
@@ -244,7 +248,7 @@ def _attempt(attempt: Callable, decision: wire.Decision, groups: list[str]) -> t
             "sites": {str(site): number for site, (of, number) in new.sites.items() if of == group},
             "merged": {str(number): into for (of, number), into in new.merged.items() if of == group},
             "not_woven": new.not_woven,
-            "wire": wire.wire(new.graph, group),
+            "fingerprint": fingerprint.fingerprint(new.graph, group),
         }
     return new, outcomes, None
 

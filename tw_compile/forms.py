@@ -11,9 +11,10 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from . import context, passes, sent
 from .autotune.plan import Place, Plan, first_half, place_of_cut
@@ -135,7 +136,7 @@ class Forms:
         except ValueError as error:
             unknown = context.Left(str(error))
 
-        def attempt(decision):
+        def attempt(decision: passes.Decision) -> passes.Rewritten:
             raise unknown
 
         context.agreed(self.gm.graph, self.options, FUSE, attempt)
@@ -206,7 +207,7 @@ class Forms:
         sized = self.compiler.for_sizes(values)
         seen: dict = {}
 
-        def look(sites):
+        def look(sites: list[Node]) -> str:
             section = passes.section_of(sites, self.options, self.compiler.cuda_graphs) if self.plan is None else ""
             seen.update(batch=batch_of(sites), by_rule=plan_by_rule(sites))
             seen.update(section=None, not_tuned=section) if isinstance(section, str) else seen.update(section=section, not_tuned="")
@@ -220,12 +221,12 @@ class Forms:
         self.places = places_of(new.report)
         with outside():
             for group, device in self.places:
-                choose.choose(self.options.carrier, group, device, self.compiler.timeout)
+                choose.choose(self.options.transport_and_wire, group, device, self.compiler.timeout)
         if self.plan is None and not self.options.fused_only:
             with outside():
                 plan = context.plan_of(self.gm.graph, self.options, seen["section"], device, together)
             if plan is not None and seen["section"] is not None:
-                self.compiler.rehearsal = {"section": asdict(seen["section"]), "plan": asdict(plan)}
+                self.compiler.autotuned = {"section": asdict(seen["section"]), "plan": asdict(plan)}
             elif plan is None and seen["not_tuned"]:
                 self.compiler.not_tuned = seen["not_tuned"]
             self.plan = plan or seen["by_rule"]
@@ -287,7 +288,7 @@ class Forms:
     def _agreed(self, form: Place | str, sized: ForSizes, cut_of: Callable, may_cross: bool = False) -> tuple[passes.Rewritten, bool]:
         """The rewritten graph that all ranks have agreed on, and whether they agreed now. See ``context.agreed``."""
 
-        def attempt(decision):
+        def attempt(decision: passes.Decision) -> passes.Rewritten:
             return passes.rewrite(sized.gm.graph, self.options, self._may_be_symmetric, cut_of, decision, self._may_be_sharded)
 
         with self.compiler.inside(sized):
@@ -297,11 +298,11 @@ class Forms:
         """The original graph in place of a fused one that wins nothing, unless it must be fused; else the fused one."""
         if self.options.forced == "fuse" or self.regions or new.merged:
             return new
-        over_process_group = functools.partial(choose.is_over_process_group, self.options.carrier)
+        over_process_group = functools.partial(choose.is_over_process_group, self.options.transport_and_wire)
         with self.compiler.inside(sized):
             if not passes.wins_nothing(new.graph, sized.gm.graph, new.sites.values(), over_process_group):
                 return new
-            sent.describe(new, self.options.carrier)
+            sent.describe(new, self.options.transport_and_wire)
         return passes.kept(new, sized.gm.graph)
 
     def _least_half(self, at: Place, values: Values) -> int:
@@ -313,10 +314,10 @@ class Forms:
         return min(first, length - first)
 
     def _may_be_symmetric(self, group: str, device: torch.device) -> bool:
-        return choose.may_be_symmetric(self.options.carrier, group, device)
+        return choose.may_be_symmetric(self.options.transport_and_wire, group, device)
 
     def _may_be_sharded(self, group: str, device: torch.device) -> bool:
-        return choose.may_be_hierarchical(self.options.carrier, group, device)
+        return choose.may_be_hierarchical(self.options.transport_and_wire, group, device)
 
     def _report(self, reason: str) -> Report:
         return Report(requested=self.options.requested, reasons=[reason])
@@ -329,14 +330,14 @@ class Forms:
         Raises TokenWeaveError on all ranks if the transport is forced.
         """
         for (group, device), calls in variant.workspaces(values).items():
-            transport, _ = choose.choose(self.options.carrier, group, device, self.compiler.timeout)
+            transport, _ = choose.choose(self.options.transport_and_wire, group, device, self.compiler.timeout)
             try:
                 with outside():
                     transport.prepare(calls)
             except WorkspaceError as error:
                 if self.options.transport != "auto":
                     raise TokenWeaveError(f"option 'tokenweave.transport' is {self.options.transport!r}, but {error}") from error
-                choose.fall_back(self.options.carrier, group, device, str(error))
+                choose.fall_back(self.options.transport_and_wire, group, device, str(error))
 
     def _entered(self, run: Callable) -> Callable:
         """``run`` inside of ``transport.call()`` for each group of the sites, so that the group's calls keep their order.
@@ -344,10 +345,10 @@ class Forms:
         Groups and transports are looked up in each call: a group may be destroyed and made again under its name. Groups are entered in
         the order of their names, so that two threads never wait for each other's group.
         """
-        places, requested = sorted(self.places, key=str), self.options.carrier
+        places, requested = sorted(self.places, key=str), self.options.transport_and_wire
         entries = [self._entry(group, device) for group, device in places]
 
-        def entered(args):
+        def entered(args: list) -> Any:
             with contextlib.ExitStack() if len(places) > 1 else contextlib.nullcontext() as stack:
                 for i, (group, device) in enumerate(places):
                     known, transport = entries[i]
@@ -367,7 +368,7 @@ class Forms:
 
     def _entry(self, group: str, device: torch.device) -> tuple:
         known = context.of(group)
-        return known, choose.choose(self.options.carrier, group, device, self.compiler.timeout)[0]
+        return known, choose.choose(self.options.transport_and_wire, group, device, self.compiler.timeout)[0]
 
 
 _NONE = (None, "")

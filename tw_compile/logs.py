@@ -62,7 +62,7 @@ def artifact(name: str, text: Callable[[], str], of: Any, level: int = logging.D
 
 
 @functools.cache
-def say_that_it_tunes() -> None:
+def say_that_it_autotunes() -> None:
     """Warn once, on rank 0 only, that the first compilation autotunes, about how long that takes, and where the plan is cached."""
     if dist.get_rank() == 0:
         log.warning(

@@ -59,7 +59,7 @@ class Options:
         return {name: given for name, given in asdict(self).items() if (name, given) != ("most", "weave")}
 
     @property
-    def carrier(self) -> str:
+    def transport_and_wire(self) -> str:
         """``transport``, and ``wire`` behind a colon where it is less than 16 bits: what ops and transports are named by."""
         return self.transport if self.wire in ("auto", 16) else f"{self.transport}:{self.wire}"
 
@@ -91,7 +91,7 @@ class Options:
                     raise TokenWeaveError(f"option {name!r} is {value!r}; it takes one of {', '.join(map(str, choices))}")
             elif value != "auto" and (type(value) is not int or value < 1):
                 raise TokenWeaveError(f"option {name!r} is {value!r}; it takes 'auto' or a whole number from 1 on")
-        if ":" in self.carrier and self.transport in ("multimem", "peer"):
+        if ":" in self.transport_and_wire and self.transport in ("multimem", "peer"):
             raise TokenWeaveError(
                 f"option 'tokenweave.wire' is {self.wire}, which symmetric memory does not have, and 'tokenweave.transport' is "
                 f"{self.transport!r}: leave one of them at 'auto'"

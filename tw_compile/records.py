@@ -1,12 +1,12 @@
 """Results of measurements on this machine, as JSON files. Each has a value, and the key that says what it was measured for.
 
 kind          key                                                        value
-plan          section, transport, carrier, link, gpu, ranks, version     ``autotune.plan.Plan``
+plan          section, requested, transport, link, gpu, ranks, version   ``autotune.plan.Plan``
 tuning        transport, dtype, hidden, gpu, ranks, version              ``transports.symmetric.tuning.Tuning``
 transports    transports, link, gpu, ranks, version                      seconds of a call over each, by name
 wire          transport, wire, link, gpu, ranks, version                 bytes from which on so many bits are faster, or None
 
-link: see ``transports.link``
+requested: see ``Options.transport_and_wire``; link: see ``transports.link``
 """
 
 import json

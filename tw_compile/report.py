@@ -83,8 +83,8 @@ class Report:
     packed:     the number of sites that have the bits of the transport; the others have 16
     alike:      number of equal layers that are compiled as one; 0 if each layer is compiled
     split:      (first half, second half) along the cut axis, as numbers or symbolic text; None if the graph is not woven
-    rehearsal:  the section that was tuned (``autotune.schedule.Section``) and its plan (``autotune.plan.Plan``), as plain data; None if
-                nothing was tuned
+    rehearsal:  the section that was autotuned (``autotune.schedule.Section``) and its plan (``autotune.plan.Plan``), as plain data; None if
+                nothing was autotuned
     sites:      the sites, in the order of the graph
     refusals:   the all-reduces and reduce-scatters that are left as they are
     joins:      the unsplit ops

@@ -17,9 +17,9 @@ def describe(new: passes.Rewritten, requested: str) -> None:
     """Add to the report of a rewritten graph what it sends, and why in 16 bits; nothing where a site is over symmetric memory.
 
     new:       before it is compiled, which changes its graph
-    requested: ``Options.carrier``, for which the transports of the graph's groups are chosen
+    requested: ``Options.transport_and_wire``, for which the transports of the graph's groups are chosen
     """
-    report, packed, carriers = new.report, set(), {}
+    report, packed, transports = new.report, set(), {}
     for node in new.graph.nodes:
         if not calls(node, ops.start, ops.fused):
             continue
@@ -27,14 +27,14 @@ def describe(new: passes.Rewritten, requested: str) -> None:
         transport, _ = choose.choose(requested, given["group"], x.device)
         if not isinstance(transport, ProcessGroup):
             return
-        carriers[given["group"]] = transport
+        transports[given["group"]] = transport
         if isinstance(transport, LowBit) or (isinstance(transport, Hierarchical) and transport.bits < 16):
             if reason := transport.in_16_bits(x):
                 report.reasons += [said] if (said := f"16 bits: {reason}") not in report.reasons else []
             else:
                 packed.add(given["site"])
     report.packed = len(packed)
-    sent = {str(bits): round(sum(_bytes(site, bits, carriers[site.group]) for site in report.sites)) for bits in (16, *codec.TRIPS)}
+    sent = {str(bits): round(sum(_bytes(site, bits, transports[site.group]) for site in report.sites)) for bits in (16, *codec.TRIPS)}
     report.wire = {bits: number for bits, number in sent.items() if bits == "16" or number < sent["16"]}
 
 

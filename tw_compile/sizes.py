@@ -8,6 +8,7 @@ to say of 1 that it does not say of 2: a caller that drops Dynamo's guards, such
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import sympy
 import torch
@@ -122,12 +123,12 @@ def for_sizes(gm: GraphModule, values: dict[sympy.Symbol, int], fixed: bool = Fa
     }
     new = copied(gm)
 
-    def size(old):
+    def size(old: torch.SymInt) -> int | torch.SymInt:
         expr = _expr(old).xreplace(symbols)
         hint = int(expr.xreplace(env.backed_var_to_val))
         return hint if expr.is_Integer else torch.SymInt(SymNode(expr, env, int, hint))
 
-    def like(old):
+    def like(old: Any) -> Any:
         if isinstance(old, torch.SymInt):
             return size(old)
         if not isinstance(old, torch.Tensor):

@@ -9,6 +9,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import sympy
 import torch
@@ -78,7 +79,7 @@ class Compiler:
         self.gm, self.inputs, self.options, self.inner_compile, self.kwargs = gm, inputs, options, inner_compile, kwargs
         self.broken = broken
         self.config, self.compile_id = config.get_config_copy(), logs.compile_id()
-        self.rehearsal: dict | None = None
+        self.autotuned: dict | None = None
         self.not_tuned = ""
 
     def for_sizes(self, values: Values, fixed: bool = False) -> ForSizes:
@@ -118,11 +119,11 @@ class Compiler:
             try:
                 gm, patches = copied(sized.gm, new.graph), {}
                 if new.sites:
-                    sent.describe(new, self.options.carrier)
+                    sent.describe(new, self.options.transport_and_wire)
                     # The user's passes run here, on the whole graph, before equal layers become calls of one function.
                     for user_pass in _user_passes():
                         user_pass(gm.graph)
-                    passes.expand(gm.graph, functools.partial(choose.is_over_process_group, self.options.carrier))
+                    passes.expand(gm.graph, functools.partial(choose.is_over_process_group, self.options.transport_and_wire))
                     _outline(gm, new.report)
                     patches = {"post_grad_custom_pre_pass": None, "reorder_for_locality": False}
                     for name, which in (("before", sized.gm), ("after", gm)):
@@ -146,10 +147,10 @@ class Compiler:
     def complete(self, report: Report) -> None:
         """Add transport and plan to the report of a form with sites, and record it."""
         for group, device in places_of(report):
-            transport, why_not = choose.choose(self.options.carrier, group, device, self.timeout)
+            transport, why_not = choose.choose(self.options.transport_and_wire, group, device, self.timeout)
             report.transport = transport.name
             report.reasons += [why_not] if why_not else []
-        report.rehearsal = self.rehearsal
+        report.rehearsal = self.autotuned
         report.reasons += [f"not autotuned: {self.not_tuned}"] if self.not_tuned else []
         self.record(report)
 
@@ -182,7 +183,7 @@ def uncompiled(sized: ForSizes, new: passes.Rewritten) -> Callable:
     """A function that runs a rewritten graph without code generation."""
     gm = copied(sized.gm, new.graph)
 
-    def run(args):
+    def run(args: list) -> Any:
         given = list(args)
         args.clear()
         with torch.no_grad():

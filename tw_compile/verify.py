@@ -99,7 +99,7 @@ class _Comparer(Compiler):
     def compile(self, sized: ForSizes, new: passes.Rewritten, together: bool) -> Callable[..., Any]:
         before, after = copied(sized.gm), copied(sized.gm, new.graph)
         if new.sites:
-            sent.describe(new, self.options.carrier)
+            sent.describe(new, self.options.transport_and_wire)
         if new.report.sites:
             self.complete(new.report)
         self.found.reports.append(new.report)

@@ -48,7 +48,7 @@ class Plan:
 
 
 def by_rule(hidden: int, sms: int | None, experts: Iterable[tuple[int, int]] = ()) -> Plan:
-    """The plan of a graph that is not tuned.
+    """The plan of a graph that is not autotuned.
 
     hidden:  columns of the reduced values
     sms:     SMs of the GPU, or None
@@ -137,7 +137,7 @@ def why_experts_are_whole(plan: Plan) -> str:
     least = f"with fewer than {plan.experts_from} tokens: " if plan.experts_from else ""
     if plan.gain is not None:
         return f"{least}autotuning measured that experts are faster on all tokens"
-    return f"{least}each half would wait for the weights of all experts (a rule, as the graph is not tuned)"
+    return f"{least}each half would wait for the weights of all experts (a rule, as the graph is not autotuned)"
 
 
 def rule_of_cut(length: int, tokens_per_step: int, options: Options, split_ratio: float) -> str | int:

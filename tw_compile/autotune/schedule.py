@@ -36,7 +36,7 @@ from .plan import SPLIT_RATIOS, Plan, by_rule, by_times, first_half, rule_of_cut
 
 log = logging.getLogger("tw_compile")
 
-# Numbers of tokens at which a graph with a dynamic number is tuned, and the most elements of a reduced value in a measurement. Larger
+# Numbers of tokens at which a graph with a dynamic number is autotuned, and the most elements of a reduced value in a measurement. Larger
 # sizes are taken to behave like the largest one that is measured.
 SIZES = 256, 512, 1024, 2048, 4096, 8192
 MAX_ELEMENTS = 1 << 26
@@ -50,7 +50,7 @@ HEAD_START, HEAD_START_OF_PROCESS_GROUP = 5_000_000, 40_000_000
 
 @dataclass(frozen=True)
 class Section:
-    """The part of a graph that is run to tune its schedule.
+    """The part of a graph that is run to autotune its schedule.
 
     hidden, dtype: hidden size and dtype of the reduced values
     sizes:         the numbers of tokens to measure
@@ -89,7 +89,7 @@ def _tuples(value: Any) -> Any:
 
 
 def possible(device: torch.device) -> bool:
-    """Whether schedules can be tuned on a device."""
+    """Whether schedules can be autotuned on a device."""
     return device.type == "cuda" and not missing_on_gpus()
 
 
@@ -108,9 +108,9 @@ def known(section: Section, group: str, device: torch.device, requested: str) ->
 
 
 def agree_on(section: Section | None, group: str, device: torch.device, requested: str, mine: Plan | None) -> Plan | None:
-    """The plan of all ranks of the group: that of the first rank that has one, or else they tune one together. A collective.
+    """The plan of all ranks of the group: that of the first rank that has one, or else they autotune one together. A collective.
 
-    section: the section of this rank. Ranks may have different ones: that of the first rank that has one is tuned. None if there is none
+    section: the section of this rank. If ranks have different ones, that of the first rank that has one is autotuned. None if it has none
     mine:    the plan that this rank has, or None
     Returns None if no rank has a plan or a section: a rule then decides.
     """
@@ -121,7 +121,7 @@ def agree_on(section: Section | None, group: str, device: torch.device, requeste
     if plan is None:
         if first is None:
             return None
-        plan = _tune_schedule(first, group, device, requested)
+        plan = _autotune(first, group, device, requested)
         gc.collect()  # frees the workspaces, which contain reference cycles
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -134,17 +134,17 @@ def agree_on(section: Section | None, group: str, device: torch.device, requeste
 def _key(section: Section, group: str, device: torch.device, requested: str) -> dict:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     world = resolve_process_group(group).size()
-    (carrier, _), link = choose.choose(requested, group, device), choose.links.get((group, device), "")
+    (transport, _), link = choose.choose(requested, group, device), choose.links.get((group, device), "")
     return {
-        "section": asdict(section), "transport": requested, "carrier": carrier.name, "link": link, "gpu": gpu, "ranks": world,
+        "section": asdict(section), "requested": requested, "transport": transport.name, "link": link, "gpu": gpu, "ranks": world,
         "version": agree.version(),
     }  # fmt: skip
 
 
-def _tune_schedule(section: Section, group: str, device: torch.device, requested: str) -> Plan:
+def _autotune(section: Section, group: str, device: torch.device, requested: str) -> Plan:
     """Measure a plan; a rule makes it if a rank has too little memory. A collective."""
     begin = time.perf_counter()
-    logs.say_that_it_tunes()
+    logs.say_that_it_autotunes()
     transport = choose.another(requested, group, device)
     stage = Stage(section, transport, device)
     lacking = agree.exchange(group, "the autotuning of a schedule", stage.set() or "")

@@ -10,6 +10,7 @@ from ..report import Refusal, Report, Site
 from .cut import Cut, choose_cut, stream
 from .expand import expand
 from .find import Match, find
+from .fingerprint import Decision, numbered
 from .fuse import fuse
 from .graph_utils import copied_graph, source_of, value
 from .keep import wins_nothing
@@ -24,7 +25,6 @@ from .section import section_of
 from .split import split
 from .unshard import unshard
 from .weave import weave
-from .wire import Decision, numbered
 
 __all__ = [
     "Cut",
@@ -114,8 +114,8 @@ def rewrite(
         report.reasons.append(f"{ends} {said}")
     device = value(matches[0].total).device  # read now, as the passes below replace the node
     ctas = options.ctas if isinstance(options.ctas, int) else 0
-    sites = fuse(work, matches, options.carrier, ctas)
-    if options.carrier == options.transport:  # with fewer bits the norm travels in a format of its own
+    sites = fuse(work, matches, options.transport_and_wire, ctas)
+    if options.transport_and_wire == options.transport:  # with fewer bits the norm travels in a format of its own
         quantise(work, sites, decision.unquantised)
     woven: list[Node] = []
     report.mode = "fuse"
@@ -142,7 +142,7 @@ def rewrite(
         if cut and cut != options.fused_only:
             report.reasons.append(f"not woven: {cut}")
     symmetric, sharded = (all(may_be(match.group, device) for match in matches) for may_be in (may_be_symmetric, may_be_sharded))
-    if lost := place(work, symmetric, decision.gathered, sharded or options.carrier != options.transport):
+    if lost := place(work, symmetric, decision.gathered, sharded or options.transport_and_wire != options.transport):
         lacking = {new.sites[number]: _READ for number in lost}
         decision = replace(decision, refused={**decision.refused, **lacking})
         return rewrite(graph, options, may_be_symmetric, cut_of, decision, may_be_sharded)

@@ -57,7 +57,7 @@ def experts_of(sites: list[Node]) -> list[tuple[int, int]]:
 
 
 def plan_by_rule(sites: list[Node]) -> Plan:
-    """The plan of a graph that is not tuned."""
+    """The plan of a graph that is not autotuned."""
     x = value(sites[0].args[0])
     return by_rule(x.shape[-1], schedule.sms_of(x.device), experts_of(sites))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -46,7 +47,11 @@ def same_size(a: object, b: object) -> bool:
     """Whether two sizes are known to be equal, without a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return getattr(getattr(a, "node", None), "expr", a) == getattr(getattr(b, "node", None), "expr", b)
+    return _expr(a) == _expr(b)
+
+
+def _expr(size: object) -> Any:
+    return getattr(getattr(size, "node", None), "expr", size)
 
 
 def same_shape(a: Sequence, b: Sequence) -> bool:
@@ -82,6 +87,30 @@ def in_order(op: Any, named: dict[str, Any]) -> tuple:
 def keeps_rows(view: Node) -> bool:
     """Whether a view keeps the last dimension, and so the rows."""
     return same_size(value(view).shape[-1], value(view.args[0]).shape[-1])
+
+
+def keeps_order(node: object) -> TypeGuard[Node]:
+    """Whether a node is a view that keeps all values and their order: it only adds, drops, splits or merges dimensions."""
+    if not isinstance(node, Node) or not is_view(node.target) or not is_tensor(node) or not is_tensor(node.args[0]):
+        return False
+    if node.target in RESHAPES:
+        return True
+    new, old = value(node), value(node.args[0])
+    if new.dtype != old.dtype or old.is_complex() or new.is_neg() != old.is_neg():
+        return False  # other values: other bits, perhaps the conjugate, or the negative
+    sizes, old_sizes = ([each for pair in zip(x.shape, x.stride()) if not is_one(pair[0]) for each in pair] for x in (new, old))
+    return same_shape(sizes, old_sizes)
+
+
+def keeps_entries(node: object) -> TypeGuard[Node]:
+    """Whether a node is a view that has each entry of its input, in any order and any number of times.
+
+    That excludes a slice that takes a part.
+    """
+    if not isinstance(node, Node) or not is_view(node.target) or not is_tensor(node) or not is_tensor(node.args[0]):
+        return False
+    new, old = (sympy.Mul(*(sympy.sympify(_expr(n)) for n in value(x).shape)) for x in (node, node.args[0]))
+    return node.target in RESHAPES or old == 0 or (new / old).is_integer is True
 
 
 class Ancestors:

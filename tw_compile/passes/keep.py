@@ -11,8 +11,8 @@ import torch
 from torch.fx import Graph
 
 from .. import ops
+from .fingerprint import numbered
 from .graph_utils import arguments, c10d, calls, value
-from .wire import numbered
 
 # Of a user's own all-reduce, nothing is known.
 _PLAIN = (c10d.all_reduce.default, c10d.all_reduce_.default)

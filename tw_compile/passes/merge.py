@@ -36,6 +36,7 @@ from .graph_utils import (
     copied_graph,
     is_one,
     is_tensor,
+    keeps_order,
     keeps_rows,
     other_operand,
     same_shape,
@@ -48,7 +49,6 @@ from .replicated import own_values
 from .rules.token_axis import expr
 
 # Ops that pick or arrange whole rows: the same is done to the rows of each rank.
-_SHAPES = (*RESHAPES, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 _ROWS = (aten.slice.Tensor, aten.select.int, aten.permute.default)
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 # What ``find`` knows of a sum of one reduced value, in order: resHapes, scalar Factors, a Vector, Scales, a Residual.
@@ -139,7 +139,7 @@ class _Merger:
         first = node.args[0]
         if calls(node, WAIT, aten.clone.default):
             return sums
-        if calls(node, *_SHAPES) or (calls(node, *_ROWS) and _takes_rows(node)):
+        if keeps_order(node) or (calls(node, *_ROWS) and _takes_rows(node)):
             return sums if keeps_rows(node) and self._are_equal_rows(node, sums) else []
         if calls(node, aten.cat.default):
             along_rows = (node.args[1] if len(node.args) > 1 else 0) % value(node).dim() < value(node).dim() - 1
@@ -261,7 +261,7 @@ class _Merger:
         if form.rest is not None:
             rest = self._whole(node, node.target, self._expanded(form.rest, parts[0]), *node.args[1:])
             form = replace(form, rest=rest)
-        if calls(node, *_SHAPES):
+        if keeps_order(node):
             return replace(form, partial=self._reshaped(form.partial, node))
         return replace(form, partial=self._partial(node, node.target, form.partial, *node.args[1:], **node.kwargs))
 

@@ -73,7 +73,8 @@ def place(graph: Graph, workspace: bool, gathered: Collection[int] = (), sharded
                 _use_workspace(graph, previous, site, before)
         for site, following in zip(chain, [*chain[1:], None]):
             fp32 = site.number not in gathered and _only_carried(site, following)
-            site.set_flags(fp32 or site.wide, (workspace or sharded) and fp32, workspace and _can_stay(site, following, before))
+            may_stay = workspace and _can_stay(site, following, before)
+            site.set_flags(fp32 or site.fp32_residual, (workspace or sharded) and fp32, may_stay)
     for site in sites if workspace else ():
         given = arguments(site.node)
         if given["quantise"] and not given["sharded_residual"]:
@@ -86,9 +87,9 @@ def _lost(sites: list["_Site"]) -> list[int]:
     """The numbers of the sites whose residual is in float32 by itself and must be whole, and of those that lead to them."""
     lost: set[int] = set()
     for site in reversed(sites):
-        given, users = arguments(site.node), site.done.users if site.wide else ()
+        given, users = arguments(site.node), site.done.users if site.fp32_residual else ()
         readers = {arguments(reader)["site"] for user in users for reader in user.users if calls(reader, ops.fused, ops.start)}
-        if site.wide and (not given["sharded_residual"] or readers & lost):
+        if site.fp32_residual and (not given["sharded_residual"] or readers & lost):
             lost.add(given["site"])
     return sorted(lost)
 
@@ -100,7 +101,7 @@ class _Site:
         self.node = node
         self.done = node if calls(node, ops.fused) else next(u for u in node.users if calls(u, ops.wait) and u.args[0] is node)
         self.group, self.transport, self.slot, self.number = map(arguments(node).get, ("group", "transport", "slot", "site"))
-        self.wide = arguments(node)["fp32_residual"]  # the residual is in float32 by itself
+        self.fp32_residual = arguments(node)["fp32_residual"]  # as the model has it, before this pass sets the flag
         # The first to write to the slot: the site, which copies its input; its linear; or a GEMM before what is placed.
         self.writer = node
 

@@ -190,10 +190,10 @@ def _add_in_dtype(emit: _Before, node: Node) -> bool:
     if not (is_sum(a) or is_sum(b)) or dtype != value(b).dtype or dtype not in (torch.bfloat16, torch.float16):
         return False
     total = emit.at(node)(aten.add.Tensor, a, b)
-    wide = emit(prims.convert_element_type.default, total, torch.float32)
+    fp32 = emit(prims.convert_element_type.default, total, torch.float32)
     for cast in rounded:
         cast.replace_all_uses_with(total)
-    node.replace_all_uses_with(wide)
+    node.replace_all_uses_with(fp32)
     return True
 
 

@@ -33,6 +33,7 @@ from .graph_utils import (
     in_order,
     is_one,
     is_tensor,
+    keeps_order,
     keeps_rows,
     other_operand,
     prims,
@@ -48,7 +49,6 @@ NORM, RESIDUAL, QUANTISED, SCALE = range(4)
 _NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
 _LIMITS = {"fp8": (-448.0, 448.0), "int8": (-128.0, 127.0)}
 _CAST = prims.convert_element_type.default
-_VIEWS = (*RESHAPES, aten.unsqueeze.default)
 
 
 class _Found(NamedTuple):
@@ -217,7 +217,7 @@ def _number(node: Node, rounded: list[tuple[set[torch.dtype], float | None]], *t
 
 def _without_views(node: Node) -> Node:
     """A value with one entry for each row, before the views that keep the entries and their order."""
-    while calls(node, *_VIEWS):
+    while keeps_order(node):
         node = node.args[0]
     return node
 
@@ -225,7 +225,7 @@ def _without_views(node: Node) -> Node:
 def _without_casts(node: Node) -> tuple[Node, set[torch.dtype]]:
     """(a value before its views and casts, the dtypes other than float32 that it has there and behind them)."""
     dtypes = {value(node).dtype}
-    while calls(node, *_VIEWS, _CAST):
+    while keeps_order(node) or calls(node, _CAST):
         node = node.args[0]
         dtypes.add(value(node).dtype)
     return node, dtypes - {torch.float32}

@@ -10,10 +10,9 @@ import torch
 from torch.fx import Graph, Node
 
 from .find import all_reduce_of, collective_group, communicates
-from .graph_utils import RESHAPES, aten, c10d, calls, value
+from .graph_utils import aten, c10d, calls, is_view, keeps_entries, value
 
 _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
-_VIEWS = (*RESHAPES, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim)
 
 
 def own_values(graph: Graph, group: str) -> dict[Node, str]:
@@ -36,15 +35,18 @@ def own_values(graph: Graph, group: str) -> dict[Node, str]:
 
 
 def _around(x: Node) -> list[Node]:
-    """A partial sum, and the operands of the GEMM that makes it: its rows and columns are this rank's part of longer ones."""
+    """A partial sum, and the operands of the GEMM that makes it: its rows and columns are this rank's part of longer ones.
+
+    What a view takes a part of is a partial sum, too. An operand may be this rank's part of a value that all ranks have.
+    """
     found = [x]
-    while calls(x, *_VIEWS):
+    while x.op == "call_function" and is_view(x.target):
         x = x.args[0]
         found.append(x)
     operands = list(x.args[-2:]) if calls(x, *_GEMMS) else []
     while operands:
         found.append(operand := operands.pop())
-        operands += [operand.args[0]] if calls(operand, *_VIEWS) else []
+        operands += [operand.args[0]] if keeps_entries(operand) else []
     return found
 
 

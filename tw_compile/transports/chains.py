@@ -1,6 +1,7 @@
 """The calls of the self-test of transports, and their correct results."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ _TEST_HIDDEN = 512
 _TEST_REPEATS = 10
 
 
-def chains(group, device: torch.device) -> list["Chain"]:
+def chains(group: dist.ProcessGroup, device: torch.device) -> list["Chain"]:
     """The chains of the self-test: with both norms, and with sizes around each at which another kernel or workspace begins."""
     switch = by_rule(group.size()).one_shot_rows
     sizes = sorted({1, 5, switch, switch + 1, LEAST_ROWS - 1, LEAST_ROWS, LEAST_ROWS + 1, 2 * LEAST_ROWS + 1} - {0})
@@ -28,7 +29,7 @@ def chains(group, device: torch.device) -> list["Chain"]:
     ) for rows in some]  # fmt: skip
 
 
-def difference(transport, given: list["Chain"], group) -> str:
+def difference(transport: Any, given: list["Chain"], group: dist.ProcessGroup) -> str:
     """How a transport's results differ from the process group's on this rank; '' if they do not.
 
     It calls sites as the passes do: with a sharded residual and with a whole one, behind GEMMs and alone, woven and fused, with all
@@ -50,7 +51,15 @@ def difference(transport, given: list["Chain"], group) -> str:
 class Chain:
     """Sites in a row, and their correct results. x of the second site is the output of a GEMM. quantise: of all norms but the last"""
 
-    def __init__(self, group, device, dtype, center, rows, quantise):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        dtype: torch.dtype,
+        center: bool,
+        rows: int,
+        quantise: Quantise | None,
+    ) -> None:
         self.dtype, self.center, self.rows, self.quantise = dtype, center, rows, quantise
         self.outputs = ["", *([quantise.dtype] if quantise else [])]
         everybodys, own = (torch.Generator().manual_seed(seed) for seed in (0, 1 + group.rank()))
@@ -70,7 +79,7 @@ class Chain:
         self.got: list[tuple[int, torch.Tensor]] = []
         self.right: list[torch.Tensor] = []
 
-    def reduce(self, group):
+    def reduce(self, group: dist.ProcessGroup) -> None:
         """Compute the correct results with the process group."""
         residual = self.residual
         for x, numerics in zip(self.xs, self.numerics):
@@ -80,21 +89,21 @@ class Chain:
             self.right.append(norm)
         self.right.append(residual)
 
-    def run(self, transport):
+    def run(self, transport: Any) -> None:
         self.fuse(transport, 2)
         chains = [self._weave(transport, slot) for slot in range(2)]
         for _ in range(1 + len(self.xs)):  # sites of both slots are in flight
             for chain in chains:
                 next(chain, None)
 
-    def fuse(self, transport, slot):
+    def fuse(self, transport: Any, slot: int) -> None:
         residual = self.residual
         for number in range(len(self.xs)):
             norm, residual = _values(*transport.fused(self._site(transport, residual, slot, number), False))
             self.got.append((number, norm))
         self.got.append((len(self.xs), residual))
 
-    def _weave(self, transport, slot):
+    def _weave(self, transport: Any, slot: int) -> Iterator[None]:
         residual = self.residual
         for number in range(len(self.xs)):
             transport.start(self._site(transport, residual, slot, number))
@@ -103,7 +112,7 @@ class Chain:
             self.got.append((number, norm.clone()))
         self.got.append((len(self.xs), residual))
 
-    def _site(self, transport, residual, slot, number):
+    def _site(self, transport: Any, residual: torch.Tensor, slot: int, number: int) -> Site:
         x = transport.linear(self.a, self.b, None, slot) if number == 1 else self.xs[number]
         carries = number < len(self.xs) - 1  # a float32, sharded residual to the next site
         quantise = str(self.quantise) if self.quantise and carries else ""

@@ -31,7 +31,7 @@ Transport = ProcessGroup | Symmetric
 _SYMMETRIC = {"multimem": True, "peer": False}  # name -> whether it uses multicast
 _HIERARCHICAL = "hierarchical"
 _ORDER = ("multimem", "peer", _HIERARCHICAL, "process_group")
-# (group name, device, ``Options.carrier``) -> (transport, why it is not a better one)
+# (group name, device, ``Options.transport_and_wire``) -> (transport, why it is not a better one)
 chosen: dict[tuple[str, torch.device, str], tuple[Transport, str]] = {}
 # (group name, device) -> what lies between the ranks of a CUDA group: see ``link.measured``
 links: dict[tuple[str, torch.device], str] = {}
@@ -83,7 +83,7 @@ def choose(
 ) -> tuple[Transport, str]:
     """The transport of a group, and why it is not a better one; '' if it is the best.
 
-    requested: ``Options.carrier``: a transport, and behind a colon the bits of the wire if they are less than 16
+    requested: ``Options.transport_and_wire``: a transport, and behind a colon the bits of the wire if they are less than 16
     timeout_s: seconds that its kernels wait for another rank from now on; None leaves them as they are
 
     The first time for a group, it is a collective on CUDA groups, and on a CPU for hierarchical: the ranks agree on the transport.

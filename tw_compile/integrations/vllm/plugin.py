@@ -83,7 +83,7 @@ def _group_of(node: Node) -> str:
 def _checking(check_and_update_config: Callable) -> Callable:
     """``Platform.check_and_update_config``, which vLLM calls for each configuration. It replaces the backend on CPUs, silently."""
 
-    def check(cls, vllm_config):
+    def check(cls: Any, vllm_config: Any) -> None:
         from vllm.config import CompilationMode
 
         config = vllm_config.compilation_config
@@ -110,7 +110,7 @@ def _checking(check_and_update_config: Callable) -> Callable:
 def _using_custom_ops(use_custom_op_collectives: Callable) -> Callable:
     """``Platform.use_custom_op_collectives``: on CPUs, vLLM's collectives are ops only if this says so."""
 
-    def uses(cls):
+    def uses(cls: Any) -> bool:
         from vllm.config import get_current_vllm_config_or_none
 
         if use_custom_op_collectives():
@@ -137,7 +137,7 @@ def _with_options(init_backend: Callable) -> Callable:
     """``CompilationConfig.init_backend``, with the options for this backend, which vLLM gives to Inductor only."""
 
     @functools.wraps(init_backend)
-    def init(self, vllm_config, *args, **kwargs):
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         backend = init_backend(self, vllm_config, *args, **kwargs)
         if backend != NAME:
             return backend
@@ -179,7 +179,7 @@ def _profile_all_forms(runner: Any) -> None:
     dummy_run = runner._dummy_run
 
     @functools.wraps(dummy_run)
-    def run(self, num_tokens, *args, is_profile=False, **kwargs):
+    def run(self: Any, num_tokens: int, *args: Any, is_profile: bool = False, **kwargs: Any) -> Any:
         result = dummy_run(self, num_tokens, *args, is_profile=is_profile, **kwargs)
         if is_profile and self.vllm_config.compilation_config.backend == NAME:
             for fewer in FEWER:

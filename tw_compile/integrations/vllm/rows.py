@@ -101,9 +101,9 @@ def _ir_fused_add_rms_norm(emit: Emit, given: dict[str, Any]) -> dict[str | int,
 def _norm(emit: Emit, x: Node, given: dict[str, Any]) -> Node:
     """vLLM's RMSNorm, as its op ``vllm_ir.rms_norm`` has it."""
     dtype, weight = value(x).dtype, given.get("weight")
-    wide = emit(prims.convert_element_type.default, x, torch.float32)
-    mean = emit(aten.mean.dim, emit(aten.pow.Tensor_Scalar, wide, 2), [-1], True)
-    normed = emit(aten.mul.Tensor, wide, emit(aten.rsqrt.default, emit(aten.add.Tensor, mean, given["epsilon"])))
+    fp32 = emit(prims.convert_element_type.default, x, torch.float32)
+    mean = emit(aten.mean.dim, emit(aten.pow.Tensor_Scalar, fp32, 2), [-1], True)
+    normed = emit(aten.mul.Tensor, fp32, emit(aten.rsqrt.default, emit(aten.add.Tensor, mean, given["epsilon"])))
     if weight is not None:
         normed = emit(aten.mul.Tensor, emit(prims.convert_element_type.default, normed, value(weight).dtype), weight)
     return emit(prims.convert_element_type.default, normed, dtype) if value(normed).dtype != dtype else normed

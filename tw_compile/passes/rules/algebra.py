@@ -1,11 +1,13 @@
 """Token-axis rules of ops of linear algebra: GEMMs that add to a value, convolutions, triangular systems."""
 
+from torch.fx import Node
+
 from ..graph_utils import aten, is_one, value
-from .token_axis import Split, TokenAxis, register_token_rule, same_axis
+from .token_axis import Axes, Split, TokenAxis, register_token_rule, same_axis
 
 
 @register_token_rule(aten.baddbmm.default)
-def _baddbmm(node, axes):
+def _baddbmm(node: Node, axes: Axes) -> Split | str | None:
     """As ``bmm``, of which the tokens are the batch or the rows; what is added is broadcast to the result."""
     added, a, b = node.args[:3]
     axis = axes.get(a)
@@ -22,7 +24,7 @@ def _baddbmm(node, axes):
 
 
 @register_token_rule(aten.convolution.default)
-def _convolution(node, axes):
+def _convolution(node: Node, axes: Axes) -> Split | str | None:
     """The tokens are the batch, or a dimension along which the kernel has one entry: it then combines the channels of each token."""
     source, weight, _, stride, padding, _, transposed = node.args[:7]
     axis = axes.get(source)
@@ -37,7 +39,7 @@ def _convolution(node, axes):
 
 
 @register_token_rule(aten.linalg_solve_triangular.default)
-def _solve(node, axes):
+def _solve(node: Node, axes: Axes) -> Split | str | None:
     """The tokens are a batch dimension of both sides."""
     (a, b), rank = node.args[:2], value(node).dim()
     axis = next(iter(axes.values()))

@@ -22,7 +22,7 @@ from ..emit import Emit, size_of
 from ..graph_utils import aten, is_one, prims, value
 from .cache import Write, first_key
 from .mask import hides_later_keys
-from .token_axis import Split, TokenAxis, register_token_rule
+from .token_axis import Axes, Split, TokenAxis, register_token_rule
 
 _FLASH = aten._scaled_dot_product_flash_attention.default
 _EFFICIENT = aten._scaled_dot_product_efficient_attention.default
@@ -75,7 +75,7 @@ def attention_mask(node: Node) -> Node | None:
 
 
 @register_token_rule(*SIGNATURES)
-def _attention(node, axes):
+def _attention(node: Node, axes: Axes) -> Split | str | None:
     """query, key, value: [B, heads, T, D]. Only the first result may have users, not the log-sum-exp or the random state."""
     query, key, val = node.args[:3]
     mask = attention_mask(node)
@@ -185,9 +185,9 @@ def _bottom_right(emit: Emit, node: Node, query: Node, keys: Pair, values: Pair)
     lse = [_as_rows(emit, emit(operator.getitem, part, 1), query) for part in (past, own)]
     # out_a + (out_b - out_a) · sigmoid(lse_b - lse_a) is the merge above, without overflow.
     share = emit(aten.sigmoid.default, emit(aten.sub.Tensor, lse[1], lse[0]))
-    wide = [emit(prims.convert_element_type.default, o, torch.float32) for o in out]
-    step = emit(aten.mul.Tensor, emit(aten.sub.Tensor, wide[1], wide[0]), share)
-    merged = emit(aten.add.Tensor, wide[0], step)
+    fp32 = [emit(prims.convert_element_type.default, o, torch.float32) for o in out]
+    step = emit(aten.mul.Tensor, emit(aten.sub.Tensor, fp32[1], fp32[0]), share)
+    merged = emit(aten.add.Tensor, fp32[0], step)
     return emit(prims.convert_element_type.default, merged, value(out[0]).dtype)
 
 

@@ -8,10 +8,11 @@ Between sequences, each half's entries of a static cache are written in turn, an
 returns the whole cache. So nothing is concatenated, and Inductor can do both writes in place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -77,7 +78,7 @@ class _Bound(PerHalf):
     unit: Any
     end: bool
 
-    def argument(self, half, lengths, size, part):
+    def argument(self, half: int, lengths: tuple[sympy.Expr, ...], size: Callable[[Any], Any], part: Callable[[Node, int], Node]) -> Any:
         return size(self.start + sum(lengths[: half + self.end]) * expr_of(self.unit))
 
 

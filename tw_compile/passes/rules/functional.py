@@ -14,7 +14,7 @@ from torch.fx import Node
 from ...compat import OpOverload, auto_functionalized
 from ..emit import Emit
 from ..graph_utils import aten, calls, is_one, is_tensor, value
-from .token_axis import _RULES, Rule, Split, TokenAxis, register_token_rule, same_axis
+from .token_axis import _RULES, Axes, Rule, Split, TokenAxis, register_token_rule, same_axis
 
 EMPTY = aten.empty.memory_format
 BASES = "_all_bases"
@@ -58,7 +58,7 @@ def written(op: OpOverload) -> list[str]:
 
 
 @register_token_rule(auto_functionalized)
-def _functional(node, axes):
+def _functional(node: Node, axes: Axes) -> Split | str | None:
     """The rule of the op that it calls. That rule gets this node."""
     op = node.args[0]
     rule = _RULES.get(op) or _RULES.get(op.name())

@@ -1,21 +1,22 @@
 """Token-axis rules of ops that read entries by an index."""
 
 import torch
+from torch.fx import Node
 
 from ..graph_utils import aten, value
-from .token_axis import Split, TokenAxis, register_token_rule, same_axis
+from .token_axis import Axes, Split, TokenAxis, register_token_rule, same_axis
 
 INTEGERS = (torch.int32, torch.int64)
 
 
 @register_token_rule(aten.embedding.default)
-def _embedding(node, axes):
+def _embedding(node: Node, axes: Axes) -> Split | str | None:
     table, ids = node.args[:2]
     return Split(axes[ids]) if ids in axes and table not in axes else None
 
 
 @register_token_rule(aten.gather.default)
-def _gather(node, axes):
+def _gather(node: Node, axes: Axes) -> Split | str | None:
     source, dim, index = node.args[:3]
     found = list(axes.values())
     if dim % value(node).dim() == found[0].dim or not all(same_axis(found[0], other) for other in found):
@@ -24,7 +25,7 @@ def _gather(node, axes):
 
 
 @register_token_rule(aten.index.Tensor)
-def _index(node, axes):
+def _index(node: Node, axes: Axes) -> Split | str | None:
     """One index, which has an entry for each token; or which is along another dimension than that of the tokens."""
     source, indices = node.args
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]

@@ -22,7 +22,7 @@ from ...compat import OpOverload, auto_functionalized
 from ..graph_utils import calls, value
 from .functional import given, split_rows
 from .per_half import First, Index, Length
-from .token_axis import Split, TokenAxis, register_token_rule
+from .token_axis import Axes, Split, TokenAxis, register_token_rule
 
 _ROWS = ("query", "key", "value", "output")
 _DEPENDENCY = "kv_cache_dummy_dep"
@@ -49,7 +49,7 @@ def register_engine(engine: Engine, library: torch.library.Library) -> None:
     update, attend = (_half_of(op, engine, library) for op in (engine.update, engine.attend))
 
     @register_token_rule(engine.update)
-    def _update(node, axes):
+    def _update(node: Node, axes: Axes) -> Split | str | None:
         if reason := engine.why_not(_layer_name(node)):
             return reason
         rows = split_rows(node, axes, _ROWS)
@@ -57,7 +57,7 @@ def register_engine(engine: Engine, library: torch.library.Library) -> None:
         return Split(TokenAxis(0, 0), slices=rows.slices, target=update, kwargs=_of_half(node, None)) if isinstance(rows, Split) else rows
 
     @register_token_rule(engine.attend)
-    def _attend(node, axes):
+    def _attend(node: Node, axes: Axes) -> Split | str | None:
         arguments = given(node)
         if not calls(node, auto_functionalized) or arguments["query"] not in axes:
             return None
@@ -86,11 +86,11 @@ def _half_of(op: OpOverload, engine: Engine, library: torch.library.Library) -> 
     arguments, results = str(op._schema).replace("PyObject layer_name", f"{engine.name_type} layer_name").split("(", 1)[1].rsplit(") ->", 1)
     library.define(f"{name}({arguments}, *, Tensor? after=None, int half=0, SymInt first=0) ->{results}", tags=op.tags)
 
-    def run(*args, after=None, half=0, first=0, **kwargs):
+    def run(*args: Any, after: Any = None, half: int = 0, first: int = 0, **kwargs: Any) -> Any:
         with engine.halved(half, first):
             return op(*args, **kwargs)
 
-    def fake(*args, after=None, half=0, first=0, **kwargs):
+    def fake(*args: Any, after: Any = None, half: int = 0, first: int = 0, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
 
     library.impl(name, run, "CompositeExplicitAutograd")

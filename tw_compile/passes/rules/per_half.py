@@ -26,7 +26,7 @@ class PerHalf:
 class Index(PerHalf):
     """0 for the first half, 1 for the second."""
 
-    def argument(self, half, lengths, size, part):
+    def argument(self, half: int, lengths: tuple[sympy.Expr, ...], size: Callable[[Any], Any], part: Callable[[Node, int], Node]) -> Any:
         return half
 
 
@@ -37,7 +37,7 @@ class Length(PerHalf):
     unit: Any = 1
     of: int | None = None
 
-    def argument(self, half, lengths, size, part):
+    def argument(self, half: int, lengths: tuple[sympy.Expr, ...], size: Callable[[Any], Any], part: Callable[[Node, int], Node]) -> Any:
         return size(lengths[half if self.of is None else self.of] * self.unit)
 
 
@@ -47,5 +47,5 @@ class First(PerHalf):
 
     source: Node
 
-    def argument(self, half, lengths, size, part):
+    def argument(self, half: int, lengths: tuple[sympy.Expr, ...], size: Callable[[Any], Any], part: Callable[[Node, int], Node]) -> Any:
         return part(self.source, 0)

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..graph_utils import aten, is_one, is_tensor, value
 from .mask import INDEX
-from .token_axis import Split, TokenAxis, places, register_token_rule, same_axis
+from .token_axis import Axes, Split, TokenAxis, places, register_token_rule, same_axis
 
 BOTH = "it may write an entry of either half"
 
@@ -64,7 +64,7 @@ def written_by(node: Node) -> Written | None:
 
 
 @register_token_rule(aten.index_put.default)
-def _index_put(node, axes):
+def _index_put(node: Node, axes: Axes) -> Split | str | None:
     """The base is cut, along a dimension that has no index. cache.py has writes to a base that is not cut."""
     base, written = node.args[0], written_by(node)
     if written is None or base not in axes or axes[base].dim not in written.dims:

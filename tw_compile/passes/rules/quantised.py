@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ...compat import OpOverload
 from ..graph_utils import aten, calls, is_one, is_view, prims, same_size, source_of, value
-from .token_axis import _RULES, Split, TokenAxis, expr, expr_of, is_pointwise, places, register_token_rule, same_axis
+from .token_axis import _RULES, Axes, Split, TokenAxis, expr, expr_of, is_pointwise, places, register_token_rule, same_axis
 
 # Rows that one scale, or one tile of swizzled scales, is for.
 _BLOCK = 128
@@ -97,7 +97,7 @@ def is_gemm(node: Node) -> bool:
 
 
 @register_token_rule(aten._grouped_mm.default, aten._scaled_grouped_mm.default)
-def _grouped(node, axes):
+def _grouped(node: Node, axes: Axes) -> Split | str | None:
     """Groups of rows [M, K] × [G, K, N] are of all tokens: they cannot be cut. Otherwise the tokens are rows of each group.
 
     [G, M, K] × [G, K, N] -> [G, M, N];  [G, M, K] × [K, groups of N] -> [M, N];  [M, groups of K] × [groups of K, N] -> [G, M, N]

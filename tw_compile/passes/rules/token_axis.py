@@ -83,7 +83,8 @@ class Split:
         return self.slices.get(place, self.slices.get(node))
 
 
-Rule = Callable[[Node, Mapping[Node, TokenAxis]], Split | str | None]
+Axes = Mapping[Node, TokenAxis]  # input that is cut -> its TokenAxis
+Rule = Callable[[Node, Axes], Split | str | None]
 _RULES: dict[object, Rule] = {}
 
 
@@ -201,7 +202,7 @@ def _dim(node: Node, position: int, default: int, rank: int) -> int:
     prims.convert_element_type.default, aten.clone.default, aten.alias.default, aten.where.self, aten.detach.default,
     c10d.all_reduce.default, c10d.wait_tensor.default,
 )  # fmt: skip
-def pointwise(node, axes):
+def pointwise(node: Node, axes: Axes) -> Split | str | None:
     """All inputs are broadcast to the result. The all-reduces of both halves give that of the whole."""
     results = value(node)
     rank = (results if isinstance(results, torch.Tensor) else results[0]).dim()
@@ -219,7 +220,7 @@ def pointwise(node, axes):
 
 
 @register_token_rule(aten.mm.default)
-def _mm(node, axes):
+def _mm(node: Node, axes: Axes) -> Split | str | None:
     a, b = node.args[:2]
     if a in axes and b not in axes:
         return Split(axes[a]) if axes[a].dim == 0 else None
@@ -229,7 +230,7 @@ def _mm(node, axes):
 
 
 @register_token_rule(aten.addmm.default)
-def _addmm(node, axes):
+def _addmm(node: Node, axes: Axes) -> Split | str | None:
     bias, a, b = node.args[:3]
     if b in axes or a not in axes or axes[a].dim != 0 or (bias in axes and not same_axis(axes[bias], axes[a])):
         return None
@@ -239,7 +240,7 @@ def _addmm(node, axes):
 
 
 @register_token_rule(aten.bmm.default)
-def _bmm(node, axes):
+def _bmm(node: Node, axes: Axes) -> Split | str | None:
     """The tokens are the batch, the rows of a, or the columns of b.
 
     If both a and b are cut, and the tokens are the rows of a, this is the scores or the weighted sum of an attention. Each query needs
@@ -258,7 +259,7 @@ def _bmm(node, axes):
 
 
 @register_token_rule(*RESHAPES)
-def _reshape(node, axes):
+def _reshape(node: Node, axes: Axes) -> Split | str | None:
     """The token dimension of the result has as many entries before it as that of the input. A step must stay a number of its entries."""
     source, sizes = node.args[0], list(node.args[1])
     axis, before, after = axes[source], value(source).shape, value(node).shape
@@ -278,14 +279,14 @@ def _reshape(node, axes):
 
 
 @register_token_rule(aten.permute.default)
-def _permute(node, axes):
+def _permute(node: Node, axes: Axes) -> Split | str | None:
     source, order = node.args
     axis, rank = axes[source], value(node).dim()
     return Split(TokenAxis([d % rank for d in order].index(axis.dim), axis.unit))
 
 
 @register_token_rule(aten.transpose.int)
-def _transpose(node, axes):
+def _transpose(node: Node, axes: Axes) -> Split | str | None:
     source, a, b = node.args
     axis, rank = axes[source], value(node).dim()
     swap = {a % rank: b % rank, b % rank: a % rank}
@@ -293,14 +294,14 @@ def _transpose(node, axes):
 
 
 @register_token_rule(aten.unsqueeze.default)
-def _unsqueeze(node, axes):
+def _unsqueeze(node: Node, axes: Axes) -> Split | str | None:
     source, at = node.args
     axis = axes[source]
     return Split(TokenAxis(axis.dim + (at % value(node).dim() <= axis.dim), axis.unit))
 
 
 @register_token_rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
-def _squeeze(node, axes):
+def _squeeze(node: Node, axes: Axes) -> Split | str | None:
     """The squeezed dimensions are named: a half may have a single token, and its token dimension must stay."""
     source, *dims = node.args
     axis, shape = axes[source], value(source).shape
@@ -315,7 +316,7 @@ def _squeeze(node, axes):
 
 
 @register_token_rule(aten.expand.default)
-def _expand(node, axes):
+def _expand(node: Node, axes: Axes) -> Split | str | None:
     source, sizes = node.args[0], list(node.args[1])
     axis = axes[source]
     dim = axis.dim + value(node).dim() - value(source).dim()
@@ -325,7 +326,7 @@ def _expand(node, axes):
 
 @register_token_rule(aten.slice.Tensor, aten._softmax.default, aten.cumsum.default, aten.flip.default, aten.topk.default,
                      aten.sort.default, aten.split.Tensor, aten.split_with_sizes.default, aten.glu.default)  # fmt: skip
-def _along_another_dim(node, axes):
+def _along_another_dim(node: Node, axes: Axes) -> Split | str | None:
     """Ops along a dimension that is not the token dimension. All results keep the axis."""
     source, rank = node.args[0], value(node.args[0]).dim()
     position, default = {
@@ -342,14 +343,14 @@ def _along_another_dim(node, axes):
 
 
 @register_token_rule(aten.select.int)
-def _select(node, axes):
+def _select(node: Node, axes: Axes) -> Split | str | None:
     source, dim, _ = node.args
     axis, dim = axes[source], dim % value(source).dim()
     return None if dim == axis.dim else Split(TokenAxis(axis.dim - (dim < axis.dim), axis.unit))
 
 
 @register_token_rule(aten.cat.default)
-def _cat(node, axes):
+def _cat(node: Node, axes: Axes) -> Split | str | None:
     inputs, dim = node.args[0], _dim(node, 1, 0, value(node).dim())
     axis = next(iter(axes.values()))
     if dim == axis.dim or not all(same_axis(axis, other) for other in axes.values()):
@@ -361,7 +362,7 @@ def _cat(node, axes):
     aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.prod.dim_int, aten.any.dim,
     aten.any.dims, aten.argmax.default, aten.max.dim, aten.min.dim, aten.var.correction, aten.var_mean.correction,
 )  # fmt: skip
-def _reduction(node, axes):
+def _reduction(node: Node, axes: Axes) -> Split | str | None:
     source, rank = node.args[0], value(node.args[0]).dim()
     dims = node.args[1] if len(node.args) > 1 else None
     if dims is None:
@@ -377,7 +378,7 @@ def _reduction(node, axes):
 
 
 @register_token_rule(aten.constant_pad_nd.default)
-def _pad(node, axes):
+def _pad(node: Node, axes: Axes) -> Split | str | None:
     source, pads = node.args[:2]
     axis, rank = axes[source], value(node).dim()
     own = pads[2 * (rank - 1 - axis.dim) :][:2]
@@ -385,7 +386,7 @@ def _pad(node, axes):
 
 
 @register_token_rule(c10d.all_gather_into_tensor.default)
-def _all_gather(node, axes):
+def _all_gather(node: Node, axes: Axes) -> Split | str | None:
     """It gathers along dimension 0, so tokens must be along another one."""
     axis = axes[node.args[0]]
     return Split(axis) if axis.dim != 0 else None

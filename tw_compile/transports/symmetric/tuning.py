@@ -155,7 +155,7 @@ def measure(owner: Any, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tunin
     key = _key(owner, dtype, hidden)
     reason, mine = max(lacking), None
     if not reason:
-        logs.say_that_it_tunes()
+        logs.say_that_it_autotunes()
         try:
             mine = _times(owner, dtype, hidden)
         except WorkspaceError as error:  # raised on all ranks
@@ -188,7 +188,7 @@ def compare(transports: dict, group_name: str, device: torch.device, link: str) 
     seconds = next((theirs for theirs in map(json.loads, said) if theirs), None)
     if seconds is None:
         begin = time.perf_counter()
-        logs.say_that_it_tunes()
+        logs.say_that_it_autotunes()
         for transport in transports.values():
             transport.prepare([Planned(SLOT_WHOLE, COMPARED_DTYPE, (tokens, COMPARED_HIDDEN), False) for tokens in COMPARED_TOKENS])
         weight = torch.ones(COMPARED_HIDDEN, dtype=COMPARED_DTYPE, device=device)

@@ -1,4 +1,4 @@
-"""The collectives of a rewritten graph, in program order: its *wire*. It must be the same on all ranks of a group.
+"""The collectives of a rewritten graph, in program order: its *fingerprint*. It must be the same on all ranks of a group.
 
 Each rank rewrites its own graph. If the graphs of two ranks differ elsewhere, as when only rank 0 returns hidden states, the ranks could
 do different things with the same all-reduce. ``merge`` returns a decision that all of them can carry out.
@@ -66,7 +66,7 @@ def signature(graph: Graph, group: str) -> list:
     return entries
 
 
-def wire(graph: Graph, group: str) -> list:
+def fingerprint(graph: Graph, group: str) -> list:
     """The collectives of a group in a rewritten graph, as plain data: all that must be the same on all ranks.
 
     A site is ["site", number, in halves, form, sharded, quantisation], where ``sharded`` is whether each rank has only its own rows of the
@@ -94,18 +94,18 @@ def wire(graph: Graph, group: str) -> list:
     return entries
 
 
-def plain(wire_of_group: list) -> list[bool]:
-    """Whether each collective of a wire is in halves. Over the process group nothing else differs."""
-    return [entry[2] if entry[0] == "site" else entry[1] for entry in wire_of_group]
+def plain(of_group: list) -> list[bool]:
+    """Whether each collective of a fingerprint is in halves. Over the process group nothing else differs."""
+    return [entry[2] if entry[0] == "site" else entry[1] for entry in of_group]
 
 
 def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | None:
     """A decision that ranks with different outcomes can all carry out; None if they cannot agree.
 
     outcomes: one of each rank, as plain data: {"refused": {number of a collective: why}, "sites": {number of a site: number of its
-              collective}, "merged": {number of a collective: the one that it is part of}, "not_woven": why, "wire": wire}
+              collective}, "merged": {number of a collective: the one that it is part of}, "not_woven": why, "fingerprint": fingerprint}
     """
-    if all(all(o[name] == outcomes[0][name] for name in ("wire", "not_woven", "merged")) for o in outcomes):
+    if all(all(o[name] == outcomes[0][name] for name in ("fingerprint", "not_woven", "merged")) for o in outcomes):
         return decision
     sums = [o["merged"] for o in outcomes]
     differ = {(group, int(number)) for number in set().union(*sums) if any(mine.get(number) != sums[0].get(number) for mine in sums)}
@@ -121,12 +121,12 @@ def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | No
     if any(o["not_woven"] for o in outcomes):
         rank, why = next((rank, o["not_woven"]) for rank, o in enumerate(outcomes) if o["not_woven"])
         return None if decision.not_woven else replace(decision, not_woven=f"rank {rank}: {why}")
-    wires = [o["wire"] for o in outcomes]
-    if len(set(map(len, wires))) > 1:
+    fingerprints = [o["fingerprint"] for o in outcomes]
+    if len(set(map(len, fingerprints))) > 1:
         return None
     unwoven, unsplit, gathered, others = set(decision.unwoven), set(decision.unsplit), set(decision.gathered), 0
     unquantised = set(decision.unquantised)
-    for entries in zip(*wires):
+    for entries in zip(*fingerprints):
         if len({(e[0], e[1] if e[0] == "site" else None) for e in entries}) > 1:
             return None
         if entries[0][0] != "site":
@@ -153,15 +153,15 @@ def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | No
     return None if merged == decision else merged
 
 
-def conform(decision: Decision, new: Any, wires: dict[str, list]) -> Decision | None:
+def conform(decision: Decision, new: Any, fingerprints: dict[str, list]) -> Decision | None:
     """A decision with which a graph cuts nothing that the others do not cut, and has no uncut site that they cut; None if impossible.
 
-    new:   the Rewritten of ``decision``
-    wires: group -> the wire of the other ranks
+    new:          the Rewritten of ``decision``
+    fingerprints: group -> the fingerprint of the other ranks
     """
     refused, unwoven, unsplit = dict(decision.refused), set(decision.unwoven), set(decision.unsplit)
-    for group, theirs in wires.items():
-        mine, others = wire(new.graph, group), 0
+    for group, theirs in fingerprints.items():
+        mine, others = fingerprint(new.graph, group), 0
         if len(mine) != len(theirs):
             return None
         for entry, halved in zip(mine, plain(theirs)):
