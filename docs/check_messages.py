@@ -25,7 +25,7 @@ NO_MESSAGE = re.compile(
 
 
 def main():
-    told = " ".join(" ".join((HERE / page).read_text() for page in PAGES).split())
+    documented = " ".join(" ".join((HERE / page).read_text() for page in PAGES).split())
     missing = 0
     for path in sorted((HERE.parent / "tw_compile").rglob("*.py")):
         if path.name in NO_MESSAGES:
@@ -33,7 +33,7 @@ def main():
         for line, message in messages(ast.parse(path.read_text())):
             parts = [part.strip(" :;,.?()[]\n") for part in re.split(r"\0|\{\}|%s|%d|%\.\df|\n", message)]
             parts = [part for part in parts if part.count(" ") > 1]
-            if parts and not any(part in told for part in parts) and not NO_MESSAGE.search(message.replace("\0", "…")):
+            if parts and not any(part in documented for part in parts) and not NO_MESSAGE.search(message.replace("\0", "…")):
                 missing += 1
                 print(f"{path.relative_to(HERE.parent)}:{line}: not in {' or '.join(PAGES)}: {max(parts, key=len)}")
     sys.exit(1 if missing else 0)

@@ -102,8 +102,8 @@ def generate(model, forward, ids, new):
 
 
 def compare(what, seconds):
-    told = ", ".join(f"{name} {1e3 * taken:.2f} ms" for name, taken in seconds.items())
-    say(f"{what}: {told}; tokenweave is {seconds['inductor'] / seconds['tokenweave']:.2f}× as fast")
+    times = ", ".join(f"{name} {1e3 * taken:.2f} ms" for name, taken in seconds.items())
+    say(f"{what}: {times}; tokenweave is {seconds['inductor'] / seconds['tokenweave']:.2f}× as fast")
 
 
 if __name__ == "__main__":

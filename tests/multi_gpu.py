@@ -670,7 +670,7 @@ def check_opaque(device):
             report = tw_compile.reports()[-1]
             assert len(report.sites) == 2 * LAYERS + 1 and not report.refusals
             if report.mode == "weave":
-                assert {join.reason for join in report.joins} == ({refused} if refused else set()), report
+                assert {each.reason for each in report.joins} == ({refused} if refused else set()), report
             errors = error(eager, right), error(got, right)
             llama.say(
                 f"opaque: {tokens} tokens, {report.mode}, {len(report.joins)} unsplit: error {errors[1]:.2e}, eager {errors[0]:.2e}"

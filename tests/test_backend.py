@@ -134,7 +134,7 @@ def test_a_graph_of_refusals_only_is_an_error_with_the_reasons_where_forced(worl
     assert isinstance(raised.value.inner_exception, tw_compile.TokenWeaveError)
 
 
-def test_a_graph_of_refused_reduce_scatters_is_told_as_such(world, quick, messages):
+def test_messages_name_refused_reduce_scatters(world, quick, messages):
     def scatter(x):
         return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", 2, dist.group.WORLD.group_name))
 

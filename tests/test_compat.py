@@ -50,7 +50,7 @@ def test_a_missing_name(owner, name, monkeypatch):
 
 
 def test_what_stands_for_a_missing_name(monkeypatch):
-    """Modules that import it can be imported; who calls it is told what is missing."""
+    """Modules that import it can be imported; a call raises an error that names what is missing."""
     monkeypatch.delattr(torch._inductor.utils, "BoxedBool")
     absent = read_anew().BoxedBool
 

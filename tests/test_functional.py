@@ -119,7 +119,7 @@ def test_attention_that_cannot_be_cut_runs_on_all_tokens():
         new = rewrite(block, *inputs(), mode="weave", min_tokens=1)
     finally:
         state["refused"] = ""
-    assert [(join.op, join.reason) for join in new.report.joins] == [
+    assert [(each.op, each.reason) for each in new.report.joins] == [
         ("standin.update.default", "its backend is not known"), ("standin.attend.default", "its backend is not known")
     ]  # fmt: skip
     new.check()

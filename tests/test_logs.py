@@ -1,4 +1,4 @@
-"""What is told: TORCH_LOGS="tokenweave", the artifacts of TORCH_TRACE, and the one message that tuning takes time."""
+"""What is logged: TORCH_LOGS="tokenweave", the artifacts of TORCH_TRACE, and the one message that autotuning takes time."""
 
 import logging
 import os

@@ -404,7 +404,7 @@ def test_the_graph_is_not_changed():
     assert merge(graph, alone=each.all_reduces)[0] is graph and merge(graph, skip={each.root})[0] is graph
 
 
-def test_the_rows_that_a_sum_takes_are_told():
+def test_a_match_names_the_rows_that_a_sum_takes():
     graph = capture(lambda x, r, w: hf_norm((all_reduce(x) + r)[:, -1:], w), values(2, 4, H), values(2, 4, H), values(H))
     ((each,),) = (merge(graph)[1],)
     assert "at ['1', '-1'" in each.rows

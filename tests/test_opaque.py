@@ -60,6 +60,6 @@ def test_opaque_attention(ranks, requests, refused):
     for same, without_cache, report in ranks(forward, REQUESTS[requests], refused):
         assert same and without_cache == (requests == "one")
         assert (report.mode, len(report.sites), len(report.refusals)) == ("weave", 2 * LAYERS + 1, 0)
-        assert [(join.op, join.reason) for join in report.joins] == LAYERS * [
+        assert [(each.op, each.reason) for each in report.joins] == LAYERS * [
             (f"opaque.{op}.default", refused) for op in ("update", "attend") if refused
         ]

@@ -15,7 +15,7 @@ def test_nothing_given_is_all_auto():
     assert parse(None) == parse({}) == (Options("auto", "auto", "auto", "auto", "auto", "auto"), {})
 
 
-def test_ours_are_told_from_inductors():
+def test_ours_are_kept_apart_from_inductors():
     ours, inductor = parse({"tokenweave.mode": "fuse", "tokenweave.ctas": 4, "max_autotune": True})
     assert ours == Options(mode="fuse", ctas=4)
     assert inductor == {"max_autotune": True}

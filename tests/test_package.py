@@ -1,8 +1,9 @@
-"""The package as it is installed: a wheel has all files, and works without the checkout."""
+"""The package as it is installed: a wheel has all files, and works without the checkout, in an environment of its own."""
 
 import os
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PIP = sys.executable, "-m", "pip", "--disable-pip-version-check"
+OWN = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 USED = """
 import importlib.metadata, pathlib, sys
@@ -48,11 +50,25 @@ def test_a_wheel_has_every_file(wheel):
     assert packed == here | {"tokenweave.py"}
 
 
+@pytest.fixture
+def environment(tmp_path, wheel):
+    """A new environment with the wheel. Behind its own packages it sees those of this one, such as torch and pip, by a .pth file."""
+    folder = tmp_path / "environment"
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    how = "--disable-pip-version-check", "--quiet", "--no-index", "--no-deps", "--ignore-installed"
+    subprocess.run([folder / "bin" / "python", "-m", "pip", "install", *how, wheel], env=OWN, check=True)
+    return folder
+
+
 @pytest.mark.slow
-def test_what_is_installed_is_complete(wheel, tmp_path):
-    subprocess.run([*PIP, "install", "--quiet", "--no-index", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    command = [sys.executable, "-c", USED, str(tmp_path / "site")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "('torch_dynamo_backends', 'tokenweave'), ('vllm.general_plugins', 'tokenweave')] 0.2.0" in done.stdout
+def test_what_is_installed_is_complete(environment, tmp_path):
+    def run(*command):
+        done = subprocess.run(command, env=OWN, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    used = run(environment / "bin" / "python", "-c", USED, str(environment))
+    assert "('torch_dynamo_backends', 'tokenweave'), ('vllm.general_plugins', 'tokenweave')] 0.2.0" in used
+    assert "plans" in run(environment / "bin" / "tw-compile", "--help")

@@ -23,7 +23,7 @@ def check(function, *inputs, mode="fuse", linear=None, in_workspace=None, sharde
         workspace = Workspace()
         placed.check(workspace, shuffle=order)
         expected = {"linear": linear, "in_workspace": in_workspace, "sharded_residual": sharded_residual}
-        assert all(workspace.lent[name] == n for name, n in expected.items() if n is not None), workspace.lent
+        assert all(workspace.counts[name] == n for name, n in expected.items() if n is not None), workspace.lent
     return placed
 
 
@@ -77,7 +77,7 @@ def chain(between, *inputs, ends=lambda norm, residual: norm, mode="fuse", **kwa
 
 
 @MODES
-def test_a_norm_that_only_gemms_read_is_borrowed(mode):
+def test_a_norm_that_only_gemms_read_stays_in_the_workspace(mode):
     up, down = values(H, INNER), values(INNER, H)
     chain(lambda norm, _, up, down: (norm @ up).relu() @ down, up, down, mode=mode, in_workspace=halves(mode), linear=halves(mode))
 

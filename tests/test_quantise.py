@@ -239,7 +239,7 @@ def test_in_the_workspace(kind, mode):
     for order in [None, *range(3)]:
         workspace = Workspace()
         torch.testing.assert_close(new.outputs(workspace, order), expected)
-        assert workspace.lent["in_workspace"] == 2 * (2 if mode == "weave" else 1)
+        assert workspace.counts["in_workspace"] == 2 * (2 if mode == "weave" else 1)
 
 
 def test_ranks_that_do_not_quantise_alike_do_not():

@@ -75,7 +75,7 @@ def test_nothing_is_copied_between_sites(kind, written, mode):
         (got,) = new.outputs(workspace, order)
         is_close(got, new.expected()[0])
         # The last norm leaves the graph.
-        assert workspace.lent == {written: 2 * halves, "in_workspace": 2 * halves, "sharded_residual": 3 * halves, "linear": 0}
+        assert workspace.counts == {written: 2 * halves, "in_workspace": 2 * halves, "sharded_residual": 3 * halves, "linear": 0}
 
 
 def with_bias(x, weight, bias, version):
@@ -107,7 +107,7 @@ def test_through_inductor(unexpanded, monkeypatch):
         torch._dynamo.mark_static(tensor, [0, 2] if tensor.dim() == 3 else None)
     with torch.no_grad():
         got = torch.compile(run, backend=backend.tokenweave, dynamic=True, options={"tokenweave.mode": "weave"})(*given)
-    assert (workspace.lent["placed"], workspace.lent["scaled_linear"]) == (2, 2 * (len(kinds) - 1))
+    assert (workspace.counts["placed"], workspace.lent["scaled_linear"]) == (2, 2 * (len(kinds) - 1))
     is_close(got, rewrite(run, *given, mode="fuse").expected()[0])
 
 

@@ -1,7 +1,7 @@
 """Every token-axis rule in a woven graph, on shapes whose sizes coincide, against the graph that it came from.
 
 Each registered op has samples of its use here, on a value [..., H] that two sites have between them. A rule is never trusted:
-what it answers is checked, and what does not hold is a join.
+what it answers is checked, and an answer that does not hold makes an unsplit op.
 """
 
 import operator

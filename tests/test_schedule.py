@@ -164,7 +164,7 @@ def with_unsplit_ops(x, residual, weight, up, down):
     return hf_norm(residual, weight)
 
 
-def test_ops_that_need_both_halves_are_told(world, monkeypatch):
+def test_the_section_names_ops_that_need_both_halves(world, monkeypatch):
     monkeypatch.setattr(schedule, "possible", lambda device: True)
     monkeypatch.setattr(schedule, "SIZES", SIZES)
     seen = []
@@ -197,7 +197,7 @@ def test_quantised_linears_are_tuned_as_they_are(world, monkeypatch, kind, dynam
     if kind == "fp8 row":
         fast = ("dtype", "bfloat16"), ("constant", False)
         assert first == ("gemm", "aten::_scaled_mm", H, (ROWS, WEIGHT, ROW_SCALES, SCALES, NONE, NONE, *fast))
-    # They run, and the last one writes where it is told to.
+    # They run, and the last one writes to its given output.
     stage = schedule.Stage(section, ProcessGroup(dist.group.WORLD.group_name, torch.device("cpu")), torch.device("cpu"))
     assert stage.set() is None
     for op, gemm in stage.gemms.items():
@@ -219,7 +219,7 @@ def test_a_plan_of_quantised_linears_is_measured(world, ranks, monkeypatch):
     assert ranks(of_quantised, section) == [True, True]
 
 
-def test_what_cannot_be_tuned_is_told(world, monkeypatch):
+def test_the_report_names_what_cannot_be_tuned(world, monkeypatch):
     monkeypatch.setattr(schedule, "possible", lambda device: True)
     graph = lambda x, r, w: hf_norm(r + all_reduce(hf_norm(r + all_reduce(x), w).cumsum(-1)), w)  # noqa: E731
     given = [torch.randn(shape) for shape in ((1, 300, H), (1, 300, H), (H,))]

@@ -237,14 +237,14 @@ def test_a_use_that_a_rule_does_not_cover_is_done_whole():
     assert new.report.joins[0].reason == "its token-axis rule does not cover this use"
 
 
-def test_after_a_join_the_tokens_are_cut_again():
+def test_after_an_unsplit_op_the_tokens_are_cut_again():
     new = between(lambda x: (x.flip(0) @ torch.ones(H, H)).relu(), unsplit=["prims.rev.default"])
     assert all(site.woven for site in new.report.sites)
 
 
-def test_a_join_is_cut_again_for_the_next_site():
+def test_the_result_of_an_unsplit_op_is_cut_again_for_the_next_site():
     new = between(lambda x: x + x.cumsum(0), unsplit=["aten.cumsum.default"])
-    assert new.count(torch.ops.aten.cat.default) == 2, "one join in the middle, one at the end"
+    assert new.count(torch.ops.aten.cat.default) == 2, "one for the unsplit op, one at the end"
 
 
 def test_an_op_over_all_tokens_is_done_whole():

@@ -324,7 +324,7 @@ def of_another_hidden_size():
             return str(error)
 
 
-def test_ranks_that_run_different_things_are_told_so(ranks):
+def test_ranks_that_run_different_things_raise_an_error(ranks):
     """Where one of them has to measure first, and the other has not."""
     for message in ranks(of_another_hidden_size):
         assert "do different things" in message and "null" not in message

@@ -66,7 +66,7 @@ def configured(longest=64, **compilation):
     )  # fmt: skip
 
 
-def test_another_version_is_told_once(caplog, monkeypatch):
+def test_another_version_is_a_warning_once(caplog, monkeypatch):
     import vllm
 
     from tw_compile.integrations.vllm import plugin

@@ -23,7 +23,7 @@ NAN = float("nan")
 class Workspace:
     def __init__(self, device="cpu", entries=ENTRIES):
         self.slots, self.full = {}, functools.partial(torch.full, (entries,), NAN, device=device)
-        self.lent = Counter(linear=0, in_workspace=0, sharded_residual=0)
+        self.counts = Counter(linear=0, in_workspace=0, sharded_residual=0)
 
     def _slot(self, group, slot, dtype):
         key = group, slot, dtype
@@ -32,7 +32,7 @@ class Workspace:
         return self.slots[key]
 
     def linear(self, a, b, bias, slot, group, transport):
-        self.lent["linear"] += 1
+        self.counts["linear"] += 1
         return self._slot(group, slot, a.dtype).write(a @ b if bias is None else a @ b + bias)
 
     def scaled_linear(self, *given):
@@ -42,28 +42,28 @@ class Workspace:
         return self._scaled(torch.ops.aten._scaled_mm_v2.default, given)
 
     def _scaled(self, gemm, given):
-        self.lent["scaled_linear"] += 1
+        self.counts["scaled_linear"] += 1
         *given, slot, group, _ = given
         product = EMULATED.get(gemm, gemm)(*given)
         return self._slot(group, slot, product.dtype).write(product)
 
     def partials(self, shape, dtype, device, slot, group, transport):
-        self.lent["placed"] += 1
+        self.counts["placed"] += 1
         return self._slot(group, slot, dtype).buffer[: math.prod(shape)].view(shape)
 
     def placed(self, x, slot, group, transport):
-        self.lent["placed"] += 1
+        self.counts["placed"] += 1
         return self._slot(group, slot, x.dtype).write(x)
 
     def start(self, site, group, transport):
         site = Site._make(site)
         assert site.fp32_residual == site.sharded_residual
-        self.lent["sharded_residual"] += site.sharded_residual
+        self.counts["sharded_residual"] += site.sharded_residual
         self._slot(group, site.slot, site.x.dtype).start(site)
         return site.x.new_empty(0)
 
     def wait(self, x, slot, in_workspace, group, transport):
-        self.lent["in_workspace"] += in_workspace
+        self.counts["in_workspace"] += in_workspace
         return self._slot(group, slot, x.dtype).finish(in_workspace)
 
     fused = Plain.fused
