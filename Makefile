@@ -57,9 +57,10 @@ lint: $(VENV)/lint-extras
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# Without --quiet, which hides warnings also from --strict.
 docs: $(VENV)/docs-extras
 	$(PY) docs/check_messages.py
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-vllm $(addprefix .venv-,$(VERSIONS)) build *.egg-info
