@@ -52,7 +52,7 @@ A prompt of a padded batch, then single tokens. Greedy, in float32, compiled wit
 
 {generation}
 
-Each half writes its rows to a cache in turn, so nothing is joined. A static cache is written in place. A dynamic one grows by
+Each half writes its rows to a cache in turn, so nothing is concatenated. A static cache is written in place. A dynamic one grows by
 concatenation.
 
 One sequence behind a cache, such as a prompt in chunks, is cut along its tokens if the mask shows that the first half does not
@@ -93,8 +93,9 @@ examples are tests, in `tests/test_extending.py`.
 
 ## A model that is not here
 
-`print(*tw_compile.explain(model, ids), sep="\\n")` shows each of its all-reduces, as a site or as a refusal with the reason. To
-add it to the table above, add it to `MODELS` in `tests/zoo.py`, with what you expect, and run `python docs/make_models.py`.
+`print(tw_compile.explain(model, ids))` shows each of its all-reduces, as a site or as a refusal with the reason, and its graph
+breaks. To add it to the table above, add it to `MODELS` in `tests/zoo.py`, with what you expect, and run
+`python docs/make_models.py`.
 '''
 
 GENERATED = "Llama", "Mistral", "Gemma 3", "Mixtral"
