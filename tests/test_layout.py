@@ -180,7 +180,7 @@ def test_no_file_is_too_long(path):
 
 def test_imports_are_seen():
     assert {"context", "compat", "autotune.plan", "passes.find", "transports.choose"} <= imports("forms")
-    assert {"transports.choose", "site"} == imports("ops.direct")
+    assert {"transports.choose"} == imports("ops.direct")
 
 
 def test_scripts_have_names_of_their_own():

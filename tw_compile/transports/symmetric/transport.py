@@ -397,5 +397,4 @@ def _nothing(site: tuple) -> tuple[Tensor, ...]:
 
 def _is_external(stream_id: int) -> bool:
     """Whether PyTorch did not create a stream. PyTorch gives its own streams odd ids, and the default stream 0 (CUDAStream.cpp)."""
-
     return stream_id != 0 and stream_id % 2 == 0
