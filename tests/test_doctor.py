@@ -131,6 +131,62 @@ def test_a_probe_that_fails_is_a_line(monkeypatch):
     assert {finding.text for finding in after} == {"the check failed: OSError: the bus is gone"}
 
 
+def findings(monkeypatch, **environment):
+    """The findings with these variables, and without others of the package."""
+    for name in ("TW_COMPILE_MODE", "TW_COMPILE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    return doctor.examine()
+
+
+def environment(monkeypatch, **variables):
+    return [(f.status, f.text) for f in findings(monkeypatch, **variables) if f.name == "environment"]
+
+
+def test_the_kill_switch(monkeypatch, capsys):
+    assert environment(monkeypatch) == [(OK, "TW_COMPILE_MODE is not set")]
+    assert environment(monkeypatch, TW_COMPILE_MODE="off") == [(NOTE, "TW_COMPILE_MODE is off: every graph is left to Inductor")]
+    assert environment(monkeypatch, TW_COMPILE_MODE="fuse") == [(NOTE, "TW_COMPILE_MODE is fuse: no graph is woven")]
+    ((status, text),) = environment(monkeypatch, TW_COMPILE_MODE="bogus")
+    assert status == MISSING and text.startswith("the environment variable TW_COMPILE_MODE is 'bogus'; it takes 'off' or 'fuse'")
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "-> unset TW_COMPILE_MODE on all ranks" in said and "environment" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "name, value, other, effect",
+    [
+        ("TW_COMPILE_HOST", "a", "", "ranks with another name are taken to be on another host"),
+        ("TORCH_COMPILE_DISABLE", "1", "0", "torch.compile compiles nothing"),
+        ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1", "0", "transport multimem is not available"),
+        ("NCCL_P2P_DISABLE", "1", "0", "NCCL's links are slower, so that another transport may be faster, and other plans are used"),
+        ("VLLM_PLUGINS", "", "lora,tokenweave", "vLLM does not load the plug-in tokenweave"),
+    ],
+)
+def test_a_variable_that_changes_what_the_package_does(monkeypatch, name, value, other, effect):
+    assert (NOTE, f"{name}={value}: {effect}") in environment(monkeypatch, **{name: value})
+    assert not [text for _, text in environment(monkeypatch, **{name: other}) if effect in text]
+
+
+def test_a_variable_that_nothing_reads(monkeypatch):
+    said = environment(monkeypatch, TW_COMPILE_CACHEDIR="/tmp", TW_COMPILE_CACHE_DIR="/tmp")
+    wanted = "TW_COMPILE_CACHEDIR has no effect; tw_compile reads TW_COMPILE_MODE, TW_COMPILE_CACHE_DIR, TW_COMPILE_HOST"
+    assert said[1:] == [(NOTE, wanted)]
+
+
+def test_caches_that_cannot_be_made(monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    seen = found(findings(monkeypatch, TW_COMPILE_CACHE_DIR=file / "cache", TORCHINDUCTOR_CACHE_DIR="/proc/x"))
+    ours, inductors = seen["cache"], seen["Inductor's cache"]
+    assert ours.status == NOTE and "cannot be written: Not a directory" in ours.text and "TW_COMPILE_CACHE_DIR" in ours.advice
+    assert inductors.status == MISSING and "TORCHINDUCTOR_CACHE_DIR" in inductors.advice
+    seen = found(findings(monkeypatch, TW_COMPILE_CACHE_DIR=tmp_path / "new", TORCHINDUCTOR_CACHE_DIR=tmp_path / "other"))
+    assert seen["cache"].status == seen["Inductor's cache"].status == OK and "0 plans, 0 kernels" in seen["cache"].text
+
+
 def test_links_that_nvidia_smi_does_not_tell(gpus):
     for smi in (None, "", "no devices were found"):
         assert gpus(2, smi)["links"].status == NOTE

@@ -46,6 +46,20 @@ def test_an_all_reduce_of_ones_own_is_a_site():
     assert isinstance(match, Match) and match.group == dist.group.WORLD.group_name
 
 
+@pytest.mark.parametrize(
+    "op, read, said",
+    [
+        (torch.ops.tests_extending.my_all_reduce, len, "takes an OpOverload, such as torch.ops.library.op.default, not <OpOverloadPacket"),
+        (my_all_reduce, len, "takes an OpOverload, such as torch.ops.library.op.default, not "),
+        (torch.ops.tests_extending.my_all_reduce.default, 3, "takes a function that returns an AllReduce, not 3"),
+    ],
+    ids=("packet", "function", "no function"),
+)
+def test_what_is_no_all_reduce(op, read, said):
+    with pytest.raises(tw_compile.TokenWeaveError, match=f"^register_all_reduce {said}"):
+        tw_compile.register_all_reduce(op, read)
+
+
 def test_without_that_it_is_not():
     assert passes.find(capture(reduced_by_it, values(8, H), values(8, H), values(H))) == []
 
@@ -92,3 +106,16 @@ def test_an_op_with_a_rule_stays_cut():
         return tw_compile.Split(axes[x], slices={} if by in axes else {by: axes[x]})
 
     assert not shifting().joins
+
+
+@pytest.mark.parametrize(
+    "targets", [(), (len,), (shift,), (torch.ops.tests_extending.shift,), ("shift",), (torch.ops.aten.mm.default, None)], ids=repr
+)
+def test_what_cannot_have_a_rule(targets):
+    with pytest.raises(tw_compile.TokenWeaveError, match="^register_token_rule takes OpOverloads, such as .*, or names such as"):
+        tw_compile.register_token_rule(*targets)
+
+
+def test_what_is_no_rule():
+    with pytest.raises(tw_compile.TokenWeaveError, match=r"^register_token_rule decorates a function rule\(node, axes\), not None$"):
+        tw_compile.register_token_rule(torch.ops.tests_extending.shift.default)(None)

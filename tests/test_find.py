@@ -411,7 +411,7 @@ def test_a_layer_that_is_compiled_alone_ends_in_a_site_without_a_norm():
     for how in ({}, {"symmetric": True}, {"mode": "weave", "split": 4, "symmetric": True}):
         new = rewrite(layer, *given, **how)
         assert [(site.residual, site.norm) for site in new.report.sites] == [(True, "RMSNorm"), (True, "")]
-        assert "1 sites end before their norm, which is in the next graph" in new.report.reasons[0]
+        assert "1 site ends before its norm, which is in the next graph" in new.report.reasons[0]
         new.check()
     assert "all-reduce + add\n" in f"{new.report}\n"
 

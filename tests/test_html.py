@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_report import a_report
 
 from tw_compile import html
@@ -108,10 +109,37 @@ def test_a_profile_without_a_gpu():
     assert "The profile has no GPU kernels." in str(Page(a_report().html(trace())))
 
 
-@pytest.mark.parametrize("junk", [{}, {"traceEvents": 1}, []])
-def test_what_is_no_profile(junk):
-    with pytest.raises(ValueError, match="it is not a Chrome trace"):
+@pytest.mark.parametrize(
+    "junk, why",
+    [({}, "has no list"), ({"traceEvents": 1}, "has no list"), ([], "has no list"), (3, "has no list"),
+     ({"traceEvents": [3]}, "an event cannot be read"), ({"traceEvents": [{"cat": "kernel", "name": "gemm"}]}, "an event cannot be read"),
+     ({"traceEvents": [{"cat": "kernel", "name": "gemm", "ts": "now", "dur": 1}]}, "an event cannot be read")],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_profile(junk, why):
+    with pytest.raises(ValueError, match=f"the profile is not a Chrome trace: .*{why}"):
         a_report().html(junk)
+
+
+@pytest.mark.parametrize("content, why", [(b"host\n", "it is not JSON"), (b"\x1f\x8b\xff", "it is not JSON"), (b"{}", "it has no list")])
+def test_a_file_that_is_no_profile(tmp_path, content, why):
+    (tmp_path / "trace").write_bytes(content)
+    with pytest.raises(ValueError, match=f"trace is not a Chrome trace: {why}"):
+        a_report().html(str(tmp_path / "trace"))
+    with pytest.raises(FileNotFoundError):
+        a_report().html(tmp_path / "nothing")
+
+
+def test_a_profiler_that_still_runs():
+    with torch.profiler.profile() as profile, pytest.raises(ValueError, match="call html after the profiler has ended"):
+        a_report().html(profile)
+
+
+def test_equal_unsplit_ops_are_one_row():
+    report = a_report()
+    report.joins *= 3
+    rows = str(Page(report.html())).rsplit("Unsplit ops", maxsplit=1)[-1]
+    assert rows.count("aten.fft") == 1 and "3 aten.fft" in " ".join(rows.split())
 
 
 @pytest.mark.parametrize("span, step", [(9.0, 1.0), (100.0, 10.0), (110.0, 10.0), (130.0, 20.0), (9040.0, 1000.0), (50000.0, 5000.0)])

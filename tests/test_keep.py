@@ -20,7 +20,7 @@ from tw_compile import backend, context
 
 pytestmark = pytest.mark.usefixtures("world")
 
-KEPT = "Inductor's own graph is kept: over the process group in 16 bits, fused sites are not faster"
+KEPT = "Inductor's own graph is kept: over the process group in the model's dtype, fused sites are not faster"
 
 
 def given_to_inductor(function, *inputs, **options):
@@ -73,9 +73,9 @@ return %20
         self.assertExpectedInline("\n".join(str(report).splitlines()[:5]), """\
 tokenweave: off (requested: auto), transport process_group
   2 sites, 0 refused, 0 unsplit ops
-  wire: 16 bits, 0.1 KB from each rank for a token
+  wire: 32 bits, 0.1 KB from each rank for a token
   because not woven: fewer than 1024 tokens
-  because Inductor's own graph is kept: over the process group in 16 bits, fused sites are not faster""")
+  because Inductor's own graph is kept: over the process group in the model's dtype, fused sites are not faster""")
         off, _ = given_to_inductor(mlp, *mlp_inputs(8), mode="off")
         assert text(off, "x residual weight up down") == text(graph, "x residual weight up down")
 
@@ -93,7 +93,7 @@ def test_which_graphs_are_kept(monkeypatch):
     assert is_kept(mlp, *inputs, min_tokens=9, mode="weave"), "fused as in auto"
     assert not is_kept(mlp, *inputs, mode="weave")
     assert not is_kept(mlp, *inputs, mode="fuse")
-    assert is_kept(mlp, *inputs, wire=8), "sent in 16 bits, for its hidden size"
+    assert is_kept(mlp, *inputs, wire=8), "sent in the model's dtype, for its hidden size"
     monkeypatch.setenv("TW_COMPILE_MODE", "fuse")
     assert is_kept(mlp, *inputs, mode="fuse"), "the kill switch forces nothing"
 

@@ -22,6 +22,7 @@ integrations.vllm.attention
 integrations.vllm.rows
 plans
 doctor
+environment
 __init__
 warmup
 verify

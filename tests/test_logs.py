@@ -39,7 +39,7 @@ def run(code, **environment):
 @pytest.mark.full
 def test_reports():
     said = run(COMPILE, TORCH_LOGS="dynamo, tokenweave")
-    assert said.count("tokenweave_report of graph 0/0:") == said.count("1 sites, 0 refused") == 1
+    assert said.count("tokenweave_report of graph 0/0:") == said.count("1 site, 0 refused") == 1
     assert "tokenweave_before" not in said
 
 
@@ -51,7 +51,7 @@ def test_graphs_and_what_tlparse_reads(tmp_path):
     for name in ("report", "before", "after"):
         assert said.count(f"tokenweave_{name} of graph 0/0:") == 1
         assert trace.count(f'"name": "tokenweave_{name}", "encoding": "string"') == 1
-    assert "torch.ops.tokenweave.fused" in trace and "1 sites, 0 refused" in trace
+    assert "torch.ops.tokenweave.fused" in trace and "1 site, 0 refused" in trace
 
 
 @pytest.mark.full

@@ -195,7 +195,7 @@ def test_small_calls_are_sent_in_16_bits(ranks):
 
 @pytest.mark.parametrize("hidden, dtype, bits, reason", [
     (192, torch.bfloat16, 8, "16 bits: a hidden size of 192 is not a multiple of 128"),
-    (128, torch.float32, 4, "16 bits: a float32 model is not sent in 4 bits: use a wire of 8, or a model in bfloat16"),
+    (128, torch.float32, 4, "32 bits: a float32 model is not sent in 4 bits: use a wire of 8, or a model in bfloat16"),
 ])  # fmt: skip
 def test_a_site_that_is_sent_in_16_bits_says_why(ranks, hidden, dtype, bits, reason):
     for _, error, (report,) in ranks(forward, {"tokenweave.wire": bits}, [(1, 8)], hidden, dtype):
@@ -218,11 +218,11 @@ def test_ranks_with_different_wires(ranks):
 def test_a_bad_wire(wire):
     with pytest.raises(TokenWeaveError) as raised:
         backend.parse({"tokenweave.wire": wire})
-    assert str(raised.value) == f"option 'tokenweave.wire' is {wire!r}; it takes one of auto, 16, 8, 6, 4"
+    assert str(raised.value) == f"option 'tokenweave.wire' is {wire!r}; it takes one of 'auto', 16, 8, 6, 4"
 
 
 def test_a_wire_over_peer_memory():
-    with pytest.raises(TokenWeaveError, match="'tokenweave.wire' is 8, which symmetric memory does not have"):
+    with pytest.raises(TokenWeaveError, match="wire' is 8, but 'tokenweave.transport' is 'peer', which sends values in the model's dtype"):
         backend.parse({"tokenweave.wire": 8, "tokenweave.transport": "peer"})
     backend.parse({"tokenweave.wire": 16, "tokenweave.transport": "peer"})
 

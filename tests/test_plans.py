@@ -2,6 +2,7 @@
 
 import json
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -82,12 +83,12 @@ def test_show(machine, capsys):
 
 def test_clear(machine, capsys):
     folder = machine("a")
-    assert run(capsys, "clear", ids(capsys)["tuning"])[1] == f"1 removed from {folder}\n"
+    assert run(capsys, "clear", ids(capsys)["tuning"])[1] == f"1 file removed from {folder}\n"
     assert set(ids(capsys)) == {"plan", "transports"}
     machine("a", version="of last year")
     (folder / "plan-0.json").write_text(json.dumps(PLAN))  # as earlier versions wrote it, without a key
     _, said = run(capsys, "list")
-    assert said.count("not used: from of last year") == 3 and "1 unusable files, damaged or of an earlier version" in said
+    assert said.count("not used: from of last year") == 3 and "1 unusable file, damaged or of an earlier version" in said
     run(capsys, "clear", "--stale")
     assert set(ids(capsys)) == {"plan", "transports"} and len([*folder.iterdir()]) == 2
     run(capsys, "clear")
@@ -103,6 +104,27 @@ def test_a_plan_with_the_key_of_an_earlier_version(machine, capsys):
     assert json.loads(run(capsys, "show", ids(capsys)["plan"])[1])[0]["key"] == of
     run(capsys, "clear", "--stale")
     assert not ids(capsys)
+
+
+def test_what_cannot_be_cleared(machine, capsys, monkeypatch):
+    machine("a")
+    status, said = run(capsys, "clear", ids(capsys)["plan"], "--stale")
+    assert (status, said) == (1, "tw-compile: plans clear takes ids or --stale, not both\n")
+
+    def unlink(path, missing_ok):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    status, said = run(capsys, "clear")
+    assert status == 1 and said.endswith(" cannot be removed: Permission denied\n")
+
+
+def test_a_cache_that_cannot_be_written(machine, capsys, tmp_path, monkeypatch):
+    machine("a")
+    assert run(capsys, "export", tmp_path / "plans.json")[0] == 0
+    monkeypatch.setenv("TW_COMPILE_CACHE_DIR", str(tmp_path / "plans.json" / "cache"))
+    status, said = run(capsys, "import", tmp_path / "plans.json")
+    assert status == 1 and "cannot be written: Not a directory. Set TW_COMPILE_CACHE_DIR to another directory" in said
 
 
 def test_a_fleet(machine, capsys, tmp_path):
@@ -123,7 +145,7 @@ def test_some_and_of_another_version(machine, capsys, tmp_path):
     machine("a", version="of last year")
     assert run(capsys, "export", file, ids(capsys)["plan"])[0] == 0
     machine("b", tuned=False)
-    assert "1 of them are not used" in run(capsys, "import", file)[1]
+    assert "; 1 plan will not be used: from another version than" in run(capsys, "import", file)[1]
 
 
 def exported(**record):
@@ -139,7 +161,7 @@ BAD = {
     "is not JSON, or is incomplete": "{",
     "was not written by tw-compile plans export": "[]",
     "record 0 is not valid (kind 'host')": exported(kind="host", key={}, value={}),
-    "record 0 is not valid ('gpu')": exported(kind="plan", key={}, value={}),
+    "record 0 is not valid (it has no 'gpu')": exported(kind="plan", key={}, value={}),
     "ctas is 'many'": changed("plan", ctas="many"),
     "split_ratio is 2.0": changed("plan", split_ratio=2.0),
     "unexpected keyword argument 'more'": changed("plan", more=1),

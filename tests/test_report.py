@@ -12,7 +12,7 @@ import pytest
 import torch
 from graphs import rewrite, without_codegen
 from models import VOCAB, parallel
-from sites import values
+from sites import H, all_reduce, hf_norm, values
 from test_split import mlp, mlp_inputs
 
 import tw_compile
@@ -40,7 +40,7 @@ class AsText(expecttest.TestCase):
     def test_a_table(self):
         self.assertExpectedInline(str(a_report()), """\
 tokenweave: weave (requested: mode=weave, split=512), transport peer, split 512 | 1536
-  2 sites, 1 refused, 1 unsplit ops
+  2 sites, 1 refused, 1 unsplit op
   because multimem: no multicast
   woven    1×2048×8192 bfloat16  model.py:7, in forward: x = x + self.attention(h)  all-reduce + add + RMSNorm
   fused    1×s27×8192 bfloat16   model.py:7, in forward: x = x + self.attention(h)  all-reduce + LayerNorm
@@ -74,6 +74,31 @@ def test_plain_data_and_back():
     data = json.loads(json.dumps(report.to_dict()))
     assert data == report.to_dict()
     assert Report.from_dict(data) == report
+
+
+@pytest.mark.parametrize("change", [{"speed": 1}, {"sites": [{}]}, {"sites": 3}, {"broken": 3}, {"split": 3}], ids=repr)
+def test_what_is_no_report(change):
+    for data in ({**a_report().to_dict(), **change}, change, None):
+        assert_is_no_report(data)
+
+
+def assert_is_no_report(data):
+    with pytest.raises(ValueError, match=r"it is not what Report.to_dict returns: \w+Error: "):
+        Report.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "dtypes, wire", [(["bfloat16"], "16 bits"), (["float32"], "32 bits"), (["float32", "bfloat16"], "16 and 32 bits")], ids=str
+)
+def test_the_bits_of_a_wire_are_those_of_the_model(world, dtypes, wire):
+    dtypes = [getattr(torch, name) for name in dtypes]
+
+    def norms(weight, *xs):
+        return [hf_norm(all_reduce(x), weight.to(x.dtype)) for x in xs]
+
+    with without_codegen():
+        (report,) = tw_compile.explain(norms, values(H), *(values(8, H, dtype=dtype) for dtype in dtypes))
+    assert f"  wire: {wire}, " in str(report)
 
 
 def test_the_report_of_a_graph_is_plain_data_too(world):

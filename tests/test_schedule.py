@@ -112,7 +112,7 @@ def test_the_first_layers_are_tuned_as_they_are(ranks):
 
 def where_one_rank_lacks_memory():
     section = schedule.Section(HIDDEN, "float32", SIZES, 1, 0, (ATTENTION, MLP), False)
-    lacking = lambda self: "it takes 9.9 GB, and 1.0 GB are free" if dist.get_rank() else None  # noqa: E731
+    lacking = lambda self: "it needs 9.9 GB" if dist.get_rank() else None  # noqa: E731
     with tempfile.TemporaryDirectory() as folder, Rank(folder), mock.patch.object(schedule.Stage, "_lacks_memory", lacking):
         plan = schedule.agree_on(section, dist.group.WORLD.group_name, torch.device("cpu"), "auto", None)
         return plan, os.listdir(folder)

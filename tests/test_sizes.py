@@ -194,7 +194,7 @@ def test_a_graph_with_an_unknown_kind_of_input_is_left_to_inductor_with_the_reas
     (report,) = tw_compile.reports()
     assert report.mode == "off" and report.reasons == ["no input of the graph has the size s0"]
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="cannot be: no input of the graph has the size s0"):
+    with pytest.raises(Exception, match="cannot be woven: no input of the graph has the size s0"):
         run(compiled(mlp, mode="weave"), 48)
 
 

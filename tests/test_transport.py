@@ -110,7 +110,7 @@ def test_ranks_on_two_hosts_have_the_process_group(ranks):
 
 
 def test_a_wire_is_that_of_the_process_group(ranks):
-    why = "wire of 8 bits: transport multimem is taken, which has 16 bits; transport process_group has 8"
+    why = "wire of 8 bits: transport multimem is taken, which sends values in the model's dtype; process_group has 8 bits"
     assert ranks(settle, "auto:8") == [("multimem", why)] * 2
 
 

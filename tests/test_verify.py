@@ -23,6 +23,11 @@ def test_what_is_right_is_the_same_but_for_rounding(world):
     assert " woven  8×16 float32  " in lines[1] and lines[-1].endswith("of what the graphs return and write")
 
 
+def test_of_a_model_without_sites_nothing_is_compared(world):
+    result = tw_compile.verify(lambda x: x + 1, values(8))
+    assert result.ok and str(result).startswith("tokenweave: nothing was compared, as no graph has a site.")
+
+
 def test_a_wrong_rule_is_found_with_the_op(world, monkeypatch):
     """One that says what holds of sizes and not of values."""
     from tw_compile.passes.rules import token_axis

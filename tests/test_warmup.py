@@ -18,12 +18,13 @@ def compiled(model=None):
 
 
 class Seen(torch.nn.Module):
-    """Remembers with what it was called."""
+    """Remembers with what it was called. Of its calls no graph is compiled, as of those that were compiled before."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
+    @torch.compiler.disable
     def forward(self, *args, **kwargs):
         self.calls.append((args, kwargs))
 
@@ -46,22 +47,41 @@ def test_what_it_compiles_is_not_compiled_again(world, capsys):
 def test_inputs_of_ones_own(world, monkeypatch, made, args, kwargs):
     monkeypatch.setattr(report, "_reports", [None])
     model, sizes = Seen(), []
-    tw_compile.warmup(model, [8, (2, 4)], lambda *size: sizes.append(size) or made, calls=1, progress=False)
+    tw_compile.warmup(compiled(model), [8, (2, 4)], lambda *size: sizes.append(size) or made, calls=1, progress=False)
     assert sizes == [(1, 8), (2, 4)] and model.calls == [(args, kwargs)] * 2
 
 
 def test_ids(world, monkeypatch):
     monkeypatch.setattr(report, "_reports", [None])
     model = Seen()
-    tw_compile.warmup(model, [(2, 4)], device="cpu", progress=False)
+    tw_compile.warmup(compiled(model), [(2, 4)], device="cpu", progress=False)
     ((ids,), _), _ = model.calls
     assert (ids.shape, ids.dtype, ids.device.type) == ((2, 4), torch.long, "cpu")
 
 
-@pytest.mark.parametrize("size", [0, (1, 2, 3), "8", (2, 0), 2.0])
+@pytest.mark.parametrize("size", [0, (1, 2, 3), "8", (2, 0), 2.0, True])
 def test_what_is_no_size(world, size):
     with pytest.raises(TokenWeaveError, match="is not a size: a size is a number of tokens, or"):
         tw_compile.warmup(Seen(), [size])
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"model": {}}, 'model is {}; warmup takes what torch.compile(model, backend="tokenweave") returns'),
+        ({"sizes": 2048}, "sizes is 2048; it takes a list of sizes, such as [2048, 1, (16, 1)]"),
+        ({"sizes": "2048"}, "sizes is '2048'; it takes a list of sizes, such as [2048, 1, (16, 1)]"),
+        ({"make_inputs": 8}, "make_inputs is 8; it takes a function of (sequences, tokens)"),
+        ({"device": "gpu"}, "device is 'gpu'; it takes a device such as 'cuda' or 'cpu'"),
+        ({"calls": 0}, "calls is 0; it takes a whole number from 1 on"),
+        ({"calls": "2"}, "calls is '2'; it takes a whole number from 1 on"),
+    ],
+    ids=lambda given: str(given) if isinstance(given, dict) else "",
+)
+def test_a_wrong_argument(world, wrong, said):
+    with pytest.raises(TokenWeaveError) as raised:
+        tw_compile.warmup(**({"model": Seen(), "sizes": [8]} | wrong))
+    assert str(raised.value) == said
 
 
 def test_a_model_that_fails(world):
@@ -72,9 +92,40 @@ def test_a_model_that_fails(world):
         tw_compile.warmup(fail, [8], progress=False)
 
 
-def test_a_model_that_is_not_compiled(world):
-    with pytest.raises(TokenWeaveError, match="no graph was compiled: warmup takes what torch.compile"):
-        tw_compile.warmup(parallel("functional", 1), [8], progress=False)
+def test_a_model_that_is_not_compiled_with_this_backend(world):
+    """Also where another one is, whose graphs have reports; and one that was compiled before is."""
+    model, other = parallel("functional", 1), torch.compile(parallel("functional", 1), backend="eager")
+
+    def no_site(ids):
+        return ids + 1
+
+    def wrapped(ids):
+        return run(ids)
+
+    def not_compiled(ids):
+        return model(ids)
+
+    def assert_refused(model):
+        with pytest.raises(TokenWeaveError, match="no graph of this backend was run: warmup takes what torch.compile"):
+            tw_compile.warmup(model, [8], progress=False)
+
+    assert_refused(model)
+    with without_codegen():
+        run, without_site = compiled(), torch.compile(no_site, backend=backend.tokenweave)
+        assert len(tw_compile.warmup(run, [8], progress=False)) == len(tw_compile.warmup(without_site, [8], progress=False)) == 1
+        for again in (run, wrapped, without_site):
+            assert tw_compile.warmup(again, [8], progress=False) == []
+        for wrong in (model, other, not_compiled):
+            assert_refused(wrong)
+        assert tw_compile.warmup(model, [], progress=False) == []
+
+
+def test_a_model_whose_layers_are_compiled(world):
+    model = parallel("functional", 1)
+    for block in model.layers:
+        block.compile(backend=backend.tokenweave)
+    with without_codegen():
+        assert tw_compile.warmup(model, [8], progress=False) != [] == tw_compile.warmup(model, [8], progress=False)
 
 
 def on_a_rank(sizes, fails=None):
@@ -100,5 +151,7 @@ def test_ranks(ranks):
     assert ranks(on_a_rank, [[64, 8]] * 2) == [(["weave", "off"], True), (["weave", "off"], False)]
     (message, _), (other, _) = ranks(on_a_rank, [[64, 8], [64]])
     assert message == other and "rank 0: [[[1, 64], [1, 8]], 2]; rank 1: [[[1, 64]], 2]" in message
+    (message, _), (other, _) = ranks(on_a_rank, [[8], 8])
+    assert message == other == "rank 1: sizes is 8; it takes a list of sizes, such as [2048, 1, (16, 1)]"
     (message, _), (other, _) = ranks(on_a_rank, [[8]] * 2, 1)
     assert message == other == "the inputs of 1 × 8 tokens could not be made on rank 1: KeyError: 'a file'"

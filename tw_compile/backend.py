@@ -54,7 +54,10 @@ def compile_graph(
     ours, inductor = parse(options)
     compat.warn_if_untested()
     if missing := compat.missing():
-        say_once(f"PyTorch {torch.__version__} lacks names that tokenweave needs ({', '.join(missing)}): all graphs are left to Inductor")
+        say_once(
+            f"PyTorch {torch.__version__} lacks names that tokenweave needs ({', '.join(missing)}): all graphs are left to Inductor. Use "
+            f"PyTorch {' to '.join(compat.TESTED)}"
+        )
         return compat.inductor_alone(gm, inputs, mode, inductor)
     # The presets and errors of backend="inductor".
     patches = InductorWrapper(mode, inductor, None).config

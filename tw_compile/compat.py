@@ -99,6 +99,7 @@ def _release(version: str) -> tuple[int, int]:
 # torch.compile's wrapper of "inductor": its presets for a mode, and its errors for options.
 InductorWrapper = _name("torch._TorchCompileInductorWrapper")
 OpOverload = _name("torch._ops.OpOverload")
+HigherOrderOperator = _name("torch._ops.HigherOrderOperator")
 get_layout_constraint_tag = _name("torch._library.utils.get_layout_constraint_tag")
 pytree = _name("torch.utils._pytree", ("tree_map", "tree_map_only"))
 FloorDiv = _name("torch.utils._sympy.functions.FloorDiv")

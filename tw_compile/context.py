@@ -43,6 +43,7 @@ class Context:
     decisions: (options, form, signatures of the graph's groups) -> what was agreed
     plans:     (options, signatures of the graph's groups) -> Plan or None
     progress:  the number of calls that each rank has begun; None if it is not known
+    calls:     the number of calls that this rank has begun
     """
 
     group: "weakref.ref[dist.ProcessGroup]"
@@ -50,9 +51,11 @@ class Context:
     decisions: "dict[tuple, _Known]" = field(default_factory=dict)
     plans: dict[tuple, Plan | None] = field(default_factory=dict)
     progress: agree.Progress | None = None
+    calls: int = 0
 
     def called(self) -> None:
-        """Count a call of a graph of the group. Each call of a graph begins with this."""
+        """Count a call of a graph of the group. Each call of a graph with sites begins with this."""
+        self.calls += 1
         if self.progress is not None:
             self.progress.begin_call()
 
@@ -83,6 +86,11 @@ def of(group_name: str) -> Context:
         context = _contexts[group_name] = Context(weakref.ref(group))
         weakref.finalize(group, _forget_of, group_name, weakref.ref(context)).atexit = False
     return context
+
+
+def number_of_calls() -> int:
+    """The number of calls of graphs with sites that this rank has begun, in all groups."""
+    return sum(context.calls for context in _contexts.values())
 
 
 def forget(group_name: str) -> None:
@@ -128,7 +136,7 @@ def agreed(
     # What is known holds for a group that was left later, too: other ranks may still run what they have compiled.
     if known is None and (left := next((context.left for context in contexts if context.left), "")):
         if options.forced:
-            raise TokenWeaveError(f"option 'tokenweave.mode' is {options.forced!r}, but this graph cannot be: {left}")
+            raise TokenWeaveError(f"{options.impossible}: {left}")
         raise Left(left)
     if known is not None:
         new, outcomes, _ = _attempt(attempt, known.decision, groups)
@@ -300,8 +308,8 @@ def _different(values: list, rank: int) -> str:
     mine = values[rank]
     if not isinstance(mine, dict):
         return str(mine)
-    names = [name for name in mine if any(theirs.get(name) != mine[name] for theirs in values)]
-    return ", ".join(f"{name}={mine[name]}" for name in names) or "nothing of these"
+    names = [name for name in dict.fromkeys(name for theirs in values for name in theirs) if len({str(v.get(name)) for v in values}) > 1]
+    return ", ".join(f"{name}={mine[name]}" if name in mine else f"{name} is not set" for name in names)
 
 
 def _count(signature: list) -> str:
@@ -317,5 +325,5 @@ def _give_up(problem: tuple[str, str], contexts: list[Context], options: Options
         for context in contexts:
             context.left = what
     if options.forced:
-        raise TokenWeaveError(f"option 'tokenweave.mode' is {options.forced!r}, but this graph cannot be: {what}")
+        raise TokenWeaveError(f"{options.impossible}: {what}")
     raise Left(what, together=True)

@@ -26,10 +26,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import compat, files, records
+from . import compat, environment, files, records
+from .options import KILL_SWITCH, TokenWeaveError, parse
 from .site import SLOT_WHOLE, Planned, Site
 from .transports import agree, choose
 from .transports.symmetric import host, nvrtc, support, tuning
+from .wording import count
 
 OK, NOTE, MISSING = "ok", "note", "MISSING"
 
@@ -42,7 +44,7 @@ _TIMEOUT = timedelta(minutes=3)
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the output. name: what was checked; text: the result; status: OK, NOTE or MISSING; advice: what to do, if MISSING"""
+    """A line of the output. name: what was checked; text: the result; status: OK, NOTE or MISSING; advice: what to do, if not OK"""
 
     name: str
     text: str
@@ -107,7 +109,9 @@ def _pytorch() -> Iterator[Finding]:
     cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
     text = f"{torch.__version__}{cuda}; tested with {' to '.join(compat.TESTED)}"
     lacking = compat.missing() + (compat.missing_on_gpus() if torch.cuda.is_available() else [])
-    if lacking:
+    if lacking and files.unwritable(_inductors_cache()):
+        yield Finding("PyTorch", f"{text}; parts of it cannot be imported, as Inductor's cache cannot be written", NOTE)
+    elif lacking:
         yield Finding("PyTorch", f"{text}; it lacks {', '.join(lacking)}", MISSING, f"pip install 'torch=={compat.TESTED[1]}.*'")
     else:
         yield Finding("PyTorch", text, OK if compat.is_tested() else NOTE)
@@ -197,20 +201,42 @@ def links_of(topology: str) -> dict[str, int]:
     return dict(Counter(pairs))
 
 
-# --- caches and transport ------------------------------------------------------------------------------------------------------------
+# --- environment, caches, transport --------------------------------------------------------------------------------------------------
+
+
+def _environment() -> Iterator[Finding]:
+    try:
+        mode, _ = parse(None)
+        effect = {"off": "off: every graph is left to Inductor", "fuse": "fuse: no graph is woven", "weave": "not set"}[mode.most]
+        yield Finding("environment", f"{KILL_SWITCH} is {effect}", OK if mode.most == "weave" else NOTE)
+    except TokenWeaveError as error:
+        yield Finding("environment", f"{error}. Each compilation fails", MISSING, f"unset {KILL_SWITCH} on all ranks")
+    yield from (Finding("environment", effect, NOTE) for effect in environment.effects())
 
 
 def _caches() -> Iterator[Finding]:
     place = files.directory()
     found, others = records.on_disk()
     kernels = len([*place.glob("*.cubin")])
-    text = f"{place}: {_size(place)}, {len(found)} plans, {kernels} kernels" + (f", {len(others)} unusable files" if others else "")
-    reason = files.unsafe(place / "any")
-    yield Finding(
-        "cache", f"{text}\n{reason}; compiled programs are not loaded from there" if reason else text, NOTE if reason else OK
-    )
-    inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
-    yield Finding("Inductor's cache", f"{inductor}: {_size(inductor)}")
+    text = f"{place}: {_size(place)}, {count(len(found), 'plan')}, {count(kernels, 'kernel')}"
+    text += f", {count(len(others), 'unusable file')}" if others else ""
+    advice = "set TW_COMPILE_CACHE_DIR to a directory of this user's"
+    if reason := files.unwritable(place):
+        yield Finding("cache", f"{place} cannot be written: {reason}; each start autotunes and compiles kernels anew", NOTE, advice)
+    elif reason := files.unsafe(place / "any"):
+        yield Finding("cache", f"{text}\n{reason}; compiled programs are not loaded from there", NOTE, advice)
+    else:
+        yield Finding("cache", text)
+    inductor = _inductors_cache()
+    if reason := files.unwritable(inductor):
+        text, advice = f"{inductor} cannot be written: {reason}; Inductor needs it", "set TORCHINDUCTOR_CACHE_DIR to another directory"
+        yield Finding("Inductor's cache", text, MISSING, advice)
+    else:
+        yield Finding("Inductor's cache", f"{inductor}: {_size(inductor)}")
+
+
+def _inductors_cache() -> Path:
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
 
 
 def _transport() -> Iterator[Finding]:
@@ -250,6 +276,7 @@ _PROBES = {
     "driver": _driver,
     "GPUs": _gpus,
     "links": _links,
+    "environment": _environment,
     "cache": _caches,
     "transport": _transport,
 }
@@ -290,7 +317,7 @@ def _measured(name: str, device: torch.device) -> Iterator[Finding]:
     world, (few, many) = dist.get_world_size(), seconds
     moved = 2 * (world - 1) / world * many * _HIDDEN * tuning.COMPARED_DTYPE.itemsize
     text = (
-        f"self-test passed; {slowest[0] * 1e6:.0f} µs for {few} token, {moved / slowest[1] / 1e9:.3g} GB/s on the wire for {many}"
+        f"self-test passed; {slowest[0] * 1e6:.0f} µs for {count(few, 'token')}, {moved / slowest[1] / 1e9:.3g} GB/s on the wire for {many}"
     )
     yield Finding(name, f"{text} tokens of {_HIDDEN} {str(tuning.COMPARED_DTYPE).removeprefix('torch.')}, all-reduce + add + norm")
 
@@ -338,4 +365,4 @@ def _size(directory: Path) -> str:
         for name in names:
             with contextlib.suppress(OSError):  # another process has removed it
                 number += os.lstat(os.path.join(folder, name)).st_size
-    return f"{number / 1e6:.1f} MB" if directory.exists() else "does not exist yet"
+    return f"{number / 1e6:.1f} MB"

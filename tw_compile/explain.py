@@ -9,8 +9,9 @@ import torch
 
 from . import backend
 from .breaks import Breaks
+from .options import TokenWeaveError, parse
 from .report import Break, Report, reports
-from .wording import short
+from .wording import count, short
 
 # Dynamo caches what it compiles behind a graph break with the functions there. From PyTorch 2.13 on it can keep such entries apart.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
@@ -28,7 +29,7 @@ class Explanation(list[Report]):
 
     def __str__(self) -> str:
         lines = [str(report) for report in self] or ["tokenweave: Dynamo compiled no graph"]
-        lines += [f"{len(self.breaks)} graph breaks"]
+        lines += [count(len(self.breaks), "graph break")]
         lines += [f"  {short(b.source) or 'an unknown place'}: {b.reason}" for b in self.breaks]
         return "\n".join(lines)
 
@@ -42,8 +43,10 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
 
     It computes no gradients. All ranks of the model's process groups must call it, as it runs the model. Other compiled models keep their
     graphs; up to PyTorch 2.12, graphs behind a graph break count towards Dynamo's recompile limit of their functions.
-    Raises what the model raises, and Dynamo's error around a TokenWeaveError for options that cannot be met.
+    Raises TokenWeaveError for wrong options, and if ``model`` cannot be called; what the model raises; and Dynamo's error around a
+    TokenWeaveError for options that this model or machine cannot meet.
     """
+    parse(options)
     before, broken = len(reports()), Breaks()
     with torch.no_grad():
         torch.compile(anew(model), backend=anew(backend.tokenweave), options=options, **ISOLATED)(*args, **kwargs)
@@ -51,7 +54,12 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
 
 
 def anew(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A new function that calls ``function``. What Dynamo compiles for it is separate, and is freed with it."""
+    """A new function that calls ``function``. What Dynamo compiles for it is separate, and is freed with it.
+
+    Raises TokenWeaveError if ``function`` cannot be called.
+    """
+    if not callable(function):
+        raise TokenWeaveError(f"{function!r:.200} is not a model: give a module or a function, or what torch.compile returned")
     original: Callable[..., Any] = function
     if not getattr(function, "_torchdynamo_disable", False):  # a disabled function has an original, too, and stays disabled
         original = getattr(function, "_torchdynamo_orig_callable", function)

@@ -76,6 +76,16 @@ def write(path: Path, content: bytes) -> bool:
     return True
 
 
+def unwritable(place: Path) -> str | None:
+    """Why no file can be written to a directory; None if one can be. It makes the directory if there is none."""
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def unsafe(path: Path) -> str | None:
     """Why a program must not be loaded from ``path``; None if it may, or if there is no such file."""
     for place in (path.parent, path):

@@ -279,8 +279,10 @@ class Forms:
         if len(variants) < MOST_VARIANTS:
             run = self.compiler.compile(sized, new, together)
         else:
-            message = f"a graph was compiled {MOST_VARIANTS} times for different sizes: others run uncompiled. See docs/ranks.md, Sizes"
-            say_once(message)
+            say_once(
+                f"a graph was compiled {MOST_VARIANTS} times for different sizes: calls of other sizes run uncompiled, which is slow. Pad "
+                "the inputs to fewer sizes, or mark the dimensions that vary (torch._dynamo.mark_dynamic)"
+            )
             run = uncompiled(sized, new)
         variants.append(Variant(sized, run, sites))
         return variants[-1]

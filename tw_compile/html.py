@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .wording import form_of, plan_text, short, wire_text
+from .wording import count, form_of, plan_text, short, wire_text
 
 if TYPE_CHECKING:
     from .report import Report
@@ -40,7 +40,8 @@ def page(report: "Report", profile: Any = None) -> str:
     """
     parts = [_head(report), _reasons(report), _sites(report)]
     parts.append(_table("Refused", ("all-reduce", "place", "why"), [(r.all_reduce, short(r.source), r.reason) for r in report.refusals]))
-    parts.append(_table("Unsplit ops", ("op", "place", "why"), [(j.op, short(j.source), j.reason) for j in report.joins]))
+    unsplit = Counter((j.op, short(j.source), j.reason) for j in report.joins)
+    parts.append(_table("Unsplit ops", ("number", "op", "place", "why"), [(number, *row) for row, number in unsplit.items()]))
     parts.append(_timeline(kernels_of(profile)) if profile is not None else "")
     return _PAGE.format(style=_STYLE, body="\n".join(part for part in parts if part))
 
@@ -81,7 +82,7 @@ def _sites(report: "Report") -> str:
         (done[s.woven], "×".join(map(str, s.shape)), s.dtype, form_of(s.norm, s.residual, s.merged, s.output), short(s.source))
         for s in report.sites
     )
-    cells = [(what, count, *rest) for (what, *rest), count in rows.items()]
+    cells = [(what, number, *rest) for (what, *rest), number in rows.items()]
     return _table("Sites", ("", "number", "shape", "dtype", "op", "place"), cells)
 
 
@@ -89,15 +90,20 @@ def _table(title: str, names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> s
     if not rows:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{_cell(name, value)}</td>" for name, value in zip(names, row)) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(_cell(name, value) for name, value in zip(names, row)) + "</tr>" for row in rows)
     return f'<h2>{escape(title)}</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _cell(name: str, value: object) -> str:
+    """A cell of the column ``name``. Only prose and places are broken into lines."""
     text = escape(str(value))
     if name == "":
-        return f'<span class="{text}">{text}</span>'
-    return f"<code>{text}</code>" if name in ("place", "all-reduce", "shape") or (name == "op" and "." in text) else text
+        return f'<td><span class="{text}">{text}</span></td>'
+    if name in ("all-reduce", "shape") or (name == "op" and "." in text):
+        return f"<td><code>{text}</code></td>"
+    if name == "place":
+        return f'<td class="lines place"><code>{text}</code></td>'
+    return f'<td class="lines">{text}</td>' if name in ("why", "op") else f"<td>{text}</td>"
 
 
 # --- the timeline --------------------------------------------------------------------------------------------------------------------
@@ -121,23 +127,38 @@ class Kernel:
 def kernels_of(profile: Any) -> list[Kernel]:
     """The kernels and copies of a profile, in order of their begin. profile: see ``page``
 
-    Raises ValueError if it is no Chrome trace, and OSError for a file that cannot be read.
+    Raises ValueError if it is no Chrome trace, or a profile that has not ended, and OSError for a file that cannot be read.
     """
     if hasattr(profile, "export_chrome_trace"):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "trace.json")
-            profile.export_chrome_trace(path)
+            try:
+                profile.export_chrome_trace(path)
+            except Exception as error:  # which one depends on PyTorch's version
+                raise ValueError(f"the profile has no trace: call html after the profiler has ended ({error})") from error
             return kernels_of(path)
-    data = json.loads(Path(profile).read_bytes()) if isinstance(profile, str | os.PathLike) else profile
+    what, data = "the profile", profile
+    if isinstance(profile, str | os.PathLike):
+        what, content = os.fspath(profile), Path(profile).read_bytes()
+        try:
+            data = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"{what} is not a Chrome trace: it is not JSON ({error})") from error
     events = data.get("traceEvents") if isinstance(data, dict) else None
     if not isinstance(events, list):
-        raise ValueError("it is not a Chrome trace: it has no 'traceEvents'")
-    found = [
-        Kernel(event["name"], kind_of(event["name"]), f"GPU {event.get('pid', 0)}, stream {event.get('tid', 0)}", event["ts"], event["dur"])
-        for event in events
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    ]
-    return sorted(found, key=lambda kernel: kernel.start)
+        raise ValueError(f"{what} is not a Chrome trace: it has no list 'traceEvents'")
+    try:
+        return sorted((_kernel(event) for event in events if event.get("cat") in _ON_GPU), key=lambda kernel: kernel.start)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{what} is not a Chrome trace: an event cannot be read ({type(error).__name__}: {error})") from error
+
+
+_ON_GPU = "kernel", "gpu_memcpy", "gpu_memset"  # categories of events
+
+
+def _kernel(event: dict[str, Any]) -> Kernel:
+    lane = f"GPU {event.get('pid', 0)}, stream {event.get('tid', 0)}"
+    return Kernel(event["name"], kind_of(event["name"]), lane, float(event["ts"]), float(event["dur"]))
 
 
 def kind_of(name: str) -> str:
@@ -194,11 +215,11 @@ def _timeline(kernels: list[Kernel]) -> str:
     parts.append(f'<text x="0" y="{bottom + 18}">microseconds</text>')
     kinds = dict.fromkeys(kernel.kind for kernel in shown)
     legend = "".join(f'<span><i class="{_class(kind)}"></i>{escape(kind)}</span>' for kind in kinds)
-    count = f"{len(kernels)} kernels" + (f", of which {len(shown)} are shown" if len(shown) < len(kernels) else "")
+    said = count(len(kernels), "kernel") + (f", of which {len(shown)} are shown" if len(shown) < len(kernels) else "")
     share = f"; compute ran during {100 * beside / total:.0f} % of {total / 1e3:.2f} ms of communication" if total else ""
     size = f'viewBox="0 0 {_LABEL + _WIDTH + 40} {bottom + 24}" width="{_LABEL + _WIDTH + 40}"'
     drawn = f'<div class="wide"><svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg></div>'
-    return f'<h2>Timeline</h2><p>{count}{share}.</p><p class="legend">{legend}</p>{drawn}'
+    return f'<h2>Timeline</h2><p>{said}{share}.</p><p class="legend">{legend}</p>{drawn}'
 
 
 def _middle(kernels: list[Kernel]) -> list[Kernel]:
@@ -231,8 +252,9 @@ h1 span, td span { padding: .1em .6em; border-radius: 1em; background: var(--sof
 .cards b { display: block; font-size: 1.5em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2em 1.2em; } dt { opacity: .7; } dd { margin: 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; }
-th, td { padding: .35em .8em .35em 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-code { font: 13px ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+th, td { padding: .35em .8em .35em 0; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
+.lines { white-space: normal; overflow-wrap: anywhere; min-width: 13em; } .place { min-width: 24em; }
+code { font: 13px ui-monospace, monospace; }
 svg text { font-size: 12px; fill: currentColor; } svg line { stroke: currentColor; opacity: .15; }
 .legend span { margin-right: 1.5em; }
 .legend i { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em; }

@@ -55,8 +55,10 @@ class Options:
 
     @property
     def requested(self) -> dict[str, Any]:
-        """The options for a report. ``most`` is among them only if the environment limits the mode."""
-        return {name: given for name, given in asdict(self).items() if (name, given) != ("most", "weave")}
+        """The options for a report. KILL_SWITCH is among them, with its value, only if the environment limits the mode."""
+        given = asdict(self)
+        most = given.pop("most")
+        return given if most == "weave" else {**given, KILL_SWITCH: most}
 
     @property
     def transport_and_wire(self) -> str:
@@ -67,6 +69,11 @@ class Options:
     def forced(self) -> str | None:
         """The mode that the user forces; None if the backend may choose."""
         return self.mode if self.mode in ("weave", "fuse") and self.most == "weave" else None
+
+    @property
+    def impossible(self) -> str:
+        """How an error begins that says why a graph cannot have the mode that the user forces."""
+        return f"option 'tokenweave.mode' is {self.forced!r}, but this graph cannot be {'woven' if self.forced == 'weave' else 'fused'}"
 
     @property
     def off(self) -> str:
@@ -88,26 +95,30 @@ class Options:
             if field.name in self.CHOICES:
                 choices = self.CHOICES[field.name]
                 if not any(type(value) is type(choice) and value == choice for choice in choices):
-                    raise TokenWeaveError(f"option {name!r} is {value!r}; it takes one of {', '.join(map(str, choices))}")
+                    raise TokenWeaveError(f"option {name!r} is {value!r}; it takes one of {', '.join(map(repr, choices))}")
             elif value != "auto" and (type(value) is not int or value < 1):
                 raise TokenWeaveError(f"option {name!r} is {value!r}; it takes 'auto' or a whole number from 1 on")
         if ":" in self.transport_and_wire and self.transport in ("multimem", "peer"):
             raise TokenWeaveError(
-                f"option 'tokenweave.wire' is {self.wire}, which symmetric memory does not have, and 'tokenweave.transport' is "
-                f"{self.transport!r}: leave one of them at 'auto'"
+                f"option 'tokenweave.wire' is {self.wire}, but 'tokenweave.transport' is {self.transport!r}, which sends values in the "
+                "model's dtype: leave one of them at 'auto'"
             )
 
 
 def parse(options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     """Split torch.compile's ``options`` into those of this backend and Inductor's.
 
-    Raises TokenWeaveError for an unknown ``tokenweave.*`` option, for a value that an option does not take, and for a wrong value of
-    the environment variable KILL_SWITCH.
+    Raises TokenWeaveError for an unknown ``tokenweave.*`` option, for an option of this backend without the prefix, for a value that an
+    option does not take, for options that are no dict, and for a wrong value of the environment variable KILL_SWITCH.
     """
+    if not isinstance(options, dict | None) or not all(isinstance(name, str) for name in options or ()):
+        raise TokenWeaveError(f"options is {options!r:.200}; it takes a dict, such as {{'tokenweave.mode': 'fuse'}}")
     ours: dict[str, Any] = {}
     inductor: dict[str, Any] = {}
     known = [field.name for field in fields(Options) if field.name != "most"]
     for name, value in (options or {}).items():
+        if name in known:  # no version of Inductor has an option of such a name
+            raise TokenWeaveError(f"unknown option {name!r}; did you mean {PREFIX + name!r}?")
         if not name.startswith(PREFIX):
             inductor[name] = value
             continue

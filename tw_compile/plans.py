@@ -13,7 +13,7 @@ from .records import Record
 from .transports import agree
 from .transports.low_bit import threshold
 from .transports.symmetric.tuning import Tuning
-from .wording import plan_text
+from .wording import count, plan_text
 
 _FORMAT = "tw_compile plans 1"
 
@@ -22,14 +22,15 @@ def listing() -> str:
     """A table of all records. Those that this version does not use are last."""
     found, others = records.on_disk()
     found.sort(key=lambda record: (_is_stale(record), records.KINDS.index(record.kind), str(record.key)))
-    lines = [f"{len(found)} plans in {files.directory()}"]
+    lines = [f"{count(len(found), 'plan')} in {files.directory()}"]
     rows = [(record.id, record.kind, _gpus(record.key), *_summary(record)) for record in found]
     widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
     for record, row in zip(found, rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths)] + [row[4]]
         lines.append("  " + "  ".join(cells) + (f"  (not used: from {record.key['version']})" if _is_stale(record) else ""))
     if others:
-        lines.append(f"{len(others)} unusable files, damaged or of an earlier version: tw-compile plans clear --stale removes them")
+        unusable = count(len(others), "unusable file")
+        lines.append(f"{unusable}, damaged or of an earlier version. To remove: tw-compile plans clear --stale")
     return "\n".join(lines)
 
 
@@ -39,19 +40,25 @@ def show(ids: Iterable[str]) -> str:
 
 
 def clear(ids: Iterable[str], stale: bool) -> str:
-    """Remove records, and return a message with their number. Raises TokenWeaveError for an unknown id.
+    """Remove records, and return a message with their number.
 
     ids:   the records to remove; if there are none, all records
-    stale: without ids, remove only records that this version does not use, and unusable files
+    stale: remove only records that this version does not use, and unusable files
+    Raises TokenWeaveError for an unknown id, for ids beside ``stale``, and if a file cannot be removed.
     """
+    if ids and stale:
+        raise TokenWeaveError("plans clear takes ids or --stale, not both")
     found, others = records.on_disk()
     if ids:
         places = [record.path for record in _named(ids)]
     else:
         places = [record.path for record in found if _is_stale(record) or not stale] + others
-    for place in places:
-        place.unlink(missing_ok=True)
-    return f"{len(places)} removed from {files.directory()}"
+    try:
+        for place in places:
+            place.unlink(missing_ok=True)
+    except OSError as error:
+        raise TokenWeaveError(f"{error.filename} cannot be removed: {error.strerror}") from error
+    return f"{count(len(places), 'file')} removed from {files.directory()}"
 
 
 def write_to(place: Path, ids: Iterable[str]) -> str:
@@ -66,7 +73,7 @@ def write_to(place: Path, ids: Iterable[str]) -> str:
         place.write_text(json.dumps({"format": _FORMAT, "records": [_plain(record) for record in chosen]}, indent=1))
     except OSError as error:
         raise TokenWeaveError(f"{place} cannot be written: {error.strerror}") from error
-    return f"{len(chosen)} plans written to {place}"
+    return f"{count(len(chosen), 'plan')} written to {place}"
 
 
 def read_from(place: Path) -> str:
@@ -86,17 +93,18 @@ def read_from(place: Path) -> str:
     found = [_read(each, f"{place}: record {number}") for number, each in enumerate(data["records"])]
     for record in found:
         if not records.write(record.kind, record.key, record.value):
-            raise TokenWeaveError(f"{files.directory()} cannot be written")
+            reason = files.unwritable(files.directory()) or "a file there cannot be replaced"
+            raise TokenWeaveError(f"{files.directory()} cannot be written: {reason}. Set TW_COMPILE_CACHE_DIR to another directory")
     unused = sum(map(_is_stale, found))
-    note = f"; {unused} of them are not used, as they are not from {agree.version()}" if unused else ""
-    return f"{len(found)} plans imported into {files.directory()}{note}"
+    note = f"; {count(unused, 'plan')} will not be used: from another version than {agree.version()}" if unused else ""
+    return f"{count(len(found), 'plan')} imported into {files.directory()}{note}"
 
 
 def _read(data: dict[str, Any], what: str) -> Record:
     try:
         return _checked(Record(**data))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TokenWeaveError(f"{what} is not valid ({error}); nothing was imported") from error
+        raise TokenWeaveError(f"{what} is not valid ({_why(error)}); nothing was imported") from error
 
 
 def _named(ids: Iterable[str]) -> list[Record]:
@@ -124,21 +132,21 @@ def _summary(record: Record) -> tuple[str, str]:
     try:
         _checked(record)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        return "?", f"not valid: {error}"
+        return "?", f"not valid: {_why(error)}"
     key, value = record.key, record.value
     if record.kind == "plan":
         section = key["section"]
         return f"{key['transport']}, {section['hidden']} {section['dtype']}, {_sizes(section['sizes'])}", plan_text(**value)
     if record.kind == "tuning":
-        return f"{key['transport']}, {key['hidden']} {key['dtype']}", f"one_shot up to {value['one_shot_rows']} tokens"
+        return f"{key['transport']}, {key['hidden']} {key['dtype']}", f"one_shot up to {count(value['one_shot_rows'], 'token')}"
     if record.kind == "wire":
         least = value["least_bytes"]
-        return f"wire of {key['wire']} bits", f"from {least >> 10} KB of partial sums on" if least else "not faster than 16 bits"
+        return f"wire of {key['wire']} bits", f"from {least >> 10} KB of partial sums on" if least else "not faster than bfloat16"
     return "time of a call", ", ".join(f"{name} {1e6 * seconds:.0f} µs" for name, seconds in value.items())
 
 
 def _sizes(sizes: list[int]) -> str:
-    return f"{sizes[0]} tokens" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} tokens"
+    return count(sizes[0], "token") if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} tokens"
 
 
 # --- checks of records: an imported file decides, for example, how many CTAs a kernel has ---------------------------------------------
@@ -153,6 +161,11 @@ def _checked(record: Record) -> Record:
         _expect(name, key[name], type(key[name]) is kind)
     {"plan": _check_plan, "tuning": _check_tuning, "transports": _check_transports, "wire": _check_wire}[record.kind](key, value)
     return record
+
+
+def _why(error: Exception) -> str:
+    """Why a record is not valid. error: what ``_checked`` raised"""
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _check_plan(key: dict[str, Any], value: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .html import page
-from .wording import form_of, plan_text, short, wire_text
+from .wording import count, form_of, plan_text, short, wire_text
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Report:
     mode:       the mode in force: ``weave``, ``fuse`` or ``off``, also where sites are found and not fused, as that is not faster
     transport:  the transport of the sites: ``multimem``, ``peer``, ``hierarchical`` or ``process_group``; the last two with ``:8``, ``:6``
                 or ``:4`` where they have so many bits; '' if there are no sites
-    wire:       bits ("16", "8", "6", "4") -> bytes that each rank sends for a token at all sites with them, over ``hierarchical`` to other
-                hosts; None over symmetric memory
-    packed:     the number of sites that have the bits of the transport; the others have 16
+    wire:       bits -> bytes that each rank sends for a token at all sites with them, over ``hierarchical`` to other hosts. First those of
+                the model's dtype, "16" or "32" ("16 and 32" if sites differ), then "8", "6" and "4". None over symmetric memory
+    packed:     the number of sites that have the bits of the transport; the others have those of the model's dtype
     alike:      number of equal layers that are compiled as one; 0 if each layer is compiled
     split:      (first half, second half) along the cut axis, as numbers or symbolic text; None if the graph is not woven
     rehearsal:  the section that was autotuned (``autotune.schedule.Section``) and its plan (``autotune.plan.Plan``), as plain data; None if
@@ -113,16 +113,19 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Report":
-        """The report that ``to_dict`` has turned into ``data``. Raises KeyError or TypeError for other data."""
+        """The report that ``to_dict`` has turned into ``data``. Raises ValueError for other data."""
         rows = {"sites": Site, "refusals": Refusal, "joins": UnsplitOp}
-        data = {k: [rows[k](**row) for row in v] if k in rows else v for k, v in data.items()}
-        for site in data["sites"]:
-            object.__setattr__(site, "shape", tuple(site.shape))
-        if data["split"] is not None:
-            data["split"] = tuple(data["split"])
-        if data["broken"] is not None:
-            data["broken"] = Break(**data["broken"])
-        return cls(**data)
+        try:
+            data = {k: [rows[k](**row) for row in v] if k in rows else v for k, v in data.items()}
+            for site in data["sites"]:
+                object.__setattr__(site, "shape", tuple(site.shape))
+            if data["split"] is not None:
+                data["split"] = tuple(data["split"])
+            if data["broken"] is not None:
+                data["broken"] = Break(**data["broken"])
+            return cls(**data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is not what Report.to_dict returns: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
         asked = ", ".join(f"{name}={value}" for name, value in self.requested.items() if value != "auto") or "auto"
@@ -133,7 +136,7 @@ class Report:
             head += f", split {self.split[0]} | {self.split[1]}"
         if self.alike:
             head += f", {self.alike} layers compiled as one"
-        lines = [head, f"  {len(self.sites)} sites, {len(self.refusals)} refused, {len(self.joins)} unsplit ops"]
+        lines = [head, f"  {count(len(self.sites), 'site')}, {len(self.refusals)} refused, {count(len(self.joins), 'unsplit op')}"]
         if self.wire:
             lines += [f"  {wire_text(self.transport, self.wire, self.packed, len(self.sites))}"]
         if self.rehearsal:
@@ -159,7 +162,7 @@ class Report:
 
         profile: adds a timeline of GPU kernels: a ``torch.profiler.profile`` of calls of the model that has ended, or the path of the
                  Chrome trace that it has exported. None for no timeline
-        Raises OSError if the trace cannot be read, and ValueError if it is no Chrome trace.
+        Raises OSError if the trace cannot be read, and ValueError if it is no Chrome trace, or if the profile has not ended.
         """
         return page(self, profile)
 

@@ -14,7 +14,7 @@ from .transports.process_group import ProcessGroup
 
 
 def describe(new: passes.Rewritten, requested: str) -> None:
-    """Add to the report of a rewritten graph what it sends, and why in 16 bits; nothing where a site is over symmetric memory.
+    """Add to the report of a rewritten graph what it sends, and why not in fewer bits; nothing where a site is over symmetric memory.
 
     new:       before it is compiled, which changes its graph
     requested: ``Options.transport_and_wire``, for which the transports of the graph's groups are chosen
@@ -30,16 +30,17 @@ def describe(new: passes.Rewritten, requested: str) -> None:
         transports[given["group"]] = transport
         if isinstance(transport, LowBit) or (isinstance(transport, Hierarchical) and transport.bits < 16):
             if reason := transport.in_16_bits(x):
-                report.reasons += [said] if (said := f"16 bits: {reason}") not in report.reasons else []
+                report.reasons += [said] if (said := f"{8 * x.dtype.itemsize} bits: {reason}") not in report.reasons else []
             else:
                 packed.add(given["site"])
     report.packed = len(packed)
-    sent = {str(bits): round(sum(_bytes(site, bits, transports[site.group]) for site in report.sites)) for bits in (16, *codec.TRIPS)}
-    report.wire = {bits: number for bits, number in sent.items() if bits == "16" or number < sent["16"]}
+    full, *fewer = (round(sum(_bytes(site, bits, transports[site.group]) for site in report.sites)) for bits in (16, *codec.TRIPS))
+    widths = sorted({8 * getattr(torch, site.dtype).itemsize for site in report.sites})
+    report.wire = {" and ".join(map(str, widths)): full} | {str(bits): n for bits, n in zip(codec.TRIPS, fewer) if n < full}
 
 
 def _bytes(site: Site, bits: int, transport: ProcessGroup) -> float:
-    """Bytes that each rank sends for a token at a site with a wire of so many bits; to other hosts, where there is a hierarchy."""
+    """Bytes that each rank sends for a token at a site; to other hosts, where there is a hierarchy. bits: of the option ``wire``"""
     hidden, dtype = int(site.shape[-1]), getattr(torch, site.dtype)
     world, owners = resolve_process_group(site.group).size(), 1
     if isinstance(transport, Hierarchical):

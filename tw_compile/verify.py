@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from . import backend, context, ops, passes, sent
 from .explain import ISOLATED, anew
+from .options import parse
 from .passes.graph_utils import arguments, aten, calls
 from .report import Report, Site
 from .sizes import ForSizes, copied
@@ -52,6 +53,8 @@ class Verification:
         return not self.first
 
     def __str__(self) -> str:
+        if not self.reports:
+            return "tokenweave: nothing was compared, as no graph has a site. tw_compile.explain gives the reasons"
         lines = [f"tokenweave: {'the same but for rounding' if self.ok else 'NOT THE SAME: ' + self.first}"]
         for difference in self.differences:
             site, relative = difference.site, difference.relative
@@ -70,8 +73,10 @@ def verify(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None
 
     It takes seconds, as no code is generated. It therefore checks the passes and the kernels, not Inductor. It computes no gradients.
     All ranks of the model's process groups must call it, with the same arguments.
-    Raises what the model raises, and Dynamo's error around a TokenWeaveError for options that cannot be met.
+    Raises TokenWeaveError for wrong options, and if ``model`` cannot be called; what the model raises; and Dynamo's error around a
+    TokenWeaveError for options that this model or machine cannot meet.
     """
+    parse(options)
     found = Verification()
     compiler = partial(backend.compile_graph, compiler=partial(_Comparer, found), inner_compile=_as_it_is)
     with torch.no_grad():

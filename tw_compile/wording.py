@@ -8,6 +8,24 @@ def short(source: str) -> str:
     return source.removeprefix(os.getcwd() + os.sep).split("site-packages" + os.sep)[-1]
 
 
+def count(number: int, thing: str) -> str:
+    """A number of things, with a regular plural: "1 site", "2 sites"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def size_text(sequences: int, tokens: int) -> str:
+    """A size of inputs, sequences × tokens of each."""
+    return f"{sequences} × {count(tokens, 'token')}"
+
+
+def memory_text(needed: float, free: float) -> str:
+    """Why a measurement is not made, which may take half of the free memory of a GPU. Both in bytes"""
+    return (
+        f"it needs {needed / 1e9:.1f} GB, and may take half of the {free / 1e9:.1f} GB that are free. Call tw_compile.warmup before other "
+        "memory is taken, such as that of a KV cache"
+    )
+
+
 def plan_text(min_tokens: int | None, ctas: int, split_ratio: float, gain: float | None, experts_from: int | None = None) -> str:
     """A Plan in words."""
     if gain is None:
@@ -29,8 +47,8 @@ def form_of(norm: str, residual: bool, merged: int = 1, output: str = "") -> str
 
 
 def wire_text(transport: str, sent: dict[str, int], packed: int, sites: int) -> str:
-    """What each rank sends, in words. sent, packed: of a Report; sites: the number of all sites"""
-    bits = transport.partition(":")[2] if packed else "16"
+    """What each rank sends, in words. sent, packed: of a Report, whose first width is the model's own; sites: the number of all sites"""
+    bits = transport.partition(":")[2] if packed else next(iter(sent))
     others = ", ".join(f"{number / 1024:.1f} with {other}" for other, number in sent.items() if other != bits)
     others = f"; {others}" if others else ""
     at = "" if packed in (0, sites) else f" at {packed} of {sites} sites"

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import logs, records
+from .. import logs, records, wording
 from ..compat import cuda_sleep, missing_on_gpus, resolve_process_group
 from ..options import Options
 from ..site import Site
@@ -150,7 +150,7 @@ def _autotune(section: Section, group: str, device: torch.device, requested: str
     lacking = agree.exchange(group, "the autotuning of a schedule", stage.set() or "")
     if any(lacking):
         plan = by_rule(section.hidden, sms_of(device), section.experts)
-        log.warning("a schedule is not autotuned; a rule weaves from %d tokens on: %s", plan.min_tokens, max(lacking))
+        log.warning("a schedule is not autotuned, and a rule weaves from %d tokens on: %s", plan.min_tokens, max(lacking))
         return plan
     ctas = (section.ctas,) if section.ctas or isinstance(transport, ProcessGroup) else CTAS
 
@@ -220,7 +220,7 @@ class Stage:
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         needed = elements * self.dtype.itemsize + sum(bytes_of(op, tokens) for op in self.gemms)
-        return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else None
+        return wording.memory_text(needed, free) if needed > free / 2 else None
 
     def times(self, variants: list[tuple[int, float, bool] | None], tokens: int) -> list[float]:
         """Seconds of each variant with so many tokens on this rank: the median of samples that are taken in turns.

@@ -110,8 +110,8 @@ def rewrite(
         return new
 
     if (ends := sum(match.norm.kind == "" for match in matches)):
-        said = "sites end before their norm, which is in the next graph: compile the whole model instead of each layer"
-        report.reasons.append(f"{ends} {said}")
+        said = f"{ends} sites end before their norm" if ends > 1 else "1 site ends before its norm"
+        report.reasons.append(f"{said}, which is in the next graph: compile the whole model instead of each layer")
     device = value(matches[0].total).device  # read now, as the passes below replace the node
     ctas = options.ctas if isinstance(options.ctas, int) else 0
     sites = fuse(work, matches, options.transport_and_wire, ctas)
@@ -125,8 +125,9 @@ def rewrite(
     if isinstance(cut, Cut) and not may_be_cut:
         cut = "the ranks have agreed not to weave a graph with these collectives"
     if isinstance(cut, Cut):
-        if len(alike) < len(sites):
-            report.reasons.append(f"{len(sites) - len(alike)} sites are not cut: they have other numbers of tokens than most")
+        if others_than_most := len(sites) - len(alike):
+            said = f"{others_than_most} sites are not cut: they have other numbers of tokens than most"
+            report.reasons.append(said if others_than_most > 1 else "1 site is not cut: it has another number of tokens than most")
         others = numbered(work, without=sites)
         unsplit = {node: "another rank cannot cut it" for node, number in others.items() if number in decision.unsplit}
         unsplit |= dict.fromkeys(key_sorts(work), cut.experts) if cut.experts else {}
@@ -184,24 +185,20 @@ def kept(new: Rewritten, original: Graph) -> Rewritten:
     return Rewritten(copied_graph(original), report)
 
 
-_KEPT = "Inductor's own graph is kept: over the process group in 16 bits, fused sites are not faster"
+_KEPT = "Inductor's own graph is kept: over the process group in the model's dtype, fused sites are not faster"
 
 
 def check_sites(new: Rewritten, options: Options) -> None:
     """Raises TokenWeaveError for a graph without sites if ``mode`` forces sites."""
     if options.forced and not new.sites:
         rows = "".join(f"\n  {r.all_reduce}: {r.reason} ({r.source})" for r in new.report.refusals)
-        raise TokenWeaveError(f"{_asked(options)}: {new.report.reasons[-1]}{rows}")
+        raise TokenWeaveError(f"{options.impossible}: {new.report.reasons[-1]}{rows}")
 
 
 def check_woven(reason: str, options: Options) -> None:
     """Raises TokenWeaveError for a graph that is not woven for this reason, if ``mode`` forces weaving."""
     if options.forced == "weave" and options.min_tokens == "auto":
-        raise TokenWeaveError(f"{_asked(options)} woven: {reason}")
-
-
-def _asked(options: Options) -> str:
-    return f"option 'tokenweave.mode' is {options.mode!r}, but this graph cannot be"
+        raise TokenWeaveError(f"{options.impossible}: {reason}")
 
 
 def _nothing(kinds: list[str]) -> str:

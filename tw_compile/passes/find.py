@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .. import ops
 from ..compat import OpOverload, resolve_process_group, statically_known_true
+from ..options import TokenWeaveError
 from ..report import Refusal
 from .graph_utils import (
     RESHAPES,
@@ -32,6 +33,7 @@ from .graph_utils import (
     aten,
     c10d,
     calls,
+    check_function,
     is_tensor,
     keeps_rows,
     other_operand,
@@ -81,8 +83,11 @@ def register_all_reduce(op: OpOverload, read: Callable[[Node], AllReduce]) -> No
           change the partial sum.
     read: the node of a call -> its ``AllReduce(x, reduce_op, group)``
 
-    ``TokenWeaveError`` is raised on all ranks if they have registered different ops.
+    Raises TokenWeaveError for other arguments. It is raised on all ranks, at the first graph, if they have registered different ops.
     """
+    if not isinstance(op, OpOverload):
+        raise TokenWeaveError(f"register_all_reduce takes an OpOverload, such as torch.ops.library.op.default, not {op!r:.200}")
+    check_function(read, "register_all_reduce takes a function that returns an AllReduce")
     _ALL_REDUCES[op] = read
 
 

@@ -9,6 +9,9 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..compat import HigherOrderOperator, OpOverload, has
+from ..options import TokenWeaveError
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
@@ -192,3 +195,24 @@ def sort_and_clean(graph: Graph, stays: Callable[[Node], bool], first: Mapping[N
             before.append(node)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or stays(node))
     graph.lint()
+
+
+# --- what users register -------------------------------------------------------------------------------------------------------------
+
+
+def check_ops(targets: Sequence[object]) -> None:
+    """Raises TokenWeaveError for targets of calls that cannot have a token-axis rule, and if there are none."""
+    wrong = [f"{op!r:.200}" for op in targets if not _is_op(op)] or ([] if targets else ["nothing"])
+    if wrong:
+        what = "OpOverloads, such as torch.ops.library.op.default, or names such as 'library::op'"
+        raise TokenWeaveError(f"register_token_rule takes {what}, not {', '.join(wrong)}")
+
+
+def _is_op(op: object) -> bool:
+    return "::" in op if isinstance(op, str) else isinstance(op, OpOverload | HigherOrderOperator) or not has(op)
+
+
+def check_function(given: object, what: str) -> None:
+    """Raises TokenWeaveError for what cannot be called. what: what should be given"""
+    if not callable(given):
+        raise TokenWeaveError(f"{what}, not {given!r:.200}")

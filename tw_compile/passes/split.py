@@ -186,7 +186,7 @@ class _Splitter:
             if (expr(self.cut.first) * expr_of(axis.unit)).is_integer is False:
                 return f"an input has one entry for {1 / expr_of(axis.unit)} tokens, and the cut is not at a multiple of them"
             if not self.check.is_size(value(a).shape[axis.dim], needed) and not (rule.agrees and value(a).dim() == 1):
-                return f"an input has {value(a).shape[axis.dim]} entries along the token axis, not {needed}"
+                return f"an input has a size of {value(a).shape[axis.dim]} along the token axis, not {needed}"
         return None
 
     def _by_rule(self, node: Node, rule: Split | str) -> str | None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from ..quantise import Quantise
 from ..site import WITHOUT_NORM, Site, add_norm
+from ..wording import count
 from .symmetric.tuning import LEAST_ROWS, by_rule
 
 _TOLERANCES = {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 1e-4}
@@ -130,7 +131,7 @@ class Chain:
             error = ((ours.float() - right).abs() / (right.abs() + 4)).max().item()
             if not error < tolerance:
                 what = "residual" if number == len(self.xs) else "quantised norm" if self.quantise else "norm"
-                return f"the {what} of {self.rows} tokens in {self.dtype} is off by {error:.1e}"
+                return f"the {what} of {count(self.rows, 'token')} in {self.dtype} is off by {error:.1e}"
         return None
 
 

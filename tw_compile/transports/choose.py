@@ -207,7 +207,7 @@ def _best(usable: list[str], reasons: dict[str, str], group_name: str, device: t
     try:
         seconds = tuning.compare(right, group_name, device, links.get((group_name, device), ""))
     except WorkspaceError as error:  # raised on all ranks
-        log.warning("transports are not compared: %s", error)
+        log.warning("transports are not compared: %s. The first usable one is taken, %s", error, next(iter(right)))
     names = [*right]
     right.clear()
     gc.collect()  # frees the workspaces of the tested transports, which contain reference cycles
@@ -222,7 +222,7 @@ def _with_wire(transport: Transport, bits: int) -> tuple[Transport, str]:
     """(a transport whose values have so many bits, ''); or (the same transport, why not). A collective on CUDA groups."""
     group_name, device, name = transport.group_name, transport.device, f"{transport.name}:{bits}"
     if transport.name in _SYMMETRIC:
-        return transport, f"transport {transport.name} is taken, which has 16 bits; transport process_group has {bits}"
+        return transport, f"transport {transport.name} is taken, which sends values in the model's dtype; process_group has {bits} bits"
     if device.type != "cuda":
         return _make(name, group_name, device), ""  # nothing can be measured: as asked, whatever the size
     packed, reason = self_tested(name, group_name, device)
@@ -230,7 +230,7 @@ def _with_wire(transport: Transport, bits: int) -> tuple[Transport, str]:
         return transport, str(reason)
     least = threshold.least_bytes(packed, links[group_name, device])
     if least is None:
-        return transport, "it is not faster than 16 bits here, as measured"
+        return transport, "it is not faster than bfloat16 here, as measured"
     return packed.another(least), ""
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from ...compat import OpOverload
-from ..graph_utils import RESHAPES, aten, is_one, is_tensor, prims, value
+from ..graph_utils import RESHAPES, aten, check_function, check_ops, is_one, is_tensor, prims, value
 
 c10d = torch.ops._c10d_functional
 
@@ -98,11 +98,13 @@ def register_token_rule(*targets: Any) -> Callable[[Rule], Rule]:
 
     The rule returns None, or the reason, if half of the result needs more than half of the inputs. It replaces an earlier rule of the op.
     A call runs on all tokens, and the report gives the reason, if the rule returns None, raises an exception, or returns a ``Split``
-    whose halves do not have the shapes and dtypes of the result. All ranks must register the same rules: otherwise ``TokenWeaveError`` is
-    raised on all ranks.
+    whose halves do not have the shapes and dtypes of the result. All ranks must register the same rules: otherwise TokenWeaveError is
+    raised on all ranks. Raises TokenWeaveError for targets that are no ops, and for a rule that is no function.
     """
+    check_ops(targets)
 
     def register(rule: Rule) -> Rule:
+        check_function(rule, "register_token_rule decorates a function rule(node, axes)")
         _RULES.update(dict.fromkeys(targets, rule))
         return rule
 

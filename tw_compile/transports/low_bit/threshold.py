@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ... import records
+from ...wording import memory_text
 from .. import agree
 from ..hierarchical import Hierarchical
 from ..symmetric.tuning import MARGIN, SAMPLES, seconds_of_call
@@ -33,7 +34,7 @@ def least_bytes(transport: LowBit | Hierarchical, link: str) -> int | None:
     kept, lacking = zip(*map(json.loads, said))
     found = next((theirs for theirs in kept if is_valid(theirs)), None)
     if found is None and any(lacking):
-        log.warning("the threshold of a wire is not measured; a rule takes %d KB: %s", RULE >> 10, max(lacking))
+        log.warning("the threshold of a wire is not measured, and is %d KB by a rule: %s", RULE >> 10, max(lacking))
         return RULE
     if found is None:
         seconds = _seconds(transport.another(0))
@@ -47,7 +48,7 @@ def least_bytes(transport: LowBit | Hierarchical, link: str) -> int | None:
 def _lacking(transport: LowBit | Hierarchical) -> str:
     """Why this rank cannot measure; '' if it can. It may take half of the free memory."""
     needed, (free, _) = 16 * max(TOKENS) * HIDDEN * DTYPE.itemsize, torch.cuda.mem_get_info(transport.device)
-    return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else ""
+    return memory_text(needed, free) if needed > free / 2 else ""
 
 
 def is_valid(value: Any) -> bool:

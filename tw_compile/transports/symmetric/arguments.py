@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ...quantise import HOWS, read
+from ...wording import count
 from .layout import Layout
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -137,9 +138,9 @@ class ErrorRecord:
         _, rank, site, peer, phase, rows, call_of_peer = self.words
         if phase == _OTHER_CALL:
             site_of_peer, rows_of_peer = call_of_peer >> _ROW_BITS, call_of_peer & ((1 << _ROW_BITS) - 1)
-            here = f"rank {rank} is at the all-reduce of site {site} with {rows} tokens, but rank {peer} is "
+            here = f"rank {rank} is at the all-reduce of site {site} with {count(rows, 'token')}, but rank {peer} is "
             if site_of_peer != site % (1 << _SITE_BITS):
-                there = f"at that of site {site_of_peer} with {rows_of_peer} tokens"
+                there = f"at that of site {site_of_peer} with {count(rows_of_peer, 'token')}"
             else:
                 there = f"there with another number of tokens, {rows_of_peer}"
             raise RuntimeError(f"{here}{there}. {_RESTART}") from cause

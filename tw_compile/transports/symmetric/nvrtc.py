@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels at run time, for the GPU and sizes at hand, and loads them.
 
-NVRTC and the driver are called through cuda-python, which CUDA builds of PyTorch install. No CUDA toolkit and no CUDA headers are needed.
-This module can be imported without a GPU and without cuda-python.
+NVRTC and the driver are called through cuda-bindings, which CUDA builds of PyTorch install. No CUDA toolkit and no CUDA headers are needed.
+This module can be imported without a GPU and without cuda-bindings.
 """
 
 import functools
@@ -22,8 +22,7 @@ def _bindings() -> tuple[Any, Any]:
         from cuda.bindings import driver, nvrtc
     except ImportError as error:
         raise RuntimeError(
-            "the kernels are compiled with cuda-python, which is not installed: pip install 'cuda-python>=13.0' "
-            f"({error})"
+            f"the kernels are compiled with cuda-bindings, which is not installed: pip install 'cuda-bindings>=13.0' ({error})"
         ) from error
     return driver, nvrtc
 

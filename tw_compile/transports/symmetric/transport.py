@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ...compat import current_raw_stream, resolve_process_group
 from ...site import NEXT_SITE, Planned, empty_results
+from ...wording import count
 from .. import agree
 from ..together import together
 from . import gemms, host, nvrtc, support
@@ -323,10 +324,8 @@ class Symmetric:
         key = slot, dtype, hidden, bucket
         if key not in self._workspaces:
             if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"a workspace for {rows} tokens of {dtype} [{hidden}] cannot be made while a CUDA graph is captured: run this size "
-                    "once without capture first"
-                )
+                what = f"a workspace for {count(rows, 'token')} of {dtype} [{hidden}]"
+                raise RuntimeError(f"{what} cannot be made while a CUDA graph is captured: run this size once without capture first")
             # Another thread allocates it, which has no memory pool of CUDA graphs that are captured next, and no inference mode.
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
                 self._workspaces[key] = thread.submit(Workspace, self, dtype, hidden, bucket).result()

@@ -22,6 +22,7 @@ from torch import Tensor
 from ... import logs, records
 from ...compat import cuda_sleep, resolve_process_group
 from ...site import SLOT_WHOLE, Planned, Site
+from ...wording import memory_text
 from .. import agree
 from ..together import WorkspaceError
 
@@ -163,7 +164,8 @@ def measure(owner: Any, dtype: torch.dtype, hidden: int, max_ctas: int) -> Tunin
         gc.collect()  # frees the workspaces of the measured transports, which contain reference cycles
     if mine is None:
         tuning = by_rule(owner.world)
-        log.warning("kernels for %s [%d] are not tuned; a rule gives %s: %s", dtype, hidden, tuning, reason)
+        message = "kernels for %s [%d] are not tuned, and by a rule one_shot is for up to %d tokens: %s"
+        log.warning(message, dtype, hidden, tuning.one_shot_rows, reason)
     else:
         said = agree.exchange(owner.group_name, "the end of kernel tuning", json.dumps([*mine.values()]))
         times = dict(zip(mine, map(max, *map(json.loads, said))))
@@ -227,7 +229,7 @@ def _lacking(owner: Any, dtype: torch.dtype, hidden: int, max_ctas: int) -> str 
     # Workspaces for all powers of two together are as large as one for the next power.
     needed = 2 * max(TWO_SHOT_SIZES) * hidden * (2 * dtype.itemsize + 4)
     free, _ = torch.cuda.mem_get_info(owner.device)
-    return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free / 2 else None
+    return memory_text(needed, free) if needed > free / 2 else None
 
 
 def _times(owner: Any, dtype: torch.dtype, hidden: int) -> dict[tuple[str, int, int], float]:

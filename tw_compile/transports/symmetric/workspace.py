@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...compat import symmetric_memory
+from ...wording import count
 from .. import agree
 from ..together import together
 from . import tuning
@@ -45,7 +46,7 @@ class Workspace:
         epochs_at = staging_at + staging
         self.bytes: int = epochs_at + 4 * self.max_ctas
 
-        ours = f"{rows} tokens of {dtype} [{hidden}], {self.bytes} bytes"
+        ours = f"{count(rows, 'token')} of {dtype} [{hidden}], {self.bytes} bytes"
         mine = owner.tuning or tuning.known(owner, dtype, hidden)
         message = ours + "\n" + json.dumps(mine and asdict(mine))
         said = agree.exchange(owner.group_name, f"the set-up of a workspace for up to {ours}", message, owner.timeout_s)
