@@ -60,6 +60,10 @@ def site(shift=None, eps=1e-5, scale=1.0, offset=0.0, center=False):
     return shift, eps, scale, offset, center
 
 
+def output_of(quantise):
+    return read(quantise).output if quantise else ""
+
+
 class Ranks:
     """W ranks in one process."""
 
@@ -142,7 +146,7 @@ class Ranks:
     ):
         """x: [W, T, H]; numerics: what ``site`` takes. Returns [(norm, residual)] of all ranks, and with quantise what that adds."""
         shift, *rest = site(**numerics)
-        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1], quantise.partition(" ")[0])
+        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1], output_of(quantise))
         given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual, quantise, static_scale
         return self.each(lambda s, rank: s.fused(Site(x[rank], *given), in_workspace))
 
@@ -151,7 +155,7 @@ class Ranks:
         **numerics,
     ):
         shift, *rest = site(**numerics)
-        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1], quantise.partition(" ")[0])
+        self.workspaces(x.dtype, x.shape[-1], x[0].numel() // x.shape[-1], slot, rest[-1], output_of(quantise))
         given = residual, weight, bias, shift, *rest, ctas, slot, 0, sharded_residual, sharded_residual, quantise, static_scale
         self.each(lambda s, rank: s.start(Site(x[rank], *given)))
         return self.each(lambda s, rank: s.wait(slot, in_workspace))
@@ -197,7 +201,7 @@ def prepared():
     ]
     jobs += [
         (kernel, arch, macros(dtype, hidden, world, rank, "peer", center, layout(dtype, hidden, world, center), output))
-        for (dtype, hidden, world, center), output in itertools.product(QUANTISED_SIZES, ("fp8", "int8"))
+        for (dtype, hidden, world, center), output in itertools.product(QUANTISED_SIZES, ("fp8", "int8", "fp8_128", "int8_128"))
         for kernel, rank in itertools.product(("two_shot", "one_shot"), range(world))
     ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -333,9 +337,11 @@ def check_numbers(dtype, hidden, world, center):
 
 
 QUANTISATIONS = (
-    "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0", "fp8 1 divide 0 0.0 1e-12 448.0 0.0 -448.0 448.0",
-    "fp8 0 divide 0 0.0 0.0 1.0 0.0 -448.0 448.0", "fp8 0 multiply 0 0.0 0.0 1.0 0.0 -448.0 448.0",
-    "int8 1 inverse 1 0.0 0.0 127.5 1.1920928955078125e-07 -128.0 127.0", "int8 1 divide 0 1e-6 0.0 127.0 0.0 -127.0 127.0",
+    "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 0", "fp8 1 divide 0 0.0 1e-12 448.0 0.0 -448.0 448.0 0",
+    "fp8 0 divide 0 0.0 0.0 1.0 0.0 -448.0 448.0 0", "fp8 0 multiply 0 0.0 0.0 1.0 0.0 -448.0 448.0 0",
+    "int8 1 inverse 1 0.0 0.0 127.5 1.1920928955078125e-07 -128.0 127.0 0", "int8 1 divide 0 1e-6 0.0 127.0 0.0 -127.0 127.0 0",
+    "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 128", "fp8 1 inverse 0 0.0 1e-4 448.0 0.0 -448.0 448.0 128",
+    "int8 1 divide 0 1e-6 0.0 127.0 0.0 -127.0 127.0 128",
 )  # fmt: skip
 
 
@@ -345,6 +351,7 @@ def test_a_norm_is_quantised(dtype, hidden, world, center):
     group, d, scale = ranks(world), data(dtype, hidden, world), torch.tensor(0.013, device="cuda")
     numerics = dict(center=center, shift=d["shift"] if center else None)
     d["x"][:, 0], d["residual"][0] = 0, 0
+    d["x"][:, 1, :128], d["residual"][1, :128] = 0, 0  # a group of zeros
     for i, rows in enumerate((1, 2, 31, 32, 100, 257, 1024)):
         given = d["x"][:, :rows], d["residual"][:rows], d["weight"], None
         norm, _ = group.fused(*given, **numerics)[0]

@@ -51,10 +51,42 @@ def of_sum(y):
 
 
 DYNAMIC = {
-    example: "fp8 1 divide 0 0.0 1e-12 448.0 0.0 -448.0 448.0",
-    torchao_fp8: "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0",
-    torchao_int8: f"int8 1 inverse 1 0.0 0.0 127.5 {torch.finfo(torch.float32).eps} -128.0 127.0",
-    of_sum: "int8 1 divide 0 1e-06 1e-05 127.0 1e-07 -127.0 127.0",
+    example: "fp8 1 divide 0 0.0 1e-12 448.0 0.0 -448.0 448.0 0",
+    torchao_fp8: "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 0",
+    torchao_int8: f"int8 1 inverse 1 0.0 0.0 127.5 {torch.finfo(torch.float32).eps} -128.0 127.0 0",
+    of_sum: "int8 1 divide 0 1e-06 1e-05 127.0 1e-07 -127.0 127.0 0",
+}
+
+
+# Of groups of 128 channels, in a row of WIDE.
+WIDE = 384
+
+
+def deep_gemm(y):
+    """Its per_token_cast_to_fp8: the largest magnitude in float32, and the inverse of the scale."""
+    groups = y.reshape(-1, WIDE).view(-1, WIDE // 128, 128)
+    scale = groups.abs().float().amax(2).view(-1, WIDE // 128).clamp(1e-4) / 448.0
+    return (groups * (1.0 / scale.unsqueeze(2))).to(FP8).view(-1, WIDE), scale
+
+
+def torchao_groups(y):
+    """Float8DynamicActivationFloat8WeightConfig with PerBlock([1, 128]): the scale is expanded to the channels."""
+    scale = (y.view(*y.shape[:-1], WIDE // 128, 128).abs().amax(-1, keepdim=True) / 448.0).reshape(*y.shape[:-1], -1).float()
+    return (y.float() / scale.repeat_interleave(128, -1)).clamp(-448.0, 448.0).to(FP8), scale
+
+
+def flat_groups(y):
+    """As rows of 128, with scales that a GEMM of CUDA takes: those of a group of all tokens lie together."""
+    groups = y.reshape(-1, WIDE).reshape(-1, 128)
+    scale = (groups.float().abs().amax(-1, keepdim=True) + 1e-6) / 127.0
+    q = (groups.float() / scale).round().clamp(-127, 127).to(torch.int8).reshape(-1, WIDE)
+    return q, scale.reshape(-1, WIDE // 128).t().contiguous().t()
+
+
+GROUPS = {
+    deep_gemm: "fp8 1 inverse 0 0.0 0.0001 448.0 0.0 -448.0 448.0 128",
+    torchao_groups: "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 128",
+    flat_groups: "int8 1 divide 0 1e-06 0.0 127.0 0.0 -127.0 127.0 128",
 }
 STATIC = {
     "fp8 0 divide": lambda y, scale: (y.float() / scale).clamp(-448, 448).to(FP8),
@@ -63,8 +95,8 @@ STATIC = {
 }
 
 
-def inputs(dtype=BF16, *others):
-    return [*(values(*shape, dtype=dtype) for shape in ((2, 6, H), (2, 6, H), (H,))), *others]
+def inputs(dtype=BF16, *others, hidden=H):
+    return [*(values(*shape, dtype=dtype) for shape in ((2, 6, hidden), (2, 6, hidden), (hidden,))), *others]
 
 
 def site(quantise, *given, norm=hf_norm, **kwargs):
@@ -133,6 +165,45 @@ def test_a_scale_for_each_row(quantise, dtype):
     assert_same_bits(new)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("quantise", GROUPS, ids=lambda f: f.__name__)
+def test_a_scale_for_each_group(quantise, dynamic):
+    new = site(quantise, *inputs(torch.float16 if quantise is flat_groups else BF16, hidden=WIDE), dynamic=dynamic)
+    assert how_of(new) == f"{GROUPS[quantise]} 0"
+    assert "per group of 128" in str(new.report)
+    assert_same_bits(new)
+
+
+def test_groups_of_torchao():
+    """What Float8DynamicActivationFloat8WeightConfig with PerBlock calls; its GEMM runs on GPUs alone."""
+    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+
+    def quantise(y):
+        scale = primitives._choose_scale_float8(y, [1, 1, 128])
+        return primitives._quantize_affine_float8(y, scale), scale
+
+    new = site(quantise, *inputs(hidden=WIDE))
+    assert how_of(new) == f"{GROUPS[torchao_groups]} 0"
+    assert_same_bits(new)
+
+
+def test_a_row_that_is_one_group_has_one_scale():
+    def one_group(y):
+        scale = y.view(2, 6, 1, 128).abs().amax(-1, keepdim=True).float() / 448.0
+        return (y.view(2, 6, 1, 128) / scale).to(FP8).view(2, 6, 128), scale
+
+    new = site(one_group, *inputs(hidden=128))
+    assert how_of(new) == "fp8 1 divide 0 0.0 0.0 448.0 0.0 -448.0 448.0 0 0"
+    assert_same_bits(new)
+
+
+def test_groups_and_rows_of_one_norm():
+    """The first quantisation is the site's, and the other one reads the norm."""
+    new = site(lambda y: (*deep_gemm(y), *example(y.reshape(-1, WIDE // 24)), *deep_gemm(y)), *inputs(hidden=WIDE))
+    assert how_of(new) == f"{GROUPS[deep_gemm]} 1"
+    assert_same_bits(new)
+
+
 @pytest.mark.parametrize("how", STATIC)
 def test_a_given_scale(how):
     new = site(STATIC[how], *inputs(BF16, torch.tensor(0.037)))
@@ -148,8 +219,8 @@ def test_equal_quantisations_become_one():
 
 
 def test_a_row_of_zeros_becomes_zeros():
-    for how in DYNAMIC.values():
-        q, scale = quantised(torch.zeros(2, H, dtype=BF16), read(f"{how} 0"), None)
+    for how in (*DYNAMIC.values(), *GROUPS.values()):
+        q, scale = quantised(torch.zeros(2, WIDE, dtype=BF16), read(f"{how} 0"), None)
         assert not q.float().any() and scale.isfinite().all()
 
 
@@ -181,6 +252,31 @@ def of_groups(y):
     return (groups / (groups.abs().amax(-1, keepdim=True) / 448.0)).to(FP8)
 
 
+def of_64(y):
+    """Groups that the kernels do not have."""
+    groups = y.unflatten(-1, (-1, 64)).float()
+    return (groups / (groups.abs().amax(-1, keepdim=True) / 448.0)).to(FP8)
+
+
+def of_groups_and_a_row(y):
+    """Scaled by that of the whole row, which is not that of the group."""
+    groups = y.unflatten(-1, (-1, 128)).float()
+    return (groups / (groups.abs().amax((-2, -1), keepdim=True) / 448.0)).to(FP8)
+
+
+def interleaved(y):
+    """A group is every third channel."""
+    groups = y.unflatten(-1, (128, -1)).transpose(-2, -1).float()
+    return (groups / (groups.abs().amax(-1, keepdim=True) / 448.0)).to(FP8)
+
+
+def repeated(y):
+    """The scales of the groups in turns, not each for its own group."""
+    groups = y.unflatten(-1, (-1, 128)).float()
+    scale = groups.abs().amax(-1) / 448.0
+    return (y.float() / scale.unsqueeze(-2).expand(*y.shape[:-1], 128, WIDE // 128).reshape(y.shape)).to(FP8)
+
+
 def truncated(y):
     return (y.float() / (y.abs().amax(-1, keepdim=True).float() / 127.0)).to(torch.int8)
 
@@ -195,6 +291,13 @@ OTHERS = whole, power_of_two, of_a_column, of_the_next_row, of_groups, truncated
 @pytest.mark.parametrize("quantise", OTHERS, ids=lambda f: f.__name__)
 def test_what_a_site_does_not_compute_stays_in_the_graph(quantise):
     new = site(quantise, *inputs())
+    assert how_of(new) == ""
+    assert_same_bits(new)
+
+
+@pytest.mark.parametrize("quantise", [of_64, of_groups_and_a_row, interleaved, repeated], ids=lambda f: f.__name__)
+def test_other_groups_stay_in_the_graph(quantise):
+    new = site(quantise, *inputs(hidden=WIDE))
     assert how_of(new) == ""
     assert_same_bits(new)
 
@@ -242,6 +345,42 @@ def test_in_the_workspace(kind, mode):
         assert workspace.counts["in_workspace"] == 2 * (2 if mode == "weave" else 1)
 
 
+def grouped_linear(quantise):
+    def linear(x, weight):
+        q, scale = quantise(x)
+        rows = q.float().view(-1, WIDE // 128, 128) * scale.reshape(-1, WIDE // 128, 1)
+        return (rows.view(-1, WIDE).to(x.dtype) @ weight.t()).view(*x.shape[:-1], -1)
+
+    return linear
+
+
+@pytest.mark.parametrize("mode", ["fuse", "weave"])
+@pytest.mark.parametrize("quantise", GROUPS, ids=lambda f: f.__name__)
+def test_groups_in_the_workspace(quantise, mode):
+    given = inputs(BF16, *(values(WIDE, WIDE, dtype=BF16) for _ in range(4)), hidden=WIDE)
+    new = rewrite(layers(grouped_linear(quantise)), *given, mode=mode, symmetric=True, by=trace_with_inputs)
+    assert [site.output[-16:] for site in new.report.sites] == ["per group of 128", "per group of 128", ""]
+    assert not new.report.joins
+    expected = new.outputs()
+    for order in [None, *range(3)]:
+        workspace = Workspace()
+        torch.testing.assert_close(new.outputs(workspace, order), expected)
+        assert workspace.lent["in_workspace"] == 2 * (2 if mode == "weave" else 1)
+
+
+def test_groups_are_quantised_in_the_graph_where_the_residual_is_read_elsewhere():
+    """Over symmetric memory: the residual has the place of the quantised norm."""
+
+    def block(x, residual, weight):
+        residual = residual + all_reduce(x)
+        return *deep_gemm(hf_norm(residual, weight)), residual
+
+    given = inputs(hidden=WIDE)
+    new = rewrite(block, *given, mode="fuse", symmetric=True, by=trace_with_inputs, dynamic=True)
+    assert how_of(new) == "" and not new.report.sites[0].output
+    torch.testing.assert_close(new.outputs(Workspace()), site(deep_gemm, *given).outputs(), rtol=0, atol=0)
+
+
 def test_ranks_that_do_not_quantise_alike_do_not():
     new = site(torchao_fp8, *inputs())
     group = next(iter(fingerprint.groups_of(new.after)))
@@ -257,18 +396,19 @@ def test_ranks_that_do_not_quantise_alike_do_not():
 def on_a_rank(kind):
     """(bits of compiled ones with and without the quantisation in the sites, whether the ops compute it too, the rows of the report)"""
     torch.manual_seed(0)
-    given = inputs(BF16, *(values(H, H, dtype=BF16) for _ in range(2)))
+    linear, hidden = (grouped_linear(deep_gemm), WIDE) if kind == "fp8 groups" else (LINEARS[kind], H)
+    given = inputs(BF16, *(values(hidden, hidden, dtype=BF16) for _ in range(2)), hidden=hidden)
     results = []
     for quantise in (passes.quantise, lambda *_: None):
         torch._dynamo.reset()
         with torch.no_grad(), without_codegen(), mock.patch.object(passes, "quantise", quantise):
-            results.append(torch.compile(layers(LINEARS[kind]), backend=backend.tokenweave, fullgraph=True)(*given))
+            results.append(torch.compile(layers(linear), backend=backend.tokenweave, fullgraph=True)(*given))
     report = tw_compile.reports()[-2]
-    return torch.equal(*results), tw_compile.verify(layers(LINEARS[kind]), *given).ok, [site.output for site in report.sites]
+    return torch.equal(*results), tw_compile.verify(layers(linear), *given).ok, [site.output for site in report.sites]
 
 
-@pytest.mark.parametrize("kind", KINDS[:1])
+@pytest.mark.parametrize("kind", [*KINDS[:1], "fp8 groups"])
 def test_on_ranks(ranks, kind):
     """The process group's sites are ops of the graph, and those of a graph that is not compiled are calls of the ops."""
-    outputs = [f"{kind.split()[0].upper()} per token", ""]
+    outputs = [f"{kind.split()[0].upper()} per {'group of 128' if 'groups' in kind else 'token'}", ""]
     assert ranks(on_a_rank, kind) == [(True, True, outputs)] * 2

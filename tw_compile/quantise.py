@@ -9,6 +9,9 @@ from torch import Tensor
 # Names of the dtypes of 8 bits -> the dtype, and its name in reports.
 DTYPES = {"fp8": (torch.float8_e4m3fn, "FP8"), "int8": (torch.int8, "INT8")}
 
+# The channels of a group that has a scale of its own, as GEMMs with scales of blocks have it.
+GROUP = 128
+
 # How a value is scaled: y / scale, y * (1 / scale) or y * scale.
 DIVIDE, INVERSE, MULTIPLY = HOWS = "divide", "inverse", "multiply"
 
@@ -16,15 +19,16 @@ DIVIDE, INVERSE, MULTIPLY = HOWS = "divide", "inverse", "multiply"
 class Quantise(NamedTuple):
     """How a norm is quantised::
 
-        scale = max(max(largest + added, least) / most, floor)     largest: the largest magnitude of the row, after rounding
+        scale = max(max(largest + added, least) / most, floor)     largest: the largest magnitude of the row or group, after rounding
         q     = clamp(y / scale, low, high)                        rounded to the nearest, ties to even
 
-    A scale of 0 stays 0, and the values of its row are not divided: a row of zeros becomes zeros, not NaN.
+    A scale of 0 stays 0, and its values are not divided: a row of zeros becomes zeros, not NaN.
 
     dtype:      "fp8" (e4m3) or "int8"
-    per_token:  each row has a scale, as above; otherwise one scale is given, and ``added`` to ``floor`` are not used
+    per_token:  each row has a scale, as above, or each of its groups; otherwise one scale is given, and ``added`` to ``floor`` are not used
     how:        DIVIDE, INVERSE or MULTIPLY
     narrow:     each step of the scale is rounded to the dtype of the norm; otherwise it is in float32
+    group:      0, or GROUP: that many neighbouring channels of a row have a scale, not the whole row; with ``per_token``
     keeps_norm: the norm comes out as well, for its other readers
     """
 
@@ -38,6 +42,7 @@ class Quantise(NamedTuple):
     floor: float = 0.0
     low: float = 0.0
     high: float = 0.0
+    group: int = 0
     keeps_norm: bool = False
 
     def __str__(self) -> str:
@@ -46,15 +51,25 @@ class Quantise(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{DTYPES[self.dtype][1]} per {'token' if self.per_token else 'tensor'}"
+        per = "tensor" if not self.per_token else f"group of {self.group}" if self.group else "token"
+        return f"{DTYPES[self.dtype][1]} per {per}"
+
+    @property
+    def output(self) -> str:
+        """What a kernel is compiled for: the dtype, and the size of groups; such as "fp8" and "fp8_128"."""
+        return f"{self.dtype}_{self.group}" if self.group else self.dtype
+
+    def scales(self, hidden: int) -> int:
+        """The number of scales that a row of ``hidden`` channels has of its own."""
+        return (hidden // self.group if self.group else 1) if self.per_token else 0
 
 
 @functools.cache
 def read(text: str) -> Quantise:
     """The Quantise of a text."""
-    dtype, per_token, how, narrow, *numbers, keeps_norm = text.split()
+    dtype, per_token, how, narrow, *numbers, group, keeps_norm = text.split()
     added, least, most, floor, low, high = map(float, numbers)
-    return Quantise(dtype, per_token == "1", how, narrow == "1", added, least, most, floor, low, high, keeps_norm == "1")
+    return Quantise(dtype, per_token == "1", how, narrow == "1", added, least, most, floor, low, high, int(group), keeps_norm == "1")
 
 
 def quantised(norm: Tensor, how: Quantise, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -62,8 +77,11 @@ def quantised(norm: Tensor, how: Quantise, static_scale: Tensor | None) -> tuple
 
     norm:         [..., H], bfloat16 or float16
     static_scale: the scale of all values, float32 with one element; not used where each row has its own
-    Returns (q, [..., H] in 8 bits; scale, [..., 1] in float32, or that of all values).
+    Returns (q, [..., H] in 8 bits; scale, [..., 1] or [..., H / group] in float32, or that of all values).
     """
+    if how.group:
+        q, scale = quantised(norm.unflatten(-1, (norm.shape[-1] // how.group, how.group)), how._replace(group=0), None)
+        return q.flatten(-2), scale.squeeze(-1)
     scale = _scale_of_rows(norm, how) if how.per_token or static_scale is None else static_scale.reshape(())
     y = norm.float()
     if how.how == MULTIPLY:
@@ -92,7 +110,7 @@ def _scale_of_rows(norm: Tensor, how: Quantise) -> Tensor:
 def results(norm: Tensor, residual: Tensor, quantise: str, static_scale: Tensor | None) -> tuple[Tensor, ...]:
     """The results of a site that ends in ``quantise``, a Quantise as text, from those of its norm.
 
-    Returns (norm, residual) without one. Otherwise (norm, or a tensor without elements where it is not kept; residual; q), and the scale
+    Returns (norm, residual) without one. Otherwise (norm, or a tensor without elements where it is not kept; residual; q), and the scales
     if each row has its own.
     """
     if not quantise:
@@ -107,5 +125,5 @@ def empty_results(norm: Tensor, residual: Tensor, quantise: str) -> tuple[Tensor
     if not quantise:
         return norm, residual
     how = read(quantise)
-    scale = [norm.new_empty((*norm.shape[:-1], 1), dtype=torch.float32)] if how.per_token else []
+    scale = [norm.new_empty((*norm.shape[:-1], how.scales(norm.shape[-1])), dtype=torch.float32)] if how.per_token else []
     return norm if how.keeps_norm else norm.new_empty(0), residual, torch.empty_like(norm, dtype=DTYPES[how.dtype][0]), *scale

@@ -63,7 +63,7 @@ class Planned(NamedTuple):
     """What is known of a site before its calls.
 
     shape:  of x
-    output: the dtype of 8 bits that the norm is quantised to, ``quantise.Quantise.dtype``; or ''
+    output: what the norm is quantised to, ``quantise.Quantise.output``; or ''
     """
 
     slot: int

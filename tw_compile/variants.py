@@ -49,7 +49,7 @@ class Variant:
     sized: the graph with the sizes that it was compiled for, and the conditions on others
     run:   the compiled graph: a function of a list of inputs
     sites: for each site: group, device, slot, dtype, shape of the reduced value in the symbols of ``sized``, whether a LayerNorm follows,
-           the dtype of 8 bits that the norm is quantised to, or ''
+           what the norm is quantised to, as ``Planned`` has it
     """
 
     sized: ForSizes
@@ -203,7 +203,7 @@ def sites_of(new: passes.Rewritten) -> list[tuple]:
     for node in new.graph.nodes if new.sites else ():
         if calls(node, ops.start, ops.fused):
             given, x = arguments(node), value(node.args[0])
-            output = read(given["quantise"]).dtype if given["quantise"] else ""
+            output = read(given["quantise"]).output if given["quantise"] else ""
             found.append((given["group"], x.device, given["slot"], x.dtype, tuple(x.shape), given["center"], output))
     return found
 

@@ -64,6 +64,10 @@ struct LayerNorm {
   static constexpr bool kCenters = true;
 };
 
+// The scales that a row may have of its own.
+template <class Output, class Layout>
+constexpr int kScales = Output::kQuantises ? (Layout::kHidden - 1) / Output::kGroup + 1 : 0;
+
 // The rows of a group, one after the other. For each row call add() for its chunks in order, then normalise(), then quantise() if Output
 // quantises.
 template <class Norm, class Output, class Layout, class Transport, class Group, int kWorld>
@@ -171,7 +175,8 @@ class Rows {
     if constexpr (Norm::kCenters) sum_ = center(row_mean(sum_));
     const float spread = row_mean(sum_);
     const float factor = site_.eps < 0.0f ? 1.0f : ptx::rsqrt(__fadd_rn(spread, site_.eps));  // see site.cuh
-    if constexpr (Output::kQuantises) largest_ = 0.0f;
+    constexpr bool kOneScale = kScales<Output, Layout> == 1;
+    if constexpr (kOneScale) largest_ = 0.0f;
 #pragma unroll 1
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
 #pragma unroll
@@ -194,8 +199,7 @@ class Rows {
         if constexpr (Output::kQuantises) {
           if (site_.keeps_norm) store(Layout::offset(chunk, u), rounded);
           Element::unpack(rounded, r);
-#pragma unroll
-          for (int i = 0; i < Layout::kVector; ++i) largest_ = larger(largest_, magnitude(r[i]));
+          if constexpr (kOneScale) largest_ = largest_of(largest_, r);
           kept_.put(chunk, u, r);
         } else {
           store(Layout::offset(chunk, u), rounded);
@@ -204,16 +208,27 @@ class Rows {
     }
   }
 
-  // Calls store(byte offset in the quantised row, 8 elements), and once in the group store_scale(scale) if the row has its own.
+  // Calls store(byte offset in the quantised row, 8 elements), and for each of the row's own scales once in the group store_scale(index,
+  // scale).
   template <class Store, class StoreScale>
   __device__ __forceinline__ void quantise(Store store, StoreScale store_scale) {
     static_assert(Layout::kVector == 8, "norms of 16 bits are quantised");
+    if constexpr (kScales<Output, Layout> > 1) {
+      quantise_groups(store, store_scale);
+    } else {
+      quantise_row(store, store_scale);
+    }
+  }
+
+ private:
+  template <class Store, class StoreScale>
+  __device__ __forceinline__ void quantise_row(Store store, StoreScale store_scale) {
     float scale;
     if (site_.static_scale != nullptr) {
       scale = __uint_as_float(ptx::load_word(site_.static_scale));
     } else {
       scale = scale_of<Element>(site_, over_row(largest_, larger));
-      if (threadIdx.x == 0) store_scale(__float_as_uint(scale));
+      if (threadIdx.x == 0) store_scale(0, __float_as_uint(scale));
     }
     const Scaler<kWorld> scaled(site_, scale);
 #pragma unroll 1
@@ -223,14 +238,50 @@ class Rows {
         if (!Layout::holds(Layout::vector(chunk, u))) continue;
         float r[Layout::kVector];
         kept_.get(chunk, u, r);
-#pragma unroll
-        for (int i = 0; i < Layout::kVector; ++i) r[i] = scaled(r[i]);
-        store(Layout::offset(chunk, u) / 2, make_uint2(Output::pack(r[0], r[1], r[2], r[3]), Output::pack(r[4], r[5], r[6], r[7])));
+        store_scaled(scaled, Layout::offset(chunk, u) / 2, r, store);
       }
     }
   }
 
- private:
+  // A group of channels is in neighbouring lanes of a warp: no barrier is needed.
+  template <class Store, class StoreScale>
+  __device__ __forceinline__ void quantise_groups(Store store, StoreScale store_scale) {
+    constexpr int kLanes = Output::kGroup / Layout::kVector;
+    static_assert(32 % kLanes == 0 && Layout::kHidden % Output::kGroup == 0, "a row is a whole number of groups, and a warp, too");
+#pragma unroll 1
+    for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+#pragma unroll
+      for (int u = 0; u < Layout::kUnroll; ++u) {
+        const int v = Layout::vector(chunk, u);
+        const bool holds = Layout::holds(v);
+        float r[Layout::kVector], largest = 0.0f;
+        if (holds) {
+          kept_.get(chunk, u, r);
+          largest = largest_of(largest, r);
+        }
+#pragma unroll
+        for (int lane = kLanes / 2; lane > 0; lane /= 2) largest = larger(largest, __shfl_xor_sync(0xffffffffu, largest, lane));
+        if (!holds) continue;
+        const float scale = scale_of<Element>(site_, largest);
+        if (threadIdx.x % kLanes == 0) store_scale(v / kLanes, __float_as_uint(scale));
+        store_scaled(Scaler<kWorld>(site_, scale), Layout::offset(chunk, u) / 2, r, store);
+      }
+    }
+  }
+
+  template <class Store>
+  static __device__ __forceinline__ void store_scaled(const Scaler<kWorld>& scaled, u64 at, float (&r)[Layout::kVector], Store store) {
+#pragma unroll
+    for (int i = 0; i < Layout::kVector; ++i) r[i] = scaled(r[i]);
+    store(at, make_uint2(Output::pack(r[0], r[1], r[2], r[3]), Output::pack(r[4], r[5], r[6], r[7])));
+  }
+
+  static __device__ __forceinline__ float largest_of(float largest, const float (&r)[Layout::kVector]) {
+#pragma unroll
+    for (int i = 0; i < Layout::kVector; ++i) largest = larger(largest, magnitude(r[i]));
+    return largest;
+  }
+
   // Subtracts the mean from the kept row. Returns the sum of the thread's squares, which is computed after the subtraction, and so is
   // accurate for a large mean.
   __device__ __forceinline__ float center(float mean) {

@@ -78,7 +78,7 @@ __device__ __forceinline__ void one_shot(const Site<kWorld>& site) {
     rows.normalise([&](u64 offset, uint4 norm) { ptx::store(site.norm_out + at + offset, norm); });
     if constexpr (Output::kQuantises) {
       rows.quantise([&](u64 offset, uint2 q) { ptx::store(site.quantised_out + at / 2 + offset, q); },
-                    [&](u32 scale) { ptx::store_word(site.scale_out + row, scale); });
+                    [&](int i, u32 scale) { ptx::store_word(site.scale_out + row * kScales<Output, Layout> + i, scale); });
     }
   }
   barrier.close();

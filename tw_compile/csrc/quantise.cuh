@@ -4,13 +4,18 @@
 
 namespace tw {
 
+constexpr int kRow = 1 << 30;  // more channels than any row has
+
 // The norm leaves in the dtype of the model.
 struct Plain {
   static constexpr bool kQuantises = false;
+  static constexpr int kGroup = kRow;
 };
 
+// kGroup: the channels that have a scale of their own; kRow if that is the whole row, or if one scale is given.
 struct Fp8 {
   static constexpr bool kQuantises = true;
+  static constexpr int kGroup = kRow;
 
   static __device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
@@ -34,11 +39,19 @@ struct Fp8 {
 
 struct Int8 {
   static constexpr bool kQuantises = true;
+  static constexpr int kGroup = kRow;
 
   static __device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
     const auto byte = [](float f) { return static_cast<u32>(__float2int_rn(f)) & 0xffu; };
     return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
   }
+};
+
+struct Fp8_128 : Fp8 {
+  static constexpr int kGroup = 128;
+};
+struct Int8_128 : Int8 {
+  static constexpr int kGroup = 128;
 };
 
 // Comparisons are written so that NaN stays NaN.
@@ -48,7 +61,7 @@ __device__ __forceinline__ float at_most(float x, float high) { return x > high 
 __device__ __forceinline__ float larger(float a, float b) { return __float_as_uint(a) > __float_as_uint(b) ? a : b; }
 __device__ __forceinline__ float magnitude(float x) { return __uint_as_float(__float_as_uint(x) & 0x7fffffffu); }
 
-// The scale of a row. Element: of the norm; largest: its largest magnitude
+// The scale of a row or a group. Element: of the norm; largest: its largest magnitude
 template <class Element, int kWorld>
 __device__ __forceinline__ float scale_of(const Site<kWorld>& site, float largest) {
   const auto rounded = [&](float x) { return site.narrow ? Element::rounded(x) : x; };
@@ -57,7 +70,7 @@ __device__ __forceinline__ float scale_of(const Site<kWorld>& site, float larges
   return rounded(at_least(rounded(__fdiv_rn(largest, site.most)), site.floor));
 }
 
-// Scales values of a row with one scale, and keeps them within the limits.
+// Scales values with one scale, and keeps them within the limits.
 template <int kWorld>
 class Scaler {
  public:

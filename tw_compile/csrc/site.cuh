@@ -40,7 +40,7 @@ struct Site {
 
   // For a norm that is quantised: see quantise.cuh. The numbers are those of quantise.Quantise.
   char* quantised_out;        // one_shot: [rows, H]. two_shot writes it to the workspaces, at whole_residual_at
-  u32* scale_out;             // one_shot: [rows] in float32. two_shot writes them to the workspaces, at scales_at
+  u32* scale_out;             // one_shot: [rows, kScales] in float32 (norm.cuh). two_shot writes them to the workspaces, at scales_at
   const u32* static_scale;    // one for all rows, a float32, or null where each has its own
   float added, least, most, floor, low, high;
   u32 how, narrow, keeps_norm;

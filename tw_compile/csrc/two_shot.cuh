@@ -99,8 +99,9 @@ __device__ __forceinline__ void two_shot(const Site<kWorld>& site) {
       if (!done.last_chunk()) continue;
       rows.normalise([&](u64 offset, uint4 norm) { transport.store(at + offset, norm); });
       if constexpr (Output::kQuantises) {
+        const u64 scales_at = site.scales_at + done.row * (4ull * kScales<Output, Layout>);
         rows.quantise([&](u64 offset, uint2 q) { transport.store(site.whole_residual_at + at / 2 + offset, q); },
-                      [&](u32 scale) { transport.store(site.scales_at + done.row * 4ull, scale); });
+                      [&](int i, u32 scale) { transport.store(scales_at + i * 4, scale); });
       }
     }
   }

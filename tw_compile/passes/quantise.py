@@ -1,6 +1,6 @@
 """Fused graph -> the same graph, in which a site ends in the quantisation of its norm.
 
-A quantisation of a norm y has this form, with a scale for each row or a given one::
+A quantisation of a norm y has this form, with a scale for each row, for each GROUP channels of a row, or a given one::
 
     scale = f(amax(abs(y)))                        f: max and +, each with a number, then / number, then max, in this order
     q = clamp(round(y / scale)).to(8 bits)         or y * (1 / scale); of a given scale also y * scale
@@ -21,9 +21,9 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..compat import detect_fake_mode
-from ..quantise import DIVIDE, DTYPES, INVERSE, MULTIPLY, Quantise, read
+from ..quantise import DIVIDE, DTYPES, GROUP, INVERSE, MULTIPLY, Quantise, read
 from ..site import empty_results
-from .emit import Emitter
+from .emit import Emitter, size_of
 from .find import communicates, stays
 from .graph_utils import (
     RESHAPES,
@@ -34,10 +34,10 @@ from .graph_utils import (
     is_one,
     is_tensor,
     keeps_order,
-    keeps_rows,
     other_operand,
     prims,
     same_shape,
+    same_size,
     sort_and_clean,
     value,
 )
@@ -96,21 +96,35 @@ def _is_same(one: _Found, other: _Found) -> bool:
 
 def _quantisations(norm: Node) -> Iterator[_Found]:
     """The quantisations of a norm, in the order of the graph."""
-    rows = [norm]  # the norm, in other shapes and in float32
-    for row in rows:
-        rows += [u for u in row.users if u not in rows and ((calls(u, *RESHAPES) and keeps_rows(u)) or _is_cast(u, torch.float32))]
-    for row in rows:
-        for quotient in row.users:
+    views = [norm]  # the norm, in other shapes and in float32
+    for view in views:
+        views += [u for u in view.users if u not in views and (_is_cast(u, torch.float32) or (calls(u, *RESHAPES) and _keeps(u, norm)))]
+    rows = [view for view in views if not _in_groups(view, norm)]
+    groups = [view for view in views if view not in rows]
+    for view in views:
+        for quotient in view.users:
             if calls(quotient, aten.div.Tensor, aten.mul.Tensor) and value(quotient).dtype == torch.float32 and not quotient.kwargs:
-                found = _quantisation(quotient, row, rows)
+                found = _quantisation(quotient, view, rows, groups)
                 if found is not None:
                     yield found
 
 
-def _quantisation(quotient: Node, row: Node, rows: list[Node]) -> _Found | None:
-    by, divides = other_operand(quotient, row), calls(quotient, aten.div.Tensor)
+def _keeps(view: Node, norm: Node) -> bool:
+    """Whether the last dimension of a view is a row of the norm, or a group of one."""
+    return same_size(value(view).shape[-1], value(norm).shape[-1]) or _in_groups(view, norm)
+
+
+def _in_groups(view: Node, norm: Node) -> bool:
+    """Whether the last dimension of a view is a group of a row."""
+    hidden = value(norm).shape[-1]
+    return isinstance(hidden, int) and hidden % GROUP == 0 and hidden > GROUP and value(view).shape[-1] == GROUP
+
+
+def _quantisation(quotient: Node, view: Node, rows: list[Node], groups: list[Node]) -> _Found | None:
+    """rows, groups: the views of the norm whose last dimension is a row, or a group"""
+    by, divides = other_operand(quotient, view), calls(quotient, aten.div.Tensor)
     end = _rounded(quotient)
-    if not is_tensor(by) or by in rows or end is None or (divides and quotient.args[0] is not row):
+    if not is_tensor(by) or by in (*rows, *groups) or end is None or (divides and quotient.args[0] is not view):
         return None
     q, rounds, *limits = end
     name = _NAMES[value(q).dtype]
@@ -123,11 +137,28 @@ def _quantisation(quotient: Node, row: Node, rows: list[Node]) -> _Found | None:
         if None in limits:
             return None  # values that are too large would become NaN, and not the largest one
         return _Found(q, by, Quantise(name, False, DIVIDE if divides else MULTIPLY, low=low, high=high))
-    if not same_shape(value(by).shape, (*value(row).shape[:-1], 1)):
+    of, by = (groups, by) if view in groups else (rows, by)
+    if view in rows and (expanded := _expanded(by, view)) is not None:
+        of, by = groups, expanded
+    elif not same_shape(value(by).shape, (*value(view).shape[:-1], 1)):
         return None
     inverted = by if divides else _inverted(by)
-    scale = _scale(_without_views(inverted), rows) if inverted is not None else None
-    return _Found(q, scale[0], Quantise(name, True, DIVIDE if divides else INVERSE, *scale[1:], low=low, high=high)) if scale else None
+    scale = _scale(_without_views(inverted), of, value(rows[0]).dtype) if inverted is not None else None
+    if scale is None:
+        return None
+    how = Quantise(name, True, DIVIDE if divides else INVERSE, *scale[1:], low=low, high=high, group=GROUP if of is groups else 0)
+    return _Found(q, scale[0], how)
+
+
+def _expanded(by: Node, row: Node) -> Node | None:
+    """The scales of groups that ``by`` has for each channel of ``row``, as repeat_interleave gives them; None if it is something else."""
+    if not (calls(by, *RESHAPES) and same_shape(value(by).shape, value(row).shape)):
+        return None
+    node = by.args[0]
+    node = node.args[0] if calls(node, aten.clone.default) else node
+    if not calls(node, aten.expand.default) or value(node).shape[-1] != GROUP or not is_one(value(node.args[0]).shape[-1]):
+        return None
+    return node.args[0] if same_shape(value(node).shape[:-1], value(node.args[0]).shape[:-1]) else None
 
 
 def _rounded(node: Node) -> tuple[Node, bool, float | None, float | None] | None:
@@ -142,7 +173,7 @@ def _rounded(node: Node) -> tuple[Node, bool, float | None, float | None] | None
             low, high = (low if least is None else least), (high if most is None else most)
         elif calls(user, _CAST) and user.args[1] in _NAMES:
             return user, rounds, low, high
-        elif not (calls(user, *RESHAPES) and keeps_rows(user)):
+        elif not calls(user, *RESHAPES):
             return None
         node = user
     return None
@@ -176,8 +207,12 @@ def _inverted(node: Node) -> Node | None:
     return node.args[0] if calls(node, aten.reciprocal.default) else None
 
 
-def _scale(scale: Node, rows: list[Node]) -> tuple[Node, bool, float, float, float, float] | None:
-    """(the scale in float32, narrow, added, least, most, floor), as a ``Quantise`` has them, for the scale of each row; or None."""
+def _scale(scale: Node, rows: list[Node], dtype: torch.dtype) -> tuple[Node, bool, float, float, float, float] | None:
+    """(the scale in float32, narrow, added, least, most, floor), as a ``Quantise`` has them, for the scale of each row or group; or None.
+
+    rows:  the views of the norm whose last dimension is what has a scale
+    dtype: of the norm
+    """
     if value(scale).dtype != torch.float32:
         return None
     rounded: list[tuple[set[torch.dtype], float | None]] = []  # the dtypes to which each step is rounded, and the limit of a clamp
@@ -188,7 +223,7 @@ def _scale(scale: Node, rows: list[Node]) -> tuple[Node, bool, float, float, flo
     least, node = _number(quotient.args[0], rounded, aten.clamp_min.default, aten.clamp.default)
     added, node = _number(node, rounded, aten.add.Tensor)
     largest, of_largest = _without_casts(node)
-    if not dtypes | of_largest <= {value(rows[0]).dtype} or not _is_largest(largest, rows):
+    if not dtypes | of_largest <= {dtype} or not _is_largest(largest, rows):
         return None
     if not all(_rounds_alike(step, limit, dtypes) for step, limit in rounded):
         return None
@@ -236,16 +271,17 @@ def _is_cast(node: Node, dtype: torch.dtype) -> bool:
 
 
 def _is_largest(node: Node, rows: list[Node]) -> bool:
-    """Whether it is the largest magnitude of each row."""
+    """Whether it is the largest magnitude of each row or group."""
     if calls(node, aten.maximum.default):
         below, above = node.args
         below = below.args[0] if calls(below, aten.neg.default) else None
         low = _bounded(below, aten.minimum.default, aten.clamp_max.default)
         high = _bounded(above, aten.maximum.default, aten.clamp_min.default)
         return all(calls(a, op) and a.args[0] in rows and _of_rows(a) for a, op in ((low, aten.amin.default), (high, aten.amax.default)))
-    if not calls(node, aten.amax.default) or not _of_rows(node) or not calls(node.args[0], aten.abs.default):
+    if not calls(node, aten.amax.default) or not _of_rows(node):
         return False
-    return node.args[0].args[0] in rows
+    magnitude = node.args[0].args[0] if _is_cast(node.args[0], torch.float32) else node.args[0]
+    return calls(magnitude, aten.abs.default) and magnitude.args[0] in rows
 
 
 def _bounded(node: Node | None, *targets: Any) -> Node | None:
@@ -313,6 +349,12 @@ def in_graph(graph: Graph, start: Node, done: Node) -> None:
 
 def emit_quantised(emit: Emitter, norm: Node, how: Quantise, scale: Node | None) -> tuple[Node, Node]:
     """``quantise.quantised`` as calls of a graph."""
+    if how.group:
+        *tokens, hidden = value(norm).shape
+        sizes = [size_of(emit, norm, dim) for dim in range(len(tokens))]
+        groups = emit(aten.reshape.default, norm, [*sizes, hidden // how.group, how.group])
+        q, scale = emit_quantised(emit, groups, how._replace(group=0), None)
+        return emit(aten.reshape.default, q, [*sizes, hidden]), emit(aten.squeeze.dim, scale, -1)
 
     def cast(node: Node, to: torch.dtype) -> Node:
         return node if value(node).dtype == to else emit(_CAST, node, to)

@@ -62,7 +62,7 @@ class Chain:
         quantise: Quantise | None,
     ) -> None:
         self.dtype, self.center, self.rows, self.quantise = dtype, center, rows, quantise
-        self.outputs = ["", *([quantise.dtype] if quantise else [])]
+        self.outputs = ["", *([quantise.output] if quantise else [])]
         everybodys, own = (torch.Generator().manual_seed(seed) for seed in (0, 1 + group.rank()))
         draw = lambda generator, *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
         self.a, self.b = draw(own, rows, 64), draw(own, 64, _TEST_HIDDEN) / 8

@@ -30,7 +30,7 @@ def macros(
 ) -> dict[str, object]:
     """The macros that a kernel is compiled with.
 
-    transport: "peer" or "multimem"; center: True for a LayerNorm; output: the dtype of 8 bits that the norm is quantised to, or ''
+    transport: "peer" or "multimem"; center: True for a LayerNorm; output: what the norm is quantised to, as ``Planned`` has it
     """
     return {
         "TW_ELEMENT": ELEMENTS[dtype],

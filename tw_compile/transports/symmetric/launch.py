@@ -21,7 +21,7 @@ class Outputs(NamedTuple):
     norm:           [..., H]
     norm_at:        its address; only one_shot takes it, and only where the norm is read
     whole_residual: the new residual, if it is not sharded
-    quantised:      (q, the scale if each row has its own); () if the kernel does not quantise
+    quantised:      (q, the scales if each row has its own); () if the kernel does not quantise
     new:            these are new tensors, which need no copy, unless they are what may stay in the workspace
     """
 
@@ -71,16 +71,17 @@ class Call:
         self._nothing = self.partials.new_empty(0)  # in place of a norm that is quantised
 
     def _launch(self, center: bool, quantise: str, ctas: int, default_ctas: int) -> tuple[bytes, int]:
-        kernel = self.workspace.kernels(center, read(quantise).dtype if quantise else "")[self.kernel]
+        kernel = self.workspace.kernels(center, read(quantise).output if quantise else "")[self.kernel]
         grid = self.grid(ctas, default_ctas, kernel.cluster)
         return kernel.packed(grid, self.arguments.address, *self._stream_and_events), grid
 
     def _in_workspace(self, quantise: str) -> "Outputs":
         if not quantise:
             return Outputs(self.norm, self.activations_at, self.whole_residual, (), False)
-        how, (*tokens, _) = read(quantise), self.shape
+        how, (*tokens, hidden) = read(quantise), self.shape
         q = _with_own_storage(self.workspace.quantised)[: self.rows].view(DTYPES[how.dtype][0]).view(self.shape)
-        scales = [_with_own_storage(self.workspace.scales)[: self.rows].view(*tokens, 1)] if how.per_token else []
+        n = how.scales(hidden)
+        scales = [_with_own_storage(self.workspace.scales)[: self.rows * n].view(*tokens, n)] if n else []
         return Outputs(self.norm, self.activations_at, self.whole_residual, (q, *scales), False)
 
     def outputs(self, site: tuple, in_workspace: bool) -> "Outputs":

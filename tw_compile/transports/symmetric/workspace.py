@@ -23,8 +23,8 @@ class Workspace:
     carried:                     [rows, hidden] tensor of float32. With more than LEAST_ROWS rows a rank uses at most the first half of
                                  it, and the second half overlaps with whole_residual
     tuning:                      that of the owner; or else of the first rank that knows one; or else the ranks measure one
-    quantised, scales:           [rows, hidden] tensor of uint8, and [rows] tensor of float32, in the memory of whole_residual
-    kernels(center, output):     name -> Kernel, for a LayerNorm or an RMSNorm, and a dtype of 8 bits that the norm is quantised to, or ''
+    quantised, scales:           [rows, hidden] tensor of uint8, and a tensor of float32, which together have the memory of whole_residual
+    kernels(center, output):     name -> Kernel, for a LayerNorm or an RMSNorm, and what the norm is quantised to, as ``Planned`` has it
     max_ctas:                    CTAs for which the signal pad has flags
     bytes:                       size of the symmetric memory
     """
@@ -85,7 +85,7 @@ class Workspace:
         self.whole_residual = memory[whole_residual_at:staging_at].view(dtype).view(rows, hidden)
         scales_at = whole_residual_at + rows * hidden
         self.quantised = memory[whole_residual_at:scales_at].view(rows, hidden)
-        self.scales = memory[scales_at : scales_at + 4 * rows].view(torch.float32)
+        self.scales = memory[scales_at:staging_at].view(torch.float32)
         self.arguments = Arguments(
             rank,
             [pointer + offset for pointer in handle.buffer_ptrs],
