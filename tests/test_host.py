@@ -202,7 +202,7 @@ def packed(sites, x):
     names = (
         "rows", "x", "residual", "bias", "weight", "norm_out", "residual_out", "site", "weight_is_float", "takes_carried", "whole",
         "eps", "scale", "offset", "shift_is_float", "shift", "quantised_out", "scale_out", "static_scale", "added", "least", "most",
-        "floor", "low", "high", "how", "narrow", "keeps_norm", "padding",
+        "floor", "low", "high", "zero", "how", "narrow", "keeps_norm",
     )  # fmt: skip
     call, quantised = Arguments._CALL, Arguments._QUANTISED
     end = arguments._buffer[-call.size - quantised.size :]
@@ -228,7 +228,7 @@ def test_a_start_and_a_wait(symmetric_sites, driver):
 
 @pytest.mark.parametrize("rows", (7, 64))
 def test_a_norm_that_is_quantised(symmetric_sites, rows):
-    x, of_rows, given = torch.randn(rows, H).bfloat16(), "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 0", torch.tensor([0.5])
+    x, of_rows, given = torch.randn(rows, H).bfloat16(), "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 0.0 0", torch.tensor([0.5])
 
     def quantised(text, in_workspace, carried=True, scale=given):
         return symmetric_sites.fused(Site(x, None, *site(), 4, SLOT, 7, carried, carried, text, scale), in_workspace)
@@ -240,16 +240,16 @@ def test_a_norm_that_is_quantised(symmetric_sites, rows):
     assert (call.most, call.low, call.high, call.how, call.narrow, call.keeps_norm) == (448.0, -448.0, 448.0, 0, 1, 0)
     norm, _, mine, _ = quantised(f"{of_rows} 1", False)
     assert norm.shape == x.shape and packed(symmetric_sites, x).keeps_norm and mine.data_ptr() != q.data_ptr()
-    norm, _, q = quantised("int8 0 multiply 0 0.0 0.0 1.0 0.0 -128.0 127.0 0 0", True)
+    norm, _, q = quantised("int8 0 multiply 0 0.0 0.0 1.0 0.0 -128.0 127.0 0.0 0 0", True)
     call = packed(symmetric_sites, x)
     assert q.dtype == torch.int8 and (call.scale_out, call.static_scale, call.how) == (0, given.data_ptr(), 2)
     x = torch.randn(rows, 384).bfloat16()
-    norm, _, q, scales = quantised("fp8 1 divide 0 0.0 0.0 448.0 0.0 -448.0 448.0 128 0", True)
+    norm, _, q, scales = quantised("fp8 1 divide 0 0.0 0.0 448.0 0.0 -448.0 448.0 0.0 128 0", True)
     call = packed(symmetric_sites, x)
     assert (norm.numel(), q.shape, scales.shape, scales.is_contiguous()) == (0, x.shape, (rows, 3), True)
     assert (call.quantised_out, call.scale_out, call.static_scale) == (q.data_ptr(), scales.data_ptr(), 0)
     with pytest.raises(RuntimeError, match="must be one number in float32"):
-        quantised("int8 0 multiply 0 0.0 0.0 1.0 0.0 -128.0 127.0 0 0", True, scale=None)
+        quantised("int8 0 multiply 0 0.0 0.0 1.0 0.0 -128.0 127.0 0.0 0 0", True, scale=None)
     with pytest.raises(RuntimeError, match="only a site with a sharded residual"):
         quantised(f"{of_rows} 0", True, carried=False)
 

@@ -90,7 +90,8 @@ def test_opcheck_wait(transport, inputs, fp32_residual):
 
 
 @pytest.mark.parametrize("quantise", [
-    ("fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 0 0", None), ("int8 0 multiply 0 0.0 0.0 1.0 0.0 -128.0 127.0 0 1", torch.tensor(20.0)),
+    ("fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 0.0 0 0", None),
+    ("int8 0 multiply 0 0.0 0.0 1.0 0.0 -128.0 127.0 0.0 0 1", torch.tensor(20.0)),
 ], ids=str)  # fmt: skip
 def test_opcheck_of_a_norm_that_is_quantised(transport, quantise):
     given = SITES["bias, factor and offset"](torch.bfloat16)

@@ -1,5 +1,6 @@
 """quantise: a site ends in the quantisation of its norm, with the bits that the graph computes by itself."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import expecttest
@@ -44,6 +45,13 @@ def torchao_int8(y):
     return (y * (1.0 / scale)).round().clamp(-128, 127).to(torch.int8), scale
 
 
+def transformers_fp8(y):
+    """Of its linear layers for FP8 checkpoints of compressed-tensors."""
+    most = y.reshape(-1, H).float().abs().amax(-1)
+    scale = torch.where(most > 0, most, torch.ones_like(most)) / 448.0
+    return (y.reshape(-1, H).float() / scale.unsqueeze(-1)).clamp(min=-448.0, max=448.0).to(FP8), scale.unsqueeze(-1)
+
+
 def of_sum(y):
     """A step of each kind, without a last dimension until it is needed."""
     scale = ((y.float().abs().amax(-1) + 1e-6).clamp_min(1e-5) / 127.0).clamp_min(1e-7).unsqueeze(-1)
@@ -51,10 +59,11 @@ def of_sum(y):
 
 
 DYNAMIC = {
-    example: "fp8 1 divide 0 0.0 1e-12 448.0 0.0 -448.0 448.0 0",
-    torchao_fp8: "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 0",
-    torchao_int8: f"int8 1 inverse 1 0.0 0.0 127.5 {torch.finfo(torch.float32).eps} -128.0 127.0 0",
-    of_sum: "int8 1 divide 0 1e-06 1e-05 127.0 1e-07 -127.0 127.0 0",
+    example: "fp8 1 divide 0 0.0 1e-12 448.0 0.0 -448.0 448.0 0.0 0",
+    torchao_fp8: "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 0.0 0",
+    torchao_int8: f"int8 1 inverse 1 0.0 0.0 127.5 {torch.finfo(torch.float32).eps} -128.0 127.0 0.0 0",
+    transformers_fp8: "fp8 1 divide 0 0.0 0.0 448.0 0.0 -448.0 448.0 1.0 0",
+    of_sum: "int8 1 divide 0 1e-06 1e-05 127.0 1e-07 -127.0 127.0 0.0 0",
 }
 
 
@@ -84,9 +93,9 @@ def flat_groups(y):
 
 
 GROUPS = {
-    deep_gemm: "fp8 1 inverse 0 0.0 0.0001 448.0 0.0 -448.0 448.0 128",
-    torchao_groups: "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 128",
-    flat_groups: "int8 1 divide 0 1e-06 0.0 127.0 0.0 -127.0 127.0 128",
+    deep_gemm: "fp8 1 inverse 0 0.0 0.0001 448.0 0.0 -448.0 448.0 0.0 128",
+    torchao_groups: "fp8 1 divide 1 0.0 0.0 448.0 0.0 -448.0 448.0 0.0 128",
+    flat_groups: "int8 1 divide 0 1e-06 0.0 127.0 0.0 -127.0 127.0 0.0 128",
 }
 STATIC = {
     "fp8 0 divide": lambda y, scale: (y.float() / scale).clamp(-448, 448).to(FP8),
@@ -193,7 +202,7 @@ def test_a_row_that_is_one_group_has_one_scale():
         return (y.view(2, 6, 1, 128) / scale).to(FP8).view(2, 6, 128), scale
 
     new = site(one_group, *inputs(hidden=128))
-    assert how_of(new) == "fp8 1 divide 0 0.0 0.0 448.0 0.0 -448.0 448.0 0 0"
+    assert how_of(new) == "fp8 1 divide 0 0.0 0.0 448.0 0.0 -448.0 448.0 0.0 0 0"
     assert_same_bits(new)
 
 
@@ -224,6 +233,29 @@ def test_a_row_of_zeros_becomes_zeros():
         assert not q.float().any() and scale.isfinite().all()
 
 
+@pytest.mark.parametrize("quantise", [transformers_fp8, example], ids=lambda f: f.__name__)
+def test_rows_of_zeros_and_of_nan(quantise):
+    """As the graph has them."""
+    given = inputs()
+    for partial in given[:2]:
+        partial[0, 0], partial[1, 1] = 0, torch.nan
+    new = site(quantise, *given)
+    q, scale, _ = (t.float() for t in new.outputs())
+    theirs, their_scale, _ = (t.float() for t in run(unquantised(new), new.inputs))
+    torch.testing.assert_close(scale.flatten(), their_scale.flatten(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(q, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_quantisation_of_transformers():
+    """Of its own code."""
+    from_transformers = pytest.importorskip("transformers.integrations.compressed_tensors")
+    if not hasattr(from_transformers, "quantize_fp8_per_row"):
+        pytest.skip("this version of transformers decompresses the weights")
+    new = site(lambda y: from_transformers.quantize_fp8_per_row(y.reshape(-1, H)), *inputs())
+    assert how_of(new) == f"{DYNAMIC[transformers_fp8]} 0"
+    assert_same_bits(new)
+
+
 # --- not found -------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +282,13 @@ def of_the_next_row(y):
 def of_groups(y):
     groups = y.unflatten(-1, (2, -1)).float()
     return (groups / (groups.abs().amax(-1, keepdim=True) / 448.0)).to(FP8)
+
+
+def of_small_rows(y):
+    """Another number than 0 decides."""
+    most = y.abs().amax(-1, keepdim=True).float()
+    scale = torch.where(most > 0.5, most, torch.ones_like(most)) / 448.0
+    return (y.float() / scale).clamp(-448.0, 448.0).to(FP8)
 
 
 def of_64(y):
@@ -285,7 +324,7 @@ def limited(y):
     return (y.float() / (y.abs().amax(-1, keepdim=True).float() / 127.0)).round().clamp(-99.5, 99.5).to(torch.int8)
 
 
-OTHERS = whole, power_of_two, of_a_column, of_the_next_row, of_groups, truncated, limited
+OTHERS = whole, power_of_two, of_small_rows, of_a_column, of_the_next_row, of_groups, truncated, limited
 
 
 @pytest.mark.parametrize("quantise", OTHERS, ids=lambda f: f.__name__)
@@ -365,7 +404,7 @@ def test_groups_in_the_workspace(quantise, mode):
     for order in [None, *range(3)]:
         workspace = Workspace()
         torch.testing.assert_close(new.outputs(workspace, order), expected)
-        assert workspace.lent["in_workspace"] == 2 * (2 if mode == "weave" else 1)
+        assert workspace.counts["in_workspace"] == 2 * (2 if mode == "weave" else 1)
 
 
 def test_groups_are_quantised_in_the_graph_where_the_residual_is_read_elsewhere():
@@ -379,6 +418,27 @@ def test_groups_are_quantised_in_the_graph_where_the_residual_is_read_elsewhere(
     new = rewrite(block, *given, mode="fuse", symmetric=True, by=trace_with_inputs, dynamic=True)
     assert how_of(new) == "" and not new.report.sites[0].output
     torch.testing.assert_close(new.outputs(Workspace()), site(deep_gemm, *given).outputs(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["fuse", "weave"])
+def test_linear_layers_of_transformers(mode):
+    """For FP8 checkpoints of compressed-tensors: all of a layer is woven, and nothing is copied."""
+    from_transformers = pytest.importorskip("transformers.integrations.compressed_tensors")
+    if not hasattr(from_transformers, "CompressedTensorsFP8Linear"):
+        pytest.skip("this version of transformers decompresses the weights")
+
+    def linear(x, weight):
+        layer = from_transformers.CompressedTensorsFP8Linear
+        q, scale = from_transformers.quantize_fp8_per_row(weight)
+        of = SimpleNamespace(weight=q, weight_scale=scale.reshape(1, -1), bias=None)
+        return layer.forward(of, x)
+
+    given = inputs(BF16, *(values(H, H, dtype=BF16) for _ in range(4)))
+    new = rewrite(layers(linear), *given, mode=mode, symmetric=True, by=trace_with_inputs)
+    assert [site.output for site in new.report.sites] == ["FP8 per token", "FP8 per token", ""] and not new.report.joins
+    expected, workspace = new.outputs(), Workspace()
+    torch.testing.assert_close(new.outputs(workspace), expected)
+    assert workspace.counts["in_workspace"] == workspace.counts["scaled_linear"] == 2 * (2 if mode == "weave" else 1)
 
 
 def test_ranks_that_do_not_quantise_alike_do_not():

@@ -19,13 +19,15 @@ DIVIDE, INVERSE, MULTIPLY = HOWS = "divide", "inverse", "multiply"
 class Quantise(NamedTuple):
     """How a norm is quantised::
 
-        scale = max(max(largest + added, least) / most, floor)     largest: the largest magnitude of the row or group, after rounding
+        scale = max(max(largest + added, least) / most, floor)     largest: the largest magnitude of the row or group, after rounding;
+                                                                   if it is not above 0, ``zero``, unless that is 0
         q     = clamp(y / scale, low, high)                        rounded to the nearest, ties to even
 
     A scale of 0 stays 0, and its values are not divided: a row of zeros becomes zeros, not NaN.
 
     dtype:      "fp8" (e4m3) or "int8"
-    per_token:  each row has a scale, as above, or each of its groups; otherwise one scale is given, and ``added`` to ``floor`` are not used
+    per_token:  each row has a scale, as above, or each of its groups; otherwise one scale is given, and of the numbers only ``low`` and
+                ``high`` are used
     how:        DIVIDE, INVERSE or MULTIPLY
     narrow:     each step of the scale is rounded to the dtype of the norm; otherwise it is in float32
     group:      0, or GROUP: that many neighbouring channels of a row have a scale, not the whole row; with ``per_token``
@@ -42,6 +44,7 @@ class Quantise(NamedTuple):
     floor: float = 0.0
     low: float = 0.0
     high: float = 0.0
+    zero: float = 0.0
     group: int = 0
     keeps_norm: bool = False
 
@@ -68,8 +71,9 @@ class Quantise(NamedTuple):
 def read(text: str) -> Quantise:
     """The Quantise of a text."""
     dtype, per_token, how, narrow, *numbers, group, keeps_norm = text.split()
-    added, least, most, floor, low, high = map(float, numbers)
-    return Quantise(dtype, per_token == "1", how, narrow == "1", added, least, most, floor, low, high, int(group), keeps_norm == "1")
+    added, least, most, floor, low, high, zero = map(float, numbers)
+    of_scale = added, least, most, floor
+    return Quantise(dtype, per_token == "1", how, narrow == "1", *of_scale, low, high, zero, int(group), keeps_norm == "1")
 
 
 def quantised(norm: Tensor, how: Quantise, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -99,6 +103,8 @@ def _scale_of_rows(norm: Tensor, how: Quantise) -> Tensor:
         return value.to(norm.dtype).float() if how.narrow else value
 
     largest = norm.abs().amax(-1, keepdim=True).float()
+    if how.zero:
+        largest = largest.where(largest > 0, how.zero)
     if how.added:
         largest = rounded(largest + how.added)
     if how.least:

@@ -65,6 +65,7 @@ __device__ __forceinline__ float magnitude(float x) { return __uint_as_float(__f
 template <class Element, int kWorld>
 __device__ __forceinline__ float scale_of(const Site<kWorld>& site, float largest) {
   const auto rounded = [&](float x) { return site.narrow ? Element::rounded(x) : x; };
+  if (site.zero != 0.0f && !(largest > 0.0f)) largest = site.zero;
   largest = rounded(__fadd_rn(largest, site.added));
   largest = rounded(at_least(largest, site.least));
   return rounded(at_least(rounded(__fdiv_rn(largest, site.most)), site.floor));

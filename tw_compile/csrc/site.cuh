@@ -42,9 +42,8 @@ struct Site {
   char* quantised_out;        // one_shot: [rows, H]. two_shot writes it to the workspaces, at whole_residual_at
   u32* scale_out;             // one_shot: [rows, kScales] in float32 (norm.cuh). two_shot writes them to the workspaces, at scales_at
   const u32* static_scale;    // one for all rows, a float32, or null where each has its own
-  float added, least, most, floor, low, high;
+  float added, least, most, floor, low, high, zero;
   u32 how, narrow, keeps_norm;
-  u32 padding;
 };
 
 }  // namespace tw

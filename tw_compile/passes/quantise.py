@@ -146,8 +146,8 @@ def _quantisation(quotient: Node, view: Node, rows: list[Node], groups: list[Nod
     scale = _scale(_without_views(inverted), of, value(rows[0]).dtype) if inverted is not None else None
     if scale is None:
         return None
-    how = Quantise(name, True, DIVIDE if divides else INVERSE, *scale[1:], low=low, high=high, group=GROUP if of is groups else 0)
-    return _Found(q, scale[0], how)
+    how = DIVIDE if divides else INVERSE
+    return _Found(q, scale[0], Quantise(name, True, how, *scale[1:6], low, high, scale[6], GROUP if of is groups else 0))
 
 
 def _expanded(by: Node, row: Node) -> Node | None:
@@ -207,8 +207,8 @@ def _inverted(node: Node) -> Node | None:
     return node.args[0] if calls(node, aten.reciprocal.default) else None
 
 
-def _scale(scale: Node, rows: list[Node], dtype: torch.dtype) -> tuple[Node, bool, float, float, float, float] | None:
-    """(the scale in float32, narrow, added, least, most, floor), as a ``Quantise`` has them, for the scale of each row or group; or None.
+def _scale(scale: Node, rows: list[Node], dtype: torch.dtype) -> tuple[Node, bool, float, float, float, float, float] | None:
+    """(the scale of each row or group in float32, narrow, added, least, most, floor, zero), as a ``Quantise`` has them; or None.
 
     rows:  the views of the norm whose last dimension is what has a scale
     dtype: of the norm
@@ -222,12 +222,13 @@ def _scale(scale: Node, rows: list[Node], dtype: torch.dtype) -> tuple[Node, boo
         return None
     least, node = _number(quotient.args[0], rounded, aten.clamp_min.default, aten.clamp.default)
     added, node = _number(node, rounded, aten.add.Tensor)
+    zero, node = _of_zeros(node)
     largest, of_largest = _without_casts(node)
     if not dtypes | of_largest <= {dtype} or not _is_largest(largest, rows):
         return None
     if not all(_rounds_alike(step, limit, dtypes) for step, limit in rounded):
         return None
-    return scale, bool(dtypes), added, least, float(quotient.args[1]), floor
+    return scale, bool(dtypes), added, least, float(quotient.args[1]), floor, zero
 
 
 def _rounds_alike(step: set[torch.dtype], limit: float | None, dtypes: set[torch.dtype]) -> bool:
@@ -248,6 +249,16 @@ def _number(node: Node, rounded: list[tuple[set[torch.dtype], float | None]], *t
         return 0.0, node
     rounded.append((dtypes, None if calls(step, aten.add.Tensor) else float(low)))
     return float(low), step.args[0]
+
+
+def _of_zeros(node: Node) -> tuple[float, Node]:
+    """(c, x) if ``node`` is x where x > 0, and elsewhere a number c > 0; (0.0, node) if it is not."""
+    where, dtypes = _without_casts(node)
+    if not calls(where, aten.where.self) or dtypes or not calls(where.args[0], aten.gt.Scalar):
+        return 0.0, node
+    (x, bound), given, otherwise = where.args[0].args, where.args[1], where.args[2]
+    number: Any = otherwise.args[1] if calls(otherwise, aten.full.default) else None
+    return (float(number), x) if x is given and bound == 0 and is_number(number) and number > 0 else (0.0, node)
 
 
 def _without_views(node: Node) -> Node:
@@ -362,6 +373,8 @@ def emit_quantised(emit: Emitter, norm: Node, how: Quantise, scale: Node | None)
     if scale is None:
         largest = emit(aten.amax.default, emit(aten.abs.default, norm), [-1], True)
         largest = largest if how.narrow else cast(largest, torch.float32)
+        if how.zero:
+            largest = emit(aten.where.ScalarOther, emit(aten.gt.Scalar, largest, 0), largest, how.zero)
         for op, number in ((aten.add.Tensor, how.added), (aten.clamp_min.default, how.least)):
             largest = emit(op, largest, number) if number else largest
         scale = emit(aten.div.Tensor, largest, how.most)

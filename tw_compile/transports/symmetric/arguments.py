@@ -59,7 +59,7 @@ class Arguments:
     *numbers_of(quantise))`` what only the kernels of quantised norms read.
     """
 
-    _CALL, _QUANTISED = struct.Struct("<I6Q4I3fIQ"), struct.Struct("<3Q6f4I")
+    _CALL, _QUANTISED = struct.Struct("<I6Q4I3fIQ"), struct.Struct("<3Q7f3I")
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Arguments:
 def numbers_of(quantise: str) -> tuple:
     """What ``Arguments.set_quantised`` takes of a quantisation, a ``quantise.Quantise`` as text."""
     how = read(quantise)
-    return *how[4:10], HOWS.index(how.how), how.narrow, how.keeps_norm, 0
+    return *how[4:11], HOWS.index(how.how), how.narrow, how.keeps_norm
 
 
 class ErrorRecord:
