@@ -22,6 +22,7 @@ import tw_compile
 from tw_compile import backend, context, ops
 from tw_compile.autotune import schedule
 from tw_compile.autotune.plan import WEAVE_MIN_TOKENS, Plan
+from tw_compile.passes import section
 from tw_compile.passes.graph_utils import arguments
 from tw_compile.transports.process_group import ProcessGroup
 
@@ -227,6 +228,27 @@ def test_the_report_names_what_cannot_be_tuned(world, monkeypatch):
         torch.compile(graph, backend=backend.tokenweave, dynamic=False)(*given)
     (report,) = tw_compile.reports()
     assert any("is not the product of a GEMM that autotuning can run" in reason for reason in report.reasons)
+
+
+def test_a_gemm_that_is_left_out_is_told(world, monkeypatch, caplog):
+    """Once. Before the last GEMM of a phase, so that the rest is a section."""
+    monkeypatch.setattr(schedule, "possible", lambda device: True)
+
+    def graph(x, residual, weight, a, b):
+        residual = residual + all_reduce(x)
+        norm = hf_norm(residual, weight)
+        y = torch._int_mm((norm * 10).to(torch.int8), b).to(x.dtype)
+        return hf_norm(residual + all_reduce(y @ a), weight)
+
+    given = values(300, H), values(300, H), values(H), values(H, H), values(H, H).to(torch.int8)
+    sections = []
+    section._say_what_is_left_out.cache_clear()
+    monkeypatch.setattr(section, "_gemm", lambda node: None)  # as of an op that is not described by sizes
+    for _ in range(2):
+        rewrite(graph, *given, plan_of=lambda given: sections.append(given) or Plan(8, 0, 0.5, 1.1), mode="weave")
+    assert all(isinstance(each, schedule.Section) for each in sections)
+    told = [record.getMessage() for record in caplog.records if "autotuned without" in record.getMessage()]
+    assert told == ["a schedule is autotuned without aten._int_mm.default, which autotuning cannot run"]
 
 
 def experts(x, residual, weight, router, up, down):

@@ -1,5 +1,6 @@
 """Fused graph -> the section of it that autotuning runs: the work between its first sites."""
 
+import functools
 import logging
 import math
 import operator
@@ -56,6 +57,11 @@ def section_of(sites: list[Node], options: Options, cuda_graphs: bool) -> schedu
         if phase is None:
             return f"what a site reduces is not the product of a GEMM that autotuning can run ({source_of(site) or site})"
         phases.append(phase)
+    nodes = [*sites[0].graph.nodes]
+    between = nodes[nodes.index(first[0]) : nodes.index(first[-1])]
+    left_out = dict.fromkeys(str(node.target) for node in between if _is_left_out(node, tokens))
+    if left_out:
+        _say_what_is_left_out(", ".join(left_out))
     if x.dtype != torch.bfloat16 and any("experts" in op for phase in phases for op in phase):
         return f"PyTorch has grouped GEMMs in bfloat16 only, not in {x.dtype}"
     ctas = options.ctas if isinstance(options.ctas, int) else 0
@@ -99,6 +105,17 @@ def _op(node: Node, tokens: Any) -> tuple | None:
         choices = choices_of(node, tokens)
         return ("experts", groups(node), choices, *value(node.args[1]).shape[1:]) if choices else None
     return _gemm(node) if is_gemm(node) else None
+
+
+def _is_left_out(node: Node, tokens: Any) -> bool:
+    """Whether a call is a quantised or a grouped GEMM that autotuning cannot run."""
+    is_large = is_gemm(node) or calls(node, aten._grouped_mm.default, aten._scaled_grouped_mm.default)
+    return is_large and _op(node, tokens) is None
+
+
+@functools.cache  # once for the same ops
+def _say_what_is_left_out(ops: str) -> None:
+    log.warning("a schedule is autotuned without %s, which autotuning cannot run", ops)
 
 
 def _gemm(node: Node) -> tuple | None:
