@@ -43,6 +43,10 @@ class Kind:
     not_woven: str = ""
 
     def made(self):
+        if self.config == INT4:
+            from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+            return PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False)
         import torchao.quantization as torchao
 
         return getattr(torchao, self.config)(**({"granularity": getattr(torchao, self.per)()} if self.per else {}))
@@ -57,10 +61,12 @@ class Kind:
 
 
 FP8, INT8 = "Float8DynamicActivationFloat8WeightConfig", "Int8DynamicActivationInt8WeightConfig"
+INT4 = "PrototypeInt4WeightOnlyConfig"  # that of torchao for CPUs
 KINDS = {
     "fp8": Kind(output="FP8 per token"),
     "torchao int8 dynamic": Kind(INT8, output="INT8 per token"),
     "torchao int8 weight-only": Kind("Int8WeightOnlyConfig"),
+    "torchao int4 weight-only": Kind(INT4),
     "torchao fp8 per row": Kind(FP8, "PerRow", "FP8 per token"),
     "torchao fp8 per tensor": Kind(FP8, "PerTensor", not_woven=ONE_SCALE),
 }
@@ -85,6 +91,8 @@ def dequantised(module, name):
     weight = getattr(module, name).detach()
     if hasattr(module, "scale"):
         return weight.double() * module.scale
+    if type(weight).__name__ == "Int4OpaqueTensor":  # has no dequantize
+        return torch.nn.functional.linear(torch.eye(weight.shape[-1], dtype=torch.bfloat16), weight).t()
     return weight if type(weight) is torch.Tensor else weight.dequantize()
 
 
@@ -155,7 +163,7 @@ def check(kind, outcomes):
 @pytest.mark.parametrize("kind", KINDS if FULL else ["torchao int8 dynamic"])
 def test_a_quantised_llama(ranks, kind):
     if KINDS[kind].config:
-        pytest.importorskip("torchao")
+        pytest.importorskip("torchao.prototype.quantization.int4" if KINDS[kind].config == INT4 else "torchao")
     if "fp8" in kind and torch.__version__ < "2.12":
         pytest.skip("the CPU kernel of this version of torch has no scales for rows")
     check(kind, ranks(by_hand, kind))
@@ -164,6 +172,6 @@ def test_a_quantised_llama(ranks, kind):
 @pytest.mark.full
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].config])
 def test_a_llama_that_hugging_face_quantises(ranks, kind, tmp_path):
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao.prototype.quantization.int4" if KINDS[kind].config == INT4 else "torchao")
     pytest.importorskip("transformers")
     check(kind, ranks(through_hugging_face, kind, zoo.make("Llama", tmp_path)))
