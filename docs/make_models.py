@@ -45,6 +45,11 @@ Tiny checkpoints of transformers {transformers}, two layers each, loaded with `t
 
 {notes}
 
+## Quantised models
+
+Llamas in FP8, int8 and int4, with their sites, unsplit ops and errors against the dequantised weights in float64, are in
+[Quantised models](quantised.md#torchao).
+
 ## Generation
 
 A prompt of a padded batch, then single tokens. Greedy, in float32, compiled without a graph break. The graphs of single tokens are
