@@ -23,7 +23,7 @@ def check(function, *inputs, mode="fuse", linear=None, in_workspace=None, sharde
         workspace = Workspace()
         placed.check(workspace, shuffle=order)
         expected = {"linear": linear, "in_workspace": in_workspace, "sharded_residual": sharded_residual}
-        assert all(workspace.counts[name] == n for name, n in expected.items() if n is not None), workspace.lent
+        assert all(workspace.counts[name] == n for name, n in expected.items() if n is not None), workspace.counts
     return placed
 
 

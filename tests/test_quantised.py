@@ -107,7 +107,7 @@ def test_through_inductor(unexpanded, monkeypatch):
         torch._dynamo.mark_static(tensor, [0, 2] if tensor.dim() == 3 else None)
     with torch.no_grad():
         got = torch.compile(run, backend=backend.tokenweave, dynamic=True, options={"tokenweave.mode": "weave"})(*given)
-    assert (workspace.counts["placed"], workspace.lent["scaled_linear"]) == (2, 2 * (len(kinds) - 1))
+    assert (workspace.counts["placed"], workspace.counts["scaled_linear"]) == (2, 2 * (len(kinds) - 1))
     is_close(got, rewrite(run, *given, mode="fuse").expected()[0])
 
 
