@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from models import VOCAB, parallel
 from sites import H, all_reduce, hf_norm, values
 from test_split import mlp, mlp_inputs
@@ -59,6 +60,16 @@ def test_what_is_written_to_is_written_once(world):
     cache = torch.zeros(8, 4)
     found = tw_compile.verify(function, values(8, H), values(8, H), values(H), cache)
     assert found.ok and torch.equal(cache, torch.ones(8, 4))
+
+
+def test_both_graphs_draw_the_same_random_numbers(world):
+    def function(x, residual, weight):
+        residual = residual + all_reduce(x)
+        y = F.dropout(hf_norm(residual, weight), 0.5, training=True) + torch.rand(H)
+        return hf_norm(residual + all_reduce(y * 3), weight)
+
+    found = tw_compile.verify(function, values(8, H), values(8, H), values(H), options=WEAVE)
+    assert found.ok, found
 
 
 def on_ranks(wrong):
