@@ -137,6 +137,23 @@ def test_ranks_whose_graphs_differ_do_what_all_can(ranks, what, mode):
     assert reasons is None or len(first[2]) == len(reasons)
 
 
+def in_other_shapes():
+    """Each rank has the same 48 tokens in another shape, and would cut them elsewhere."""
+    torch._dynamo.reset()
+    context._contexts.clear()
+    before, model = len(tw_compile.reports()), Model("").requires_grad_(False)
+    run = torch.compile(model, backend=backend.tokenweave, options={"tokenweave.min_tokens": 8})
+    x = torch.randn(48, H, generator=torch.Generator().manual_seed(1)).reshape([(3, 16, H), (1, 48, H)][dist.get_rank()])
+    with torch.no_grad(), without_codegen():
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+    return [(report.mode, report.reasons[0]) for report in tw_compile.reports()[before:]]
+
+
+def test_ranks_with_their_tokens_in_other_shapes_do_not_weave(ranks):
+    for ((mode, reason),) in ranks(in_other_shapes):
+        assert mode == "off" and reason.endswith("with different first halves (rank 0: 16; rank 1: 24 tokens)")
+
+
 def test_a_sum_that_one_rank_does_not_read_is_still_reduced(ranks):
     (first,), (second,) = ranks(outcome, "no last norm", "auto")
     assert first[:2] == second[:2] == ("weave", 2)

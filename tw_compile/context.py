@@ -257,6 +257,7 @@ def _attempt(attempt: Callable, decision: fingerprint.Decision, groups: list[str
             "merged": {str(number): into for (of, number), into in new.merged.items() if of == group},
             "not_woven": new.not_woven,
             "fingerprint": fingerprint.fingerprint(new.graph, group),
+            "rows": fingerprint.first_rows(new.graph, group),
         }
     return new, outcomes, None
 
