@@ -137,6 +137,23 @@ def test_ranks_whose_graphs_differ_do_what_all_can(ranks, what, mode):
     assert reasons is None or len(first[2]) == len(reasons)
 
 
+def in_other_shapes():
+    """Each rank has the same 48 tokens in another shape, and would cut them elsewhere."""
+    torch._dynamo.reset()
+    context._contexts.clear()
+    before, model = len(tw_compile.reports()), Model("").requires_grad_(False)
+    run = torch.compile(model, backend=backend.tokenweave, options={"tokenweave.min_tokens": 8})
+    x = torch.randn(48, H, generator=torch.Generator().manual_seed(1)).reshape([(3, 16, H), (1, 48, H)][dist.get_rank()])
+    with torch.no_grad(), without_codegen():
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+    return [(report.mode, report.reasons[0]) for report in tw_compile.reports()[before:]]
+
+
+def test_ranks_with_their_tokens_in_other_shapes_do_not_weave(ranks):
+    for ((mode, reason),) in ranks(in_other_shapes):
+        assert mode == "off" and reason.endswith("with different first halves (rank 0: 16; rank 1: 24 tokens)")
+
+
 def test_a_sum_that_one_rank_does_not_read_is_still_reduced(ranks):
     (first,), (second,) = ranks(outcome, "no last norm", "auto")
     assert first[:2] == second[:2] == ("weave", 2)
@@ -336,30 +353,42 @@ def test_a_rank_whose_mode_is_off_is_named(ranks):
     assert "has left a graph to Inductor alone" in message and "did not come to the agreement on a graph" in message
 
 
-def gradients_on_rank_1():
+def gradients_on_rank_1(options):
+    """Two calls, the first with gradients on rank 1 alone. Returns (reasons of the reports, errors)."""
     torch._dynamo.reset()
     context._contexts.clear()
-    weight = torch.ones(H, requires_grad=dist.get_rank() == 1)
+    group, before, errors = dist.new_group(range(2)), len(tw_compile.reports()), []
+    weight = torch.ones(H, requires_grad=True)
     x, residual = torch.randn(2, 8, H, generator=torch.Generator().manual_seed(0))
 
     def f(x, residual, weight):
-        return torch.nn.functional.rms_norm(residual + all_reduce(x), (H,), weight)
+        return torch.nn.functional.rms_norm(residual + all_reduce(x, group=group), (H,), weight)
 
     with pytest.MonkeyPatch.context() as patch, without_codegen():
         patch.setattr(agree, "GONE_ON_S", 0.5)
-        compiled = torch.compile(f, backend=backend.tokenweave)
-        if dist.get_rank() == 1:
-            return compiled(x, residual, weight).requires_grad
-        with pytest.raises(RuntimeError) as error:
-            compiled(x, residual, weight)
-        f(x, residual, weight)  # the all-reduce that rank 1 is in
-        return str(error.value)
+        compiled = torch.compile(f, backend=backend.tokenweave, options=options)
+        for gradients in (dist.get_rank() == 1, False):
+            with torch.set_grad_enabled(gradients):
+                expected = f(x, residual, weight)
+                try:
+                    torch.testing.assert_close(compiled(x, residual, weight), expected)
+                except Exception as error:
+                    errors.append(str(error))
+                    f(x, residual, weight)  # the all-reduce that the other rank is in
+    return [report.reasons[-1] for report in tw_compile.reports()[before:]], errors
 
 
-def test_a_rank_that_alone_runs_with_gradients_is_named(ranks):
-    message, trained = ranks(gradients_on_rank_1)
-    assert trained
-    assert "rank 1 of group" in message and "has left a graph to Inductor alone" in message
+def test_ranks_leave_a_group_to_inductor_where_one_rank_alone_runs_with_gradients(ranks):
+    (first, errors), (second, more) = ranks(gradients_on_rank_1, {})
+    assert not errors and not more and first[0] == second[0]
+    assert "rank 1 of group" in first[0] and "has left a graph to Inductor alone" in first[0]
+
+
+def test_a_rank_that_alone_runs_with_gradients_is_named_where_a_mode_is_forced(ranks):
+    (_, errors), (_, more) = ranks(gradients_on_rank_1, {"tokenweave.mode": "fuse"})
+    for message in (*errors, *more):
+        assert "but this graph cannot be fused: rank 1 of group" in message and "has left a graph to Inductor alone" in message
+    assert len(errors) == 2 and len(more) == 1
 
 
 def other_graph_with_the_same_collectives():

@@ -446,7 +446,8 @@ def test_ranks_that_do_not_quantise_alike_do_not():
     group = next(iter(fingerprint.groups_of(new.after)))
     mine = fingerprint.fingerprint(new.after, group)
     theirs = [[*mine[0][:-1], ""]]
-    outcomes = [{"fingerprint": each, "refused": {}, "sites": {"0": 0}, "merged": {}, "not_woven": ""} for each in (mine, theirs)]
+    same = {"refused": {}, "sites": {"0": 0}, "merged": {}, "not_woven": "", "rows": None}
+    outcomes = [{"fingerprint": each, **same} for each in (mine, theirs)]
     decision = fingerprint.merge(passes.Decision(), group, outcomes)
     assert decision == passes.Decision(unquantised=frozenset({0}))
     again = passes.rewrite(new.before, passes.Options(mode="fuse"), lambda *_: False, lambda _: "", decision)

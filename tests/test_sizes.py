@@ -12,7 +12,7 @@ from torch._inductor import config as _config
 from torch.fx.experimental import _config as symbolic_config
 
 import tw_compile
-from tw_compile import backend, context, forms, ops
+from tw_compile import backend, context, forms, ops, report
 from tw_compile.transports import choose, process_group
 
 
@@ -128,6 +128,17 @@ def test_what_is_compiled_too_often_runs_uncompiled_and_right(monkeypatch, caplo
     for tokens in (48, 1, 0):
         run(function, tokens, mark=MARKS["unbacked"])
     assert [r.getMessage() for r in caplog.records if "different sizes" in r.getMessage()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_last_compilation_before_dynamos_limit_warns(fails, caplog):
+    report.say_once.cache_clear()
+    warned, fused = [], compiled(mlp)
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=fails):
+        for batch in (1, 2):
+            fused(*inputs_of(8, batch=batch))
+            warned.append("recompile_limit allows" in caplog.text)
+    assert warned == [False, not fails]
 
 
 def test_a_form_is_compiled_with_the_configuration_of_the_graph(monkeypatch):

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from models import VOCAB, parallel
 from sites import H, all_reduce, hf_norm, values
 from test_split import mlp, mlp_inputs
 
 import tw_compile
+from tw_compile.site import Site
 from tw_compile.transports.process_group import ProcessGroup
 
 WEAVE = {"tokenweave.mode": "weave"}
@@ -61,6 +63,16 @@ def test_what_is_written_to_is_written_once(world):
     assert found.ok and torch.equal(cache, torch.ones(8, 4))
 
 
+def test_both_graphs_draw_the_same_random_numbers(world):
+    def function(x, residual, weight):
+        residual = residual + all_reduce(x)
+        y = F.dropout(hf_norm(residual, weight), 0.5, training=True) + torch.rand(H)
+        return hf_norm(residual + all_reduce(y * 3), weight)
+
+    found = tw_compile.verify(function, values(8, H), values(8, H), values(H), options=WEAVE)
+    assert found.ok, found
+
+
 def on_ranks(wrong):
     ids = torch.randint(0, VOCAB, (1, 64), generator=torch.Generator().manual_seed(1))
     if not wrong:
@@ -71,7 +83,7 @@ def on_ranks(wrong):
 
         def off(self, site, in_workspace):
             norm, residual = fused(self, site, in_workspace)
-            return (norm * 1.1 if dist.get_rank() == 1 and site.number == 1 else norm), residual
+            return (norm * 1.1 if dist.get_rank() == 1 and Site._make(site).number == 1 else norm), residual
 
         patch.setattr(ProcessGroup, "fused", off)
         found = tw_compile.verify(parallel("functional", 1, dtype=torch.float32), ids, options={"tokenweave.mode": "fuse"})

@@ -143,6 +143,9 @@ tracing = _name("torch._guards.tracing")
 TensorifyState = _name("torch._dynamo.symbolic_convert.TensorifyState", ("specialize", "should_specialize"))
 TensorifyScalarRestartAnalysis = _name("torch._dynamo.exc.TensorifyScalarRestartAnalysis")
 
+# For a warning only.
+dynamo_config = _name("torch._dynamo.config", ("recompile_limit", "fail_on_recompile_limit_hit"), missing=[])
+
 # Dynamo's graph breaks: a list of (reason, user_stack) that grows, and counts of reasons, also of frames that it skips.
 graph_break_reasons = _name("torch._dynamo.output_graph.graph_break_reasons", missing=[])
 dynamo_counters = _name("torch._dynamo.utils.counters", missing=[])

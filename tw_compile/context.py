@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -153,7 +154,12 @@ def agreed(
         new, outcomes, problem = _attempt(attempt, decision, groups)
         merged = decision
         for group in asked:
-            said = _exchange(group, options, signatures[group], outcomes[group], problem, may_cross)
+            try:
+                said = _exchange(group, options, signatures[group], outcomes[group], problem, may_cross)
+            except agree.PassedBy as passed:  # its collectives are those of the graph as it is
+                for each in asked:
+                    agree.leave(each, str(passed))
+                _give_up(("left", str(passed)), contexts, options, together=False)
             may_cross = False
             problem = problem or _problem(group, said)
             if not problem:
@@ -257,6 +263,7 @@ def _attempt(attempt: Callable, decision: fingerprint.Decision, groups: list[str
             "merged": {str(number): into for (of, number), into in new.merged.items() if of == group},
             "not_woven": new.not_woven,
             "fingerprint": fingerprint.fingerprint(new.graph, group),
+            "rows": fingerprint.first_rows(new.graph, group),
         }
     return new, outcomes, None
 
@@ -275,7 +282,8 @@ def _exchange(
         "outcome": outcome,
         "problem": problem,
     }
-    said = agree.exchange(group, "the agreement on a graph", json.dumps(mine), progress=context.progress, may_cross=may_cross)
+    what, message = "the agreement on a graph", json.dumps(mine)
+    said = agree.exchange(group, what, message, progress=context.progress, may_cross=may_cross, may_leave=True)
     return [json.loads(theirs) for theirs in said]
 
 
@@ -317,13 +325,13 @@ def _count(signature: list) -> str:
     return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "no collective"
 
 
-def _give_up(problem: tuple[str, str], contexts: list[Context], options: Options) -> None:
+def _give_up(problem: tuple[str, str], contexts: list[Context], options: Options, together: bool = True) -> NoReturn:
     kind, what = problem
     if kind == "error":
         raise TokenWeaveError(what)
-    if "different graphs" in what:  # the ranks cannot agree on later graphs either
+    if "different graphs" in what or not together:  # the ranks cannot agree on later graphs either
         for context in contexts:
             context.left = what
     if options.forced:
         raise TokenWeaveError(f"{options.impossible}: {what}")
-    raise Left(what, together=True)
+    raise Left(what, together)

@@ -40,6 +40,13 @@ def compile_id() -> Any:
     return compat.CompileContext.current_compile_id() if compat.has(compat.CompileContext) else None
 
 
+def is_last_compilation(of: Any) -> bool:
+    """Whether Dynamo would not compile the code of a graph again, and run it uncompiled instead. of: the ``compile_id()`` of the graph"""
+    if of is None or not compat.has(compat.dynamo_config) or compat.dynamo_config.fail_on_recompile_limit_hit:
+        return False
+    return bool(of.frame_compile_id + 1 >= compat.dynamo_config.recompile_limit)
+
+
 def artifact(name: str, text: Callable[[], str], of: Any, level: int = logging.DEBUG) -> None:
     """Write a text to the log and to TORCH_TRACE.
 

@@ -33,10 +33,16 @@ from .compat import inductor_config as config
 from .options import Options, TokenWeaveError
 from .passes.graph_utils import arguments, calls, value
 from .quantise import read
-from .report import Break, Report, record
+from .report import Break, Report, record, say_once
 from .site import Planned
 from .sizes import ForSizes, copied, for_sizes
 from .transports import choose
+
+_LAST = (
+    "a model was compiled as often as torch._dynamo.config.recompile_limit allows: where it would be compiled again, this rank runs "
+    "uncompiled, and the collectives of ranks that do not will not match. Set torch._dynamo.config.fail_on_recompile_limit_hit = True for "
+    "an error in its place. See docs/ranks.md"
+)
 
 # Symbols of a graph -> their values in a call.
 Values = dict[sympy.Symbol, int]
@@ -150,6 +156,8 @@ class Compiler:
             transport, why_not = choose.choose(self.options.transport_and_wire, group, device, self.timeout)
             report.transport = transport.name
             report.reasons += [why_not] if why_not else []
+        if logs.is_last_compilation(self.compile_id):
+            say_once(_LAST)
         report.rehearsal = self.autotuned
         report.reasons += [f"not autotuned: {self.not_tuned}"] if self.not_tuned else []
         self.record(report)

@@ -1,6 +1,7 @@
 """Whether a rewritten graph computes the same as the original: both run without code generation, and are compared site by site."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -115,7 +116,8 @@ class _Comparer(Compiler):
         saved = _saved(before.graph, args)
         names = {name for pair in new.values.values() for name in pair}
         right = _Run(before, names)
-        outputs = right.run(*saved(args))
+        with _random_numbers_again(args):
+            outputs = right.run(*saved(args))
         run = _Run(after, set(_results(after.graph)))
         results = run.run(*args)
         differences = {number: _at_site(right, run, after.graph, number, pair) for number, pair in new.values.items()}
@@ -135,7 +137,9 @@ class _Comparer(Compiler):
         """The first op whose results differ. It runs both graphs once more, as it keeps the values of all nodes."""
         kept = saved(args)
         right, run = _Run(before, None), _Run(after, None)
-        right.run(*saved(kept)), run.run(*saved(kept))
+        for each in (right, run):
+            with _random_numbers_again(args):
+                each.run(*saved(kept))
         parts: dict[str, dict[int | None, torch.Tensor | None]] = {}
         for node in after.graph.nodes:
             parts.setdefault(node.meta.get("of", node.name), {})[node.meta.get("half")] = run.kept.get(node.name)
@@ -168,6 +172,11 @@ def _saved(graph: Graph, args: list[Any]) -> Callable[[list[Any]], list[Any]]:
     at = [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in written]
     before = {i: args[i].clone() for i in at}
     return lambda given: [before[i].clone() if i in before else a for i, a in enumerate(given)]
+
+
+def _random_numbers_again(args: list[Any]) -> AbstractContextManager[None]:
+    """A context after which the generators have the states that they had before, so that the next graph draws the same numbers."""
+    return torch.random.fork_rng(sorted({a.device.index for a in args if isinstance(a, torch.Tensor) and a.is_cuda}))
 
 
 def _results(graph: Graph) -> dict[str, tuple[int, int, int | None]]:

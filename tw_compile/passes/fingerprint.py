@@ -4,6 +4,7 @@ Each rank rewrites its own graph. If the graphs of two ranks differ elsewhere, a
 do different things with the same all-reduce. ``merge`` returns a decision that all of them can carry out.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -94,6 +95,15 @@ def fingerprint(graph: Graph, group: str) -> list:
     return entries
 
 
+def first_rows(graph: Graph, group: str) -> int | None:
+    """The rows of the first half of a group's sites, for the sizes of this call; None if no site is cut."""
+    for node in collectives(graph):
+        if calls(node, ops.start, ops.fused) and collective_group(node) == group and node.meta.get("half") == 0:
+            sizes = value(node.args[0]).shape[:-1]
+            return math.prod(size if isinstance(size, int) else size.node.hint for size in sizes)
+    return None
+
+
 def plain(of_group: list) -> list[bool]:
     """Whether each collective of a fingerprint is in halves. Over the process group nothing else differs."""
     return [entry[2] if entry[0] == "site" else entry[1] for entry in of_group]
@@ -103,9 +113,10 @@ def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | No
     """A decision that ranks with different outcomes can all carry out; None if they cannot agree.
 
     outcomes: one of each rank, as plain data: {"refused": {number of a collective: why}, "sites": {number of a site: number of its
-              collective}, "merged": {number of a collective: the one that it is part of}, "not_woven": why, "fingerprint": fingerprint}
+              collective}, "merged": {number of a collective: the one that it is part of}, "not_woven": why, "fingerprint": fingerprint,
+              "rows": ``first_rows``}
     """
-    if all(all(o[name] == outcomes[0][name] for name in ("fingerprint", "not_woven", "merged")) for o in outcomes):
+    if all(all(o[name] == outcomes[0][name] for name in ("fingerprint", "not_woven", "merged", "rows")) for o in outcomes):
         return decision
     sums = [o["merged"] for o in outcomes]
     differ = {(group, int(number)) for number in set().union(*sums) if any(mine.get(number) != sums[0].get(number) for mine in sums)}
@@ -121,6 +132,9 @@ def merge(decision: Decision, group: str, outcomes: list[dict]) -> Decision | No
     if any(o["not_woven"] for o in outcomes):
         rank, why = next((rank, o["not_woven"]) for rank, o in enumerate(outcomes) if o["not_woven"])
         return None if decision.not_woven else replace(decision, not_woven=f"rank {rank}: {why}")
+    if len({o["rows"] for o in outcomes} - {None}) > 1:
+        rows = "; ".join(f"rank {rank}: {o['rows']}" for rank, o in enumerate(outcomes))
+        return replace(decision, not_woven=f"the ranks have their tokens in different shapes, with different first halves ({rows} tokens)")
     fingerprints = [o["fingerprint"] for o in outcomes]
     if len(set(map(len, fingerprints))) > 1:
         return None

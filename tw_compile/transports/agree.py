@@ -39,6 +39,10 @@ class Crossed(RuntimeError):
     """Ranks wait for each other in different groups, as their threads compile in another order. The exchange must be made again."""
 
 
+class PassedBy(RuntimeError):
+    """Another rank leaves its graphs to Inductor alone, and does not come to the exchange."""
+
+
 def is_alone(group: dist.ProcessGroup) -> bool:
     """Whether there is no other process in a group: it has one rank, or is a fake group."""
     return group.size() == 1 or dist.get_backend(group) == "fake"
@@ -75,13 +79,13 @@ def progress(group_name: str, may_cross: bool = False) -> "Progress | None":
             os.write(handle, bytes(8 * world))
             os.close(handle)
     try:
-        said = exchange(group_name, "the first agreement", json.dumps((_host(), path)), may_cross=may_cross)
+        said = exchange(group_name, "the first agreement", json.dumps((_host(), path)), may_cross=may_cross, may_leave=True)
         (host, theirs), *others = map(json.loads, said)
         counts = None
         if theirs and all(other == host for other, _ in others):
             with contextlib.suppress(OSError):
                 counts = Progress(theirs, rank, world)
-        opened = exchange(group_name, "the end of the first agreement", json.dumps(counts is not None))
+        opened = exchange(group_name, "the end of the first agreement", json.dumps(counts is not None), may_leave=True)
     finally:
         if path:
             os.unlink(path)
@@ -103,6 +107,16 @@ def pass_by(group_name: str) -> None:
             _passing(group).add(str(group.rank()), 1)
 
 
+def leave(group_name: str, why: str) -> None:
+    """Let all ranks know that the graphs of a group are left to Inductor from now on. Not a collective."""
+    with contextlib.suppress(RuntimeError):  # of a store that is gone
+        _left(resolve_process_group(group_name)).set("left", why)
+
+
+def _left(group: dist.ProcessGroup) -> dist.Store:
+    return dist.PrefixStore("tokenweave", process_group_store(group))
+
+
 def _passing(group: dist.ProcessGroup) -> dist.Store:
     """Rank -> how often it has passed by since the last exchange."""
     return dist.PrefixStore(f"tokenweave/passed/{_exchanges.get(group, 0)}", process_group_store(group))
@@ -119,6 +133,7 @@ def exchange(
     timeout_s: float = PATIENCE_S,
     progress: Progress | None = None,
     may_cross: bool = False,
+    may_leave: bool = False,
 ) -> list[str]:
     """The messages of all ranks of the group, in rank order. A collective: all ranks must make their exchanges in the same order.
 
@@ -127,9 +142,11 @@ def exchange(
     timeout_s: seconds to wait for each rank
     progress:  shows whether a rank that does not come has gone on
     may_cross: whether the caller handles Crossed
+    may_leave: whether this exchange is not made in a group whose graphs are left to Inductor
     Raises TokenWeaveError on all ranks if they are in different exchanges. Raises RuntimeError, which names the rank, if a rank does not
-    come within ``timeout_s``, or begins another call of the model instead; and Crossed if another rank meanwhile waits for this one in
-    another group. An exchange that raises RuntimeError has not taken place: the next one of this rank has its number.
+    come within ``timeout_s``, or begins another call of the model instead; PassedBy if it has passed by, or if the group's graphs are left
+    to Inductor; and Crossed if another rank meanwhile waits for this one in another group. An exchange that raises RuntimeError has not
+    taken place: the next one of this rank has its number.
     """
     group = resolve_process_group(group_name)
     if is_alone(group):
@@ -141,11 +158,11 @@ def exchange(
     said = []
     try:
         for rank in range(group.size()):
-            gone_on = functools.partial(_gone_on, rank, group, passing, progress)
+            gone_on = functools.partial(_gone_on, rank, group, passing, progress, may_leave)
             late = f"rank {group.rank()} waits for rank {rank} of group {group_name} to come to {what}, and goes on waiting"
             problem = _wait(store, rank, timeout_s, late, gone_on, crossed)
             if problem:
-                raise RuntimeError(
+                raise (PassedBy if problem == _PASSED else RuntimeError)(
                     f"rank {rank} of group {group_name} {problem.format(what)}, where rank {group.rank()} waited for it: see its log. "
                     "All ranks of a tensor-parallel group must run the same model on the same number of tokens"
                 )
@@ -164,13 +181,21 @@ def exchange(
     return [theirs for _, theirs in said]
 
 
-def _gone_on(rank: int, group: dist.ProcessGroup, passing: dist.Store, progress: Progress | None) -> str:
-    """What a rank does instead of an exchange, '{}' standing for the exchange; '' if nothing is known."""
+def _gone_on(rank: int, group: dist.ProcessGroup, passing: dist.Store, progress: Progress | None, may_leave: bool) -> str:
+    """What a rank does instead of an exchange, '{}' standing for the exchange; '' if nothing is known.
+
+    Raises PassedBy if the group is left.
+    """
+    if may_leave and (left := _left(group)).check(["left"]):
+        raise PassedBy(left.get("left").decode())
     if progress is not None and progress.is_ahead(rank):
         return "has called the model again and did not come to {}, so that only some ranks have a new graph"
     if _passed(passing, rank) > _passed(passing, group.rank()):
-        return "has left a graph to Inductor alone, as its mode is off or it runs with gradients, and did not come to {}"
+        return _PASSED
     return ""
+
+
+_PASSED = "has left a graph to Inductor alone, as its mode is off or it runs with gradients, and did not come to {}"
 
 
 def _store(group: dist.ProcessGroup) -> dist.Store:
