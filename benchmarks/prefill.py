@@ -5,6 +5,12 @@
 
 ``--link host`` keeps NCCL off peer memory, so that it goes through the host's memory, as on machines without NVLink; ``socket`` off shared
 memory too, as between hosts. Our sides then use the process group. ``--wire 16 8 4`` measures them with each number of bits of a value.
+The table of docs/wire.md is
+
+    torchrun --nproc-per-node 2 benchmarks/prefill.py --model 8B --link host --wire 16 8 6 4 --wire-from 1024 \\
+        --tokens 1 16 64 1024 4096 8192 --sides inductor auto no-comm --samples 5
+
+``--high-priority`` lets NCCL's kernels begin before the waiting thread blocks of a GEMM beside them.
 
 All sides run in one process, each as a CUDA graph, in turns. Writes benchmarks/results/prefill-*.json after each size, so that a run
 that is interrupted keeps its results. common.py describes the sides and the rows.
@@ -49,10 +55,13 @@ def main():
     )
     parser.add_argument("--samples", type=int, default=15)
     parser.add_argument("--wire", type=int, nargs="+", choices=(16, 8, 6, 4), default=[16], help="bits of a value over the process group")
+    parser.add_argument("--wire-from", type=int, default=0, help="fewest tokens that are measured with fewer bits than 16")
     parser.add_argument("--link", choices=LINKS, default="nvlink", help="the fastest link that NCCL may use")
+    parser.add_argument("--high-priority", action="store_true", help="NCCL's streams have a high priority, for all sides")
     args = parser.parse_args()
 
-    os.environ.update(LINKS[args.link])  # NCCL reads it when the first group is made
+    # Both are read when the first group is made.
+    os.environ.update(LINKS[args.link] | ({"TORCH_NCCL_HIGH_PRIORITY": "1"} if args.high_priority else {}))
     options = {} if args.link == "nvlink" else {"tokenweave.transport": "process_group"}
     device, ranks = llama.start()
     measured_rows = []
@@ -73,11 +82,12 @@ def main():
                 sides = [
                     common.Side(name, model, options=options, wire=wire) for name in names for wire in (args.wire if name in ours else [16])
                 ]
-            kinds = {"quant": args.quant, "link": args.link}
+            kinds = {"quant": args.quant, "link": args.link} | ({"high_priority": True} if args.high_priority else {})
             size = {"model": args.model, "layers": args.layers, "batch": batch, "tokens": tokens} | kinds
             # Tokens in the first rank's part of the vocabulary, as the side without all-reduces can look up only its own part.
             ids = torch.randint(config.vocab // ranks, (batch, tokens), device=device)
             able = [side for side in sides if side.name != "weave" or batch * tokens > 1]  # one token cannot be split
+            able = [side for side in able if side.wire == 16 or batch * tokens >= args.wire_from]
             measured = common.measure(able, (ids,), args.samples)
             common.show(size, measured)
             measured_rows += common.rows(size, measured, device)
@@ -85,7 +95,8 @@ def main():
                 quantisation.name("prefill", args.model, args.quant, ranks)
                 + ("" if args.batch == [1] else "-batches")
                 + ("" if args.attention == "sdpa" else f"-{args.attention}")
-                + _suffix(args.link, args.wire),
+                + _suffix(args.link, args.wire)
+                + ("-high-priority" if args.high_priority else ""),
                 device,
                 "dynamic shapes; ms of a whole forward pass with embedding, last norm and the last token's logits",
                 measured_rows,

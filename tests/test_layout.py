@@ -97,6 +97,7 @@ transports.low_bit.kernels
 transports.low_bit.codec
 transports.beside
 transports.process_group
+transports.norm_kernel
 transports.link
 transports.symmetric
 transports.symmetric.transport

@@ -83,6 +83,17 @@ def of_the_benchmark(bits):
     return torch.equal(ours, accuracy.of_wire(bits)(xs, residual, weight)[0])
 
 
+def test_whole_numbers_are_closer_than_e4m3():
+    """Why a wire of 8 bits has whole numbers: the errors of normal values, and with a large value in each group."""
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    spiked = x.clone()
+    spiked[:, ::128] *= 10
+    for values, times in ((x, 3), (spiked, 1)):
+        packed = torch.empty_like(values)
+        codec.unpack(codec.pack(values, len(values), 8), packed, 8)
+        assert (accuracy.in_fp8(values) - values).norm() > times * (packed - values).norm() > 0
+
+
 def test_the_benchmark_of_accuracy_computes_what_ranks_do(ranks):
     for bits in (8, 6, 4):
         assert ranks(of_the_benchmark, bits) == [True, True]

@@ -24,6 +24,8 @@ from tw_compile.autotune import schedule
 from tw_compile.autotune.plan import WEAVE_MIN_TOKENS, Plan
 from tw_compile.passes import section
 from tw_compile.passes.graph_utils import arguments
+from tw_compile.site import Site
+from tw_compile.transports import choose
 from tw_compile.transports.process_group import ProcessGroup
 
 SIZES = 16, 32
@@ -302,6 +304,27 @@ def times_of_experts():
 def test_both_forms_of_experts_run_with_both_routings(ranks):
     for gain, rows, right, skewed in ranks(times_of_experts):
         assert gain > 0 and rows == [16, 32, 64] and right and skewed == {False, True}
+
+
+def inputs_behind_a_measurement(phases):
+    """On a rank: whether the inputs of a section are what they were, and where a site has reduced."""
+    group, cpu = dist.group.WORLD.group_name, torch.device("cpu")
+    transport = choose.another("process_group", group, cpu)
+    stage = schedule.Stage(schedule.Section(H, "bfloat16", SIZES, 1, 0, phases, False), transport, cpu)
+    stage.set()
+    before, x = stage.values.clone(), torch.ones(2, H)
+    with mock.patch.object(F, "grouped_mm", lambda rows, weight, offs: rows @ weight[0]), mock.patch.object(schedule, "SAMPLES", 1):
+        stage.times([None, (0, 0.5, True)], max(SIZES))
+    with transport.call():
+        transport.fused(Site(x), True)
+    return torch.equal(stage.values, before), x.unique().tolist()
+
+
+@pytest.mark.parametrize(
+    "phases", [((("mm", H, 32), ("mm", 32, H)), (("mm", H, H),)), ((("others", 1), *EXPERTS),) * 2], ids=["dense", "experts"]
+)
+def test_a_measured_process_group_reduces_in_place_but_for_inputs(ranks, phases):
+    assert ranks(inputs_behind_a_measurement, phases) == [(True, [2.0])] * 2
 
 
 class Logged(ProcessGroup):

@@ -7,6 +7,7 @@ In a shape, -n stands for one entry for n tokens. order: the dimensions, that wi
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,6 +72,13 @@ class Gemm:
         whole = torch.uint8 if dtype.is_floating_point else dtype  # all bits of a float4 are a number
         limits = torch.iinfo(whole)
         return torch.randint(limits.min, limits.max, (n,), dtype=whole, device=device).view(dtype)
+
+
+def ends(device: torch.device, experts: int, rows: int, skewed: bool) -> Tensor:
+    """Where the rows of each expert end: all have as many; or skewed, the expert i has as many as 1 / (i + 1) of the first one's."""
+    shares = [1 / (i + 1) if skewed else 1.0 for i in range(experts)]
+    ends = [round(rows * part / sum(shares)) for part in itertools.accumulate(shares)]
+    return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 def _tensors(arguments: Sequence[tuple]) -> list[tuple]:

@@ -31,7 +31,7 @@ from ..options import Options
 from ..site import Site
 from ..transports import agree, choose
 from ..transports.process_group import ProcessGroup
-from .operands import Gemm, bytes_of, channels_of
+from .operands import Gemm, bytes_of, channels_of, ends
 from .plan import SPLIT_RATIOS, Plan, by_rule, by_times, first_half, rule_of_cut
 
 log = logging.getLogger("tw_compile")
@@ -177,12 +177,11 @@ class Stage:
     def __init__(self, section: Section, transport: Any, device: torch.device) -> None:
         self.section, self.transport, self.device, self.dtype = section, transport, device, getattr(torch, section.dtype)
         ops = dict.fromkeys(op[1:] if op[0] == "unsplit" else op for phase in section.phases for op in phase)
-        # ([experts,] rows, columns) -> tensor
-        self.weights: dict[tuple[int, ...], Any] = {key: None for op in ops if (key := _weight(op))}
+        self.weights: dict[tuple[int, ...], Any] = {key: None for op in ops if (key := _weight(op))}  # ([experts,] rows, columns) -> tensor
         self.gemms: dict[tuple, Any] = {op: None for op in ops if op[:1] == ("gemm",)}  # op -> Gemm
         self.channels = max(section.hidden, *map(_channels, ops))
         self.columns = max(map(_columns, ops))
-        self.ends = functools.cache(functools.partial(_ends, device))
+        self.ends = functools.cache(functools.partial(ends, device))
 
     def set(self) -> str | None:
         """Make the tensors. Returns the reason if there is too little memory, or if a GEMM does not run; else None."""
@@ -197,7 +196,8 @@ class Stage:
             weight, one = (torch.ones(shape, device=self.device) for shape in ((self.section.hidden,), ()))
             quantise = "" if self.transport.name.startswith("process_group") else self.section.quantise
             given = {"weight": weight.to(self.dtype), "quantise": quantise, "static_scale": one}
-            self.site: Callable[..., Site] = functools.partial(Site, **given, fp32_residual=True, sharded_residual=True)
+            carries = self.transport.name != "process_group"  # there Inductor's code keeps the residual in the model's dtype
+            self.site: Callable[..., Site] = functools.partial(Site, **given, fp32_residual=carries, sharded_residual=True)
             self.small = torch.zeros(8, device=self.device, dtype=self.dtype)
             for op in self.gemms:
                 self.gemms[op] = Gemm(op, max(self.section.sizes), draw)
@@ -239,7 +239,7 @@ class Stage:
         return [statistics.median(samples) for samples in zip(*taken[1:])]
 
     def _seconds(self, run: Callable[[], None]) -> float:
-        x = self.values[: 8 * self.section.hidden].view(8, -1)
+        x = self.values[: 8 * self.section.hidden].view(8, -1).clone()
         if self.device.type == "cpu":
             self._fused(x, None, 0, 0)  # makes the ranks begin together
             begin = time.perf_counter()
@@ -248,7 +248,7 @@ class Stage:
         torch.cuda.synchronize(self.device)
         if self.section.cuda_graphs:
             cuda_sleep(HEAD_START_OF_PROCESS_GROUP if isinstance(self.transport, ProcessGroup) else HEAD_START)
-        self._fused(x, None, 0, 0)  # makes the ranks begin together
+        self._fused(x, None, 0, 0)  # as above
         if not self.section.cuda_graphs:
             torch.cuda.synchronize(self.device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -310,14 +310,15 @@ class Stage:
     def _reduced(self, op: tuple, tokens: int, norm: Tensor, slot: int) -> Tensor:
         """What the last op of a phase gives to its site, where the site reads it."""
         kind, *sizes = op
-        if kind == "experts":  # their rows are added up behind the GEMM
-            return self.value(tokens, self.section.hidden)
+        if kind == "experts":  # their rows are added up behind the GEMM; the process group reduces in place
+            x = self.value(tokens, self.section.hidden)
+            return x.clone() if isinstance(self.transport, ProcessGroup) else x
         if kind == "gemm":
             return self.gemms[op](tokens, self.transport.partials(slot, self.dtype, torch.Size((tokens, self.section.hidden))))
         return self.transport.linear(self._input(norm, sizes[0]), self.weights[tuple(sizes)], None, slot)
 
     def work(self, ops: list[tuple], norm: Tensor, sequence: int, before: int, skewed: bool = False) -> None:
-        """Run ops on the tokens of ``norm``, which follow ``before`` tokens of the same sequence. skewed: see ``_ends``"""
+        """Run ops on the tokens of ``norm``, which follow ``before`` tokens of the same sequence. skewed: see ``operands.ends``"""
         for op in filter(None, ops):
             kind, *sizes = op
             if kind == "mm":
@@ -385,13 +386,6 @@ def _weight(op: tuple) -> tuple[int, ...]:
     """The key of an op's weight in ``Stage.weights``; () if it has none."""
     kind, *sizes = op or ("unsplit",)
     return {"mm": lambda: (*sizes,), "experts": lambda: (sizes[0], *sizes[2:])}.get(kind, lambda: ())()
-
-
-def _ends(device: torch.device, experts: int, rows: int, skewed: bool) -> Tensor:
-    """Where the rows of each expert end: all have as many; or skewed, the expert i has as many as 1 / (i + 1) of the first one's."""
-    shares = [1 / (i + 1) if skewed else 1.0 for i in range(experts)]
-    ends = [round(rows * part / sum(shares)) for part in itertools.accumulate(shares)]
-    return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 def _segments(ops: tuple) -> list[list[tuple]]:

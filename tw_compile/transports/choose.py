@@ -149,11 +149,23 @@ def is_over_process_group(requested: str, group_name: str, x: torch.Tensor) -> b
 
 
 def another(requested: str, group_name: str, device: torch.device) -> Transport:
-    """A new transport of the kind that is chosen, with memory of its own, which is freed when the transport is dropped."""
+    """A new transport of the kind that is chosen, with memory of its own, which is freed when the transport is dropped.
+
+    It is for measurements: see ``ProcessGroup.in_place``.
+    """
     transport, _ = choose(requested, group_name, device)
     if isinstance(transport, LowBit | Hierarchical):
-        return transport.another(transport.least_bytes)
-    return _make(transport.name, group_name, device)
+        made: Transport = transport.another(transport.least_bytes)
+    else:
+        made = _make(transport.name, group_name, device)
+    return measured(made)
+
+
+def measured(transport: Transport) -> Transport:
+    """The same transport, for measurements."""
+    if isinstance(transport, ProcessGroup):
+        transport.in_place = True
+    return transport
 
 
 def workspace_bytes() -> dict[torch.device, int]:
@@ -194,7 +206,7 @@ def _best(usable: list[str], reasons: dict[str, str], group_name: str, device: t
         tested: Transport | None = None
         reason = None
         if name == "process_group":
-            tested = _make(name, group_name, device)
+            tested = measured(_make(name, group_name, device))
         else:
             tested, reason = self_tested(name, group_name, device)
         if reason is None:

@@ -5,11 +5,10 @@ import threading
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantise import results
-from ..site import Planned, Site, add_norm
+from ..site import Planned, Site, add_norm, empty_results
 
 c10d = torch.ops._c10d_functional
 
@@ -20,9 +19,12 @@ class ProcessGroup:
     The process group runs a collective on its own stream or in its own thread, beside the compute. Add and norm run in ``wait``. Calls
     share no memory. The process group orders its collectives, whichever streams they are enqueued on. ``call()`` keeps other threads out
     between a start and its wait, as in Symmetric.
+
+    in_place: contiguous partial sums are reduced where they are, as in Inductor's code. For measurements, which read none of them again
     """
 
     name = "process_group"
+    in_place = False
 
     def __init__(self, group_name: str, device: torch.device) -> None:
         self.group_name, self.device = group_name, device
@@ -78,7 +80,9 @@ class ProcessGroup:
 
     def _begin(self, site: Site) -> Callable[[], tuple[Tensor, ...]]:
         """Begin a site. Returns what waits for its results."""
-        total = c10d.all_reduce_(site.x.clone(memory_format=torch.contiguous_format), "sum", self.group_name)
+        own = self.in_place and site.x.is_contiguous()
+        x = site.x if own else site.x.clone(memory_format=torch.contiguous_format)
+        total = c10d.all_reduce_(x, "sum", self.group_name)
         return lambda: results(*add_norm_of(c10d.wait_tensor(total), site), site.quantise, site.static_scale)
 
     def workspace_bytes(self) -> int:
@@ -90,16 +94,11 @@ class ProcessGroup:
 
 def add_norm_of(total: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """(norm, residual) of a site, from the sum over the ranks."""
-    residual, weight, bias, shift, eps, scale, offset, center = site.addends
-    dtype, of_residual = total.dtype, torch.float32 if site.fp32_residual else total.dtype
-    plain = offset == 0.0 and bias is None and scale == 1.0 and (shift is None or shift.dtype == dtype)
-    if weight is None or weight.dtype != dtype or not (total.is_cuda and plain):
-        norm, total = add_norm(total, *site.addends)
-        return norm.to(dtype), total.to(of_residual)
-    # Three kernels instead of the reference's dozen. The input of the norm is rounded first, as in eager mode.
-    if residual is not None:
-        total = total + residual
-    rounded = total.to(dtype)
-    shape = weight.shape
-    norm = F.layer_norm(rounded, shape, weight, shift, eps) if center else F.rms_norm(rounded, shape, weight, eps)
-    return norm, total if site.fp32_residual and residual is not None else rounded.to(of_residual)
+    if not total.is_cuda:
+        norm, residual = add_norm(total, *site.addends)
+        return norm.to(total.dtype), residual.to(torch.float32 if site.fp32_residual else total.dtype)
+    from . import norm_kernel  # imports Triton, which CUDA builds of PyTorch bring
+
+    norm, residual, *_ = empty_results(total, site.fp32_residual)
+    norm_kernel.add_norm(total, site.addends, norm, residual)
+    return norm, residual

@@ -68,6 +68,7 @@ def by_times(whole: list[float], packed: list[float]) -> int | None:
 def _seconds(packed: LowBit | Hierarchical) -> tuple[list[float], list[float]]:
     """Seconds of a call at TOKENS, of the slowest rank: (in 16 bits, with the wire)."""
     transports = packed.in_full(), packed
+    transports[0].in_place = True
     weight = torch.ones(HIDDEN, dtype=DTYPE, device=packed.device)
     runs = [(transport, weight, tokens, 0, HEAD_START) for transport in transports for tokens in TOKENS]
     taken = [[seconds_of_call(*run) for run in runs] for _ in range(SAMPLES + 1)]
