@@ -20,7 +20,9 @@ Writes benchmarks/results/pieces-*.json, one row for each piece and size, with
 import argparse
 import functools
 import os
+from collections.abc import Callable
 
+import accuracy
 import prefill
 import result_file
 import timing
@@ -87,7 +89,7 @@ def _repeated(run):
 
 def sums(names):
     """name -> (the pieces that it is the sum of, what it is compared with), also of each piece alone."""
-    of = {name: ((name,), "") for name in names}
+    of: dict[str, tuple[tuple[str, ...], str]] = {name: ((name,), "") for name in names}
     of[ALL_REDUCED] = ("all-reduce", "add and norm"), ""
     of["reduce-scatter + add and norm of own rows + all-gather"] = (
         ("reduce-scatter", "add and norm of own rows", "all-gather, 16 bits"), ALL_REDUCED,
@@ -103,9 +105,7 @@ def sums(names):
 
 def of_process_group(device, tokens, hidden):
     """name -> a function that does one piece over the process group. All values are zeros, as their sum in place is zero again."""
-    group, world, rank, on = _group(), dist.get_world_size(), dist.get_rank(), codec
-    if device.type == "cuda":
-        from tw_compile.transports.low_bit import kernels as on
+    group, world, rank, on = _group(), dist.get_world_size(), dist.get_rank(), accuracy.codec_of(device)
     own = -(-tokens // world)
     zeros = functools.partial(torch.zeros, device=device, dtype=torch.bfloat16)
     x, residual = zeros(world * own, hidden), zeros(world * own, hidden)
@@ -114,25 +114,28 @@ def of_process_group(device, tokens, hidden):
     kept, out = torch.zeros(world * own, hidden, device=device), torch.empty_like(x)
     packed = {bits: on.pack(x, world * own, bits) for bits in PACKED}
     parts = [own] * world
-    wait, gather = c10d.wait_tensor, c10d.all_gather_into_tensor
-    pieces = {
-        "all-reduce": lambda: wait(c10d.all_reduce_(x, "sum", group)),
-        "reduce-scatter": lambda: wait(c10d.reduce_scatter_tensor(x, "sum", world, group)),
-        "add and norm": lambda: add_norm_of(x, site),
-        "add and norm of own rows": lambda: add_norm_of(mine.x, mine),
-        "all-gather, 16 bits": lambda: wait(gather(mine.x, world, group)),
+
+    def waited(collective, *args):
+        return lambda: c10d.wait_tensor(collective(*args, group))
+
+    pieces: dict[str, Callable] = {
+        "all-reduce": waited(c10d.all_reduce_, x, "sum"),
+        "reduce-scatter": waited(c10d.reduce_scatter_tensor, x, "sum", world),
+        "add and norm": functools.partial(add_norm_of, x, site),
+        "add and norm of own rows": functools.partial(add_norm_of, mine.x, mine),
+        "all-gather, 16 bits": waited(c10d.all_gather_into_tensor, mine.x, world),
     }
     for bits in PACKED:
         pieces |= {
-            f"pack, {bits} bits": lambda bits=bits: on.pack(x, world * own, bits),
-            f"all-to-all, {bits} bits": lambda bits=bits: wait(c10d.all_to_all_single(packed[bits], parts, parts, group)),
-            f"all-gather, {bits} bits": lambda bits=bits: wait(gather(packed[bits][:own], world, group)),
-            f"unpack, {bits} bits": lambda bits=bits: on.unpack(packed[bits], out, bits),
+            f"pack, {bits} bits": functools.partial(on.pack, x, world * own, bits),
+            f"all-to-all, {bits} bits": waited(c10d.all_to_all_single, packed[bits], parts, parts),
+            f"all-gather, {bits} bits": waited(c10d.all_gather_into_tensor, packed[bits][:own], world),
+            f"unpack, {bits} bits": functools.partial(on.unpack, packed[bits], out, bits),
         }
     carried = site._replace(residual=kept, fp32_residual=True, sharded_residual=True)
     for wire, trips in codec.TRIPS.items():
         received = packed[trips[0]].view(world, own, -1)
-        pieces[f"reduce, {wire} bits"] = lambda received=received, trips=trips: on.reduce(received, rank, carried, kept, trips)
+        pieces[f"reduce, {wire} bits"] = functools.partial(on.reduce, received, rank, carried, kept, trips)
         pieces[f"site, {wire} bits"] = functools.partial(LowBit(group, device, wire).fused, carried, False)
     plain = ProcessGroup(group, device)
     plain.in_place = True

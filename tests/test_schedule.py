@@ -27,6 +27,7 @@ from tw_compile.passes.graph_utils import arguments
 from tw_compile.site import Site
 from tw_compile.transports import choose
 from tw_compile.transports.process_group import ProcessGroup
+from tw_compile.transports.symmetric import gemms
 
 SIZES = 16, 32
 # Attention and MLP of a layer on one of two ranks, as tests/models.py has them.
@@ -325,6 +326,40 @@ def inputs_behind_a_measurement(phases):
 )
 def test_a_measured_process_group_reduces_in_place_but_for_inputs(ranks, phases):
     assert ranks(inputs_behind_a_measurement, phases) == [(True, [2.0])] * 2
+
+
+@pytest.fixture
+def reserved(monkeypatch):
+    """The numbers of SMs that are reserved, and "end" for each release."""
+    log = []
+    monkeypatch.setattr(gemms, "reserve_sms", lambda ctas: log.append(ctas) or True)
+    monkeypatch.setattr(gemms, "release_sms", lambda: log.append("end"))
+    return log
+
+
+@pytest.mark.parametrize(
+    "options, wanted", [(dict(mode="weave", ctas=4), [4, "end"]), (dict(mode="weave"), []), (dict(mode="fuse", ctas=4), [])], ids=str
+)
+def test_gemms_of_a_woven_form_leave_sms_to_the_process_group(world, reserved, options, wanted):
+    with without_codegen(), torch.no_grad():
+        compiled(mlp, dynamic=False, **options)(*mlp_inputs(40))
+    assert reserved == wanted
+
+
+def test_a_failing_call_reserves_nothing_on(reserved):
+    with pytest.raises(KeyboardInterrupt), gemms.reserved(8):
+        raise KeyboardInterrupt
+    with gemms.reserved(0):
+        pass
+    assert reserved == [8, "end"]
+
+
+def test_so_many_sms_are_measured_over_the_process_group(world, reserved):
+    group, cpu = dist.group.WORLD.group_name, torch.device("cpu")
+    section = schedule.Section(H, "float32", SIZES, 1, 0, ((("mm", H, H),),) * 2, False)
+    with tempfile.TemporaryDirectory() as folder, Rank(folder):
+        schedule.agree_on(section, group, cpu, "process_group", None)
+    assert set(reserved) >= {4, 8, "end"} and len(reserved) % 2 == 0 and set(reserved[1::2]) == {"end"}
 
 
 class Logged(ProcessGroup):

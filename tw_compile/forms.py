@@ -26,6 +26,8 @@ from .passes.find import collectives
 from .report import Break, Report, say_once
 from .sizes import ForSizes, Sizes
 from .transports import agree, choose
+from .transports.process_group import ProcessGroup
+from .transports.symmetric import gemms
 from .transports.together import WorkspaceError
 from .variants import Compiler, Values, Variant, outside, places_of, sites_of, uncompiled
 
@@ -172,7 +174,7 @@ class Forms:
             form, why = self._form_of(known, may_cross)
             variant = self._variant(form, why, known)
             self._prepare(variant, known)
-            run = variant.run if form == PLAIN else self._entered(variant.run)
+            run = variant.run if form == PLAIN else self._entered(self._beside_gemms(variant.run, form))
             if len(self.runs) >= MOST_CALLS:
                 self.runs.clear()
             self.runs[values] = run
@@ -340,6 +342,17 @@ class Forms:
                 if self.options.transport != "auto":
                     raise TokenWeaveError(f"option 'tokenweave.transport' is {self.options.transport!r}, but {error}") from error
                 choose.fall_back(self.options.transport_and_wire, group, device, str(error))
+
+    def _beside_gemms(self, run: Callable, form: Place | str) -> Callable:
+        """``run`` of a woven form over process groups, whose GEMMs leave SMs to the kernels of the other half's collectives.
+
+        Such a kernel would otherwise wait for the end of a GEMM that has all SMs. Symmetric reserves SMs itself, from start to wait.
+        """
+        carriers = [choose.choose(self.options.carrier, group, device)[0] for group, device in self.places]
+        ctas = self.options.ctas if isinstance(self.options.ctas, int) else self._plan.ctas
+        if not isinstance(form, Place) or not ctas or not all(isinstance(carrier, ProcessGroup) for carrier in carriers):
+            return run
+        return gemms.reserved(ctas)(run)
 
     def _entered(self, run: Callable) -> Callable:
         """``run`` inside of ``transport.call()`` for each group of the sites, so that the group's calls keep their order.

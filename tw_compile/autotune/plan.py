@@ -34,7 +34,8 @@ class Plan:
     """How a graph is woven.
 
     min_tokens:   number of tokens from which the graph is woven; None if it never is
-    ctas:         CTAs of a communication kernel beside GEMMs; 0 leaves the number to the kernel
+    ctas:         CTAs of a communication kernel beside GEMMs; 0 leaves the number to the kernel. Over a process group, the SMs that GEMMs
+                  leave to its kernels
     split_ratio:  part of the tokens in the first half, exact as a float: 0.375, 0.5
     gain:         fused time / woven time of the section, at the most tokens that were measured; None for a plan by rule
     experts_from: number of tokens from which a woven graph cuts its experts too; None if it never does, or if it has none

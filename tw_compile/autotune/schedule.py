@@ -31,6 +31,7 @@ from ..options import Options
 from ..site import Site
 from ..transports import agree, choose
 from ..transports.process_group import ProcessGroup
+from ..transports.symmetric import gemms
 from .operands import Gemm, bytes_of, channels_of, ends
 from .plan import SPLIT_RATIOS, Plan, by_rule, by_times, first_half, rule_of_cut
 
@@ -43,6 +44,7 @@ MAX_ELEMENTS = 1 << 26
 
 PHASES = 4  # phases of compute, each between two sites: two layers
 CTAS = 4, 6, 8, 12, 16, 24
+RESERVED = 0, 4, 8  # SMs that GEMMs leave to the kernels of a process group beside them
 SAMPLES = 5
 # Clock cycles that the GPU waits before a sample while the host enqueues it. A site of the process group is several calls of the host.
 HEAD_START, HEAD_START_OF_PROCESS_GROUP = 5_000_000, 40_000_000
@@ -152,7 +154,8 @@ def _autotune(section: Section, group: str, device: torch.device, requested: str
         plan = by_rule(section.hidden, sms_of(device), section.experts)
         log.warning("a schedule is not autotuned, and a rule weaves from %d tokens on: %s", plan.min_tokens, max(lacking))
         return plan
-    ctas = (section.ctas,) if section.ctas or isinstance(transport, ProcessGroup) else CTAS
+    candidates = RESERVED if isinstance(transport, ProcessGroup) else CTAS
+    ctas = (section.ctas,) if section.ctas else candidates
 
     def plan_of(variants: list[tuple[int, float]]) -> Plan:
         forms = [(*variant, experts) for experts in ((False, True) if section.experts else (False,)) for variant in variants]
@@ -234,7 +237,8 @@ class Stage:
             length, step = (tokens, 1) if sequences == 1 else (sequences, sequence)
             first = first_half(length, rule_of_cut(length, step, Options(), split_ratio), split_ratio) * step
             pieces = [first, sequence * sequences - first] if variant else [sequence * sequences]
-            runs.append(functools.partial(self.run, pieces, sequence, ctas, experts))
+            run = functools.partial(self.run, pieces, sequence, ctas, experts)
+            runs.append(gemms.reserved(ctas)(run) if isinstance(self.transport, ProcessGroup) else run)
         taken = [[self._seconds(run) for run in runs] for _ in range(SAMPLES + 1)]
         return [statistics.median(samples) for samples in zip(*taken[1:])]
 

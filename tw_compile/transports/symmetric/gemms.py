@@ -8,7 +8,9 @@ first reservation, whichever groups and threads they are of. Until then GEMMs of
 some SMs, and may change their kernels.
 """
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,6 +53,17 @@ def release_sms() -> None:
         if _reservations == 0:
             _set(*_saved)
             _saved = None, None
+
+
+@contextlib.contextmanager
+def reserved(ctas: int) -> Iterator[None]:
+    """``reserve_sms`` for all GEMMs that are launched in it; nothing for 0 CTAs. It also decorates functions."""
+    reserves = ctas > 0 and reserve_sms(ctas)
+    try:
+        yield
+    finally:
+        if reserves:
+            release_sms()
 
 
 def _set(backend: Any, carveout: int | None) -> None:
