@@ -23,7 +23,12 @@ class LowBit(Beside):
 
     A norm travels in the wire's format also where a site quantises it, which each rank does on arrival: the wire has a scale for each 128
     or 32 values, and the quantisation one for all of a row.
+
+    The halves of a woven graph have a stream each: one half packs and unpacks while the other one's values are on the wire. Their
+    collectives, all of one group, stay in the order of the calls.
     """
+
+    streams = 2
 
     def __init__(self, group_name: str, device: torch.device, bits: int, least_bytes: int = 0) -> None:
         super().__init__(group_name, device)
