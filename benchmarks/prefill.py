@@ -8,7 +8,7 @@ memory too, as between hosts. Our sides then use the process group. ``--wire 16 
 The table of docs/wire.md is
 
     torchrun --nproc-per-node 2 benchmarks/prefill.py --model 8B --link host --wire 16 8 6 4 --wire-from 1024 \\
-        --tokens 1 16 64 1024 4096 8192 --sides inductor auto no-comm --samples 5
+        --tokens 1 16 64 1024 4096 8192 --sides inductor auto no-comm --samples 5 --seconds 400
 
 ``--high-priority`` lets NCCL's kernels begin before the waiting thread blocks of a GEMM beside them.
 
@@ -19,10 +19,12 @@ that is interrupted keeps its results. common.py describes the sides and the row
 import argparse
 import itertools
 import os
+import time
 
 import common
 import opaque
 import quantisation
+import timing
 import torch
 import torch.distributed as dist
 import variants
@@ -58,13 +60,14 @@ def main():
     parser.add_argument("--wire-from", type=int, default=0, help="fewest tokens that are measured with fewer bits than 16")
     parser.add_argument("--link", choices=LINKS, default="nvlink", help="the fastest link that NCCL may use")
     parser.add_argument("--high-priority", action="store_true", help="NCCL's streams have a high priority, for all sides")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no further size is begun after so many seconds")
     args = parser.parse_args()
 
     # Both are read when the first group is made.
     os.environ.update(LINKS[args.link] | ({"TORCH_NCCL_HIGH_PRIORITY": "1"} if args.high_priority else {}))
     options = {} if args.link == "nvlink" else {"tokenweave.transport": "process_group"}
     device, ranks = llama.start()
-    measured_rows = []
+    measured_rows, begin = [], time.monotonic()
     sizes = sorted(itertools.product(args.batch, args.tokens), key=lambda size: size[0] * size[1])
     compiled_for = sizes[:1] + [(batch, tokens) for batch, tokens in sizes if batch * tokens >= LARGE][:1]
     with torch.no_grad():
@@ -75,6 +78,11 @@ def main():
             opaque.allocate(model, config, max(args.tokens))
             opaque.state.refused = "it is measured whole" if args.attention == "opaque-whole" else ""
         for batch, tokens in sizes:
+            (seconds,) = timing.slowest([time.monotonic() - begin], device)
+            if seconds > args.seconds:
+                llama.say(f"{seconds:.0f} s: {tokens} tokens and more are left out")
+                break
+            llama.say(f"{seconds:.0f} s: {batch} × {tokens} tokens")
             if (batch, tokens) in compiled_for:
                 torch._dynamo.reset()
                 names = quantisation.able(args.sides, args.quant)

@@ -348,11 +348,11 @@ class Forms:
 
         Such a kernel would otherwise wait for the end of a GEMM that has all SMs. Symmetric reserves SMs itself, from start to wait.
         """
-        carriers = [choose.choose(self.options.carrier, group, device)[0] for group, device in self.places]
         ctas = self.options.ctas if isinstance(self.options.ctas, int) else self._plan.ctas
-        if not isinstance(form, Place) or not ctas or not all(isinstance(carrier, ProcessGroup) for carrier in carriers):
+        if not isinstance(form, Place) or not ctas:
             return run
-        return gemms.reserved(ctas)(run)
+        carriers = [choose.choose(self.options.carrier, group, device)[0] for group, device in self.places]
+        return gemms.reserved(ctas)(run) if all(isinstance(carrier, ProcessGroup) for carrier in carriers) else run
 
     def _entered(self, run: Callable) -> Callable:
         """``run`` inside of ``transport.call()`` for each group of the sites, so that the group's calls keep their order.
