@@ -5,7 +5,8 @@ A result file has one row for each size and side, with
     model, layers, tp, batch, tokens   the size. tokens: tokens of each sequence
     quant                              how the linear layers are quantised: see quantisation.py; "none" for 16 bits
     link                               of prefill.py: the fastest link that NCCL may use
-    high_priority                      of prefill.py: whether NCCL's streams have a high priority; left out where they have not
+    high_priority, nccl_ctas           of prefill.py: whether NCCL's streams have a high priority, and the most CTAs of its kernels; only
+                                       where they are set
     wire                               bits of a value over the process group
     side, mode                         mode: the mode in force for a tokenweave side, from its report
     speedup, vs_nocomm                 time of the side inductor, and of no-comm, divided by the time of this side

@@ -10,7 +10,8 @@ The table of docs/wire.md is
     torchrun --nproc-per-node 2 benchmarks/prefill.py --model 8B --link host --wire 16 8 6 4 --wire-from 1024 \\
         --tokens 1 16 64 1024 4096 8192 --sides inductor auto no-comm --samples 5 --seconds 400
 
-``--high-priority`` lets NCCL's kernels begin before the waiting thread blocks of a GEMM beside them.
+Beside a GEMM that has all SMs, NCCL's kernels wait: autotuning leaves them SMs where that is faster. ``--high-priority`` lets them begin
+before the waiting thread blocks of GEMMs, and ``--nccl-ctas 8`` makes them fit into the SMs that are left.
 
 All sides run in one process, each as a CUDA graph, in turns. Writes benchmarks/results/prefill-*.json after each size, so that a run
 that is interrupted keeps its results. common.py describes the sides and the rows.
@@ -60,11 +61,14 @@ def main():
     parser.add_argument("--wire-from", type=int, default=0, help="fewest tokens that are measured with fewer bits than 16")
     parser.add_argument("--link", choices=LINKS, default="nvlink", help="the fastest link that NCCL may use")
     parser.add_argument("--high-priority", action="store_true", help="NCCL's streams have a high priority, for all sides")
+    parser.add_argument("--nccl-ctas", type=int, default=0, help="the most CTAs of a kernel of NCCL's, for all sides; 0 for its own choice")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no further size is begun after so many seconds")
     args = parser.parse_args()
 
-    # Both are read when the first group is made.
-    os.environ.update(LINKS[args.link] | ({"TORCH_NCCL_HIGH_PRIORITY": "1"} if args.high_priority else {}))
+    # All are read when the first group is made.
+    os.environ.update(LINKS[args.link])
+    os.environ.update({"TORCH_NCCL_HIGH_PRIORITY": "1"} if args.high_priority else {})
+    os.environ.update({"NCCL_MAX_CTAS": str(args.nccl_ctas)} if args.nccl_ctas else {})
     options = {} if args.link == "nvlink" else {"tokenweave.transport": "process_group"}
     device, ranks = llama.start()
     measured_rows, begin = [], time.monotonic()
@@ -90,7 +94,8 @@ def main():
                 sides = [
                     common.Side(name, model, options=options, wire=wire) for name in names for wire in (args.wire if name in ours else [16])
                 ]
-            kinds = {"quant": args.quant, "link": args.link} | ({"high_priority": True} if args.high_priority else {})
+            kinds = {"quant": args.quant, "link": args.link}
+            kinds |= {name: getattr(args, name) for name in ("high_priority", "nccl_ctas") if getattr(args, name)}
             size = {"model": args.model, "layers": args.layers, "batch": batch, "tokens": tokens} | kinds
             # Tokens in the first rank's part of the vocabulary, as the side without all-reduces can look up only its own part.
             ids = torch.randint(config.vocab // ranks, (batch, tokens), device=device)
@@ -104,7 +109,8 @@ def main():
                 + ("" if args.batch == [1] else "-batches")
                 + ("" if args.attention == "sdpa" else f"-{args.attention}")
                 + _suffix(args.link, args.wire)
-                + ("-high-priority" if args.high_priority else ""),
+                + ("-high-priority" if args.high_priority else "")
+                + (f"-{args.nccl_ctas}-ctas" if args.nccl_ctas else ""),
                 device,
                 "dynamic shapes; ms of a whole forward pass with embedding, last norm and the last token's logits",
                 measured_rows,
