@@ -351,8 +351,8 @@ class Forms:
         ctas = self.options.ctas if isinstance(self.options.ctas, int) else self._plan.ctas
         if not isinstance(form, Place) or not ctas:
             return run
-        carriers = [choose.choose(self.options.carrier, group, device)[0] for group, device in self.places]
-        return gemms.reserved(ctas)(run) if all(isinstance(carrier, ProcessGroup) for carrier in carriers) else run
+        transports = [choose.choose(self.options.transport_and_wire, group, device)[0] for group, device in self.places]
+        return gemms.reserved(ctas)(run) if all(isinstance(transport, ProcessGroup) for transport in transports) else run
 
     def _entered(self, run: Callable) -> Callable:
         """``run`` inside of ``transport.call()`` for each group of the sites, so that the group's calls keep their order.
