@@ -597,8 +597,11 @@ def compiled(block, *inputs):
     return results, eager, report
 
 
-def parallel_layers(dtype, layers=4, tokens=64, hidden=64):
-    """On a rank: errors of compiled and eager against float64, and how many all-reduces each site is."""
+def parallel_layers(dtype, wide=False, layers=4, tokens=64, hidden=64):
+    """On a rank: errors of compiled and eager against float64, and how many all-reduces each site is.
+
+    wide: gates are in float32, and all is added in float32
+    """
     generator, mine = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + dist.get_rank())
     draw = lambda g, *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     x, gates, norms = (
@@ -611,8 +614,11 @@ def parallel_layers(dtype, layers=4, tokens=64, hidden=64):
     def forward(x, gates, norms, ups, downs, outs):
         normed = hf_norm(x, norms[-1])
         for gate, norm, up, down, out in zip(gates, norms, ups, downs, outs):
-            branch = torch.sigmoid(normed @ gate) * all_reduce((normed @ up).relu() @ down)
-            x = all_reduce(normed.sin() @ out) + branch + x
+            inner, outer = all_reduce((normed @ up).relu() @ down), all_reduce(normed.sin() @ out)
+            if wide:
+                x = (x.float() + outer + inner * torch.sigmoid(normed.float() @ gate.float())).to(x.dtype)
+            else:
+                x = outer + torch.sigmoid(normed @ gate) * inner + x
             normed = hf_norm(x, norm)
         return normed
 
@@ -623,9 +629,10 @@ def parallel_layers(dtype, layers=4, tokens=64, hidden=64):
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_error_is_not_above_that_of_eager(ranks, dtype):
-    (errors, merged), other = ranks(parallel_layers, dtype)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_the_error_is_not_above_that_of_eager(ranks, dtype, wide):
+    (errors, merged), other = ranks(parallel_layers, dtype, wide)
     assert merged == [2] * 4 and other == (errors, merged)
     assert errors[0] <= 1.1 * errors[1] < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
 
@@ -665,3 +672,23 @@ def read_on_rank_0():
 def test_a_sum_whose_part_one_rank_reads_is_merged_on_none(ranks):
     first, second = ranks(read_on_rank_0)
     assert first == second and all(merged == 1 for merged in first[0]) and len(first[0]) + first[1] == 2
+
+
+def last_tokens():
+    """On a rank: the last token of each sequence is taken before the last norm, so that the last site reduces rows with gaps between."""
+    shared, mine = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + dist.get_rank())
+    x, w = torch.randn(2, 8, H, generator=shared), torch.randn(H, generator=shared)
+    up, down = torch.randn(H, INNER, generator=mine), torch.randn(INNER, H, generator=mine)
+
+    def forward(x, w, up, down):
+        for _ in range(2):
+            x = x + all_reduce((hf_norm(x, w) @ up).relu() @ down)
+        return hf_norm(x[:, -1:], w)
+
+    results, eager, report = compiled(forward, x, w, up, down)
+    torch.testing.assert_close(results, eager, rtol=1e-4, atol=1e-4)
+    return [(site.shape, site.woven) for site in report.sites]
+
+
+def test_the_last_token_of_each_sequence(ranks):
+    assert ranks(last_tokens) == [[((2, 8, H), True), ((2, 1, H), False)]] * 2
