@@ -41,7 +41,7 @@ def expand(graph: Graph, over_process_group: Callable[[str, torch.Tensor], bool]
                 total = emit(ops.reduced, sums[given["token"]], sums.get(given["after"], given["after"]))
                 _replace(node, *_site(emit, total, named(given["token"])))
                 continue
-            if not _is_contiguous(value(x)):  # Inductor reduces in place, which the process group does wrong where there are gaps
+            if not _is_contiguous(value(x)):  # Inductor makes this an op in place, which sums wrongly where rows have gaps between
                 x = emit(aten.clone.default, x, memory_format=torch.contiguous_format)
             total = emit(c10d.all_reduce.default, x, "sum", given["group"])
             if calls(node, ops.start):
