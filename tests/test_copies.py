@@ -53,3 +53,16 @@ def test_a_batch_is_cut_between_sequences():
     new = rewrite(layer(llama4), values(3, 5, H), values(3, 5, H), values(H), values(E, H, H), mode="weave")
     new.check()
     assert not new.report.joins
+
+
+def test_tokens_that_become_sequences_are_no_copies():
+    """The cut of all tokens may be inside of a sequence, so that a half has no whole number of them."""
+
+    def block(x, r, w):
+        tokens = r.view(-1, H) + all_reduce(x)
+        sequences = hf_norm(tokens.view(2, 12, H), w)
+        return hf_norm(tokens + all_reduce(sequences.cumsum(1).view(-1, H)), w)
+
+    new = rewrite(block, values(24, H), values(2, 12, H), values(H), mode="weave")
+    new.check()
+    assert {join.reason for join in new.report.joins if "reshape" in join.op} == {"its token-axis rule does not cover this use"}

@@ -228,6 +228,26 @@ def test_a_weight_in_float32_of_the_torch_form():
     assert match_in(block, x, r, weight).norm.weight is not None
 
 
+SPELLINGS = {  # of x * rsqrt(spread + eps) * w, where wide is x in float32
+    "1 / sqrt": lambda x, wide, spread, w: w * (wide * (1 / torch.sqrt(spread + 1e-5))).to(x.dtype),
+    "reciprocal": lambda x, wide, spread, w: w * (wide * torch.sqrt(spread + 1e-5).reciprocal()).to(x.dtype),
+    "a column by a view": lambda x, wide, _, w: w * (wide * torch.rsqrt(wide.pow(2).mean(-1) + 1e-5).view(*x.shape[:-1], 1)).to(x.dtype),
+    "the weight first": lambda x, wide, spread, w: (wide * w.float() * torch.rsqrt(spread + 1e-5)).to(x.dtype),
+    "1 + the weight first": lambda x, wide, spread, w: (wide * (1 + w.float()) / torch.sqrt(spread + 1e-5)).to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_other_spellings_of_a_norm(name):
+    def block(x, r, w):
+        total = r + all_reduce(x)
+        wide = total.float()
+        return SPELLINGS[name](total, wide, wide.pow(2).mean(-1, keepdim=True), w)
+
+    norm = match_in(block, *inputs()).norm
+    assert (norm.kind, str(norm.weight), norm.offset) == ("RMSNorm", "arg2_1", float("1 +" in name))
+
+
 def test_a_square_written_as_a_product_and_a_root_as_a_power():
     def block(x, r, w):
         wide = (r + all_reduce(x)).float()
@@ -263,6 +283,12 @@ def test_a_registered_all_reduce_is_found(monkeypatch):
 
 def refused(reason, function, *inputs):
     assert reason_in(function, *inputs) == reason
+
+
+def before_its_norm(reason, function, *inputs):
+    """The site ends at the residual, as the kernel does not have the norm."""
+    match = match_in(function, *inputs)
+    assert (match.norm.kind, match.norm.lacking, match.norm.output) == ("", reason, match.total)
 
 
 @pytest.mark.parametrize("op", ["avg", "max"])
@@ -306,23 +332,23 @@ def test_refused_residual_in_16_bits_of_a_sum_in_float32():
     )  # fmt: skip
 
 
-def test_refused_weight_that_changes_the_dtype():
+def test_before_a_norm_whose_weight_changes_the_dtype():
     x, r, w = inputs()
-    refused(
+    before_its_norm(
         "the norm of a torch.bfloat16 value is torch.float32 (its weight is torch.float32)",
         lambda x, r, w: hf_norm(r + all_reduce(x), w),
         x, r, w.float(),
     )  # fmt: skip
 
 
-def test_refused_weight_of_another_half_precision():
+def test_before_a_norm_with_a_weight_of_another_half_precision():
     x, r, w = inputs()
 
     def block(x, r, w):
         wide = (r + all_reduce(x)).float()
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * w).to(x.dtype)
 
-    refused("the norm's weight is torch.float16, its input torch.bfloat16", block, x, r, w.half())
+    before_its_norm("the norm's weight is torch.float16, its input torch.bfloat16", block, x, r, w.half())
 
 
 def test_refused_cast_before_the_add():
@@ -416,6 +442,23 @@ def test_a_layer_that_is_compiled_alone_ends_in_a_site_without_a_norm():
     assert "all-reduce + add\n" in f"{new.report}\n"
 
 
+def test_a_sum_that_another_kind_of_norm_reads_ends_in_a_site_without_one():
+    """Also inside a graph, and before what is no norm where the residual is that of a site."""
+
+    def layer(x, y, z, r, w):
+        total = r + all_reduce(x)
+        other = total + all_reduce(F.normalize(total, dim=-1) * y)
+        return torch.tanh(other + all_reduce(hf_norm(other, w) * z)) * w
+
+    given = *(values(8, H) for _ in range(4)), values(H)
+    for how in ({"mode": "fuse"}, {"mode": "fuse", "symmetric": True}, {"mode": "weave", "split": 4, "symmetric": True}):
+        new = rewrite(layer, *given, **how)
+        assert [(site.residual, site.norm) for site in new.report.sites] == [(True, ""), (True, "RMSNorm"), (True, "")]
+        divided = "the value is divided by its length (F.normalize), not by the root of mean of squares + eps"
+        assert [f"1 site has no norm: {why}" for why in (divided, "no RMSNorm or LayerNorm follows")] == new.report.reasons[:2]
+        new.check()
+
+
 def test_refused_no_norm_and_no_residual():
     refused(
         "no RMSNorm or LayerNorm follows; the reduced value is the input of aten.relu.default", lambda x: all_reduce(x).relu(), values(8, H)
@@ -466,8 +509,8 @@ NOT_QUITE = {  # what is not quite a LayerNorm: a block, and why it is none
 
 
 @pytest.mark.parametrize("block, reason", NOT_QUITE.values(), ids=NOT_QUITE)
-def test_refused_what_is_not_quite_a_layer_norm(block, reason):
-    refused(reason, block, *inputs(torch.float32))
+def test_before_what_is_not_quite_a_layer_norm(block, reason):
+    before_its_norm(reason, block, *inputs(torch.float32))
 
 
 def test_a_layer_norm_in_parts():
@@ -486,32 +529,32 @@ def test_a_layer_norm_that_is_not_in_float32():
     assert match_in(in_parts(), *inputs()).norm.center
 
 
-def test_refused_a_value_that_is_divided_by_its_length():
-    refused(
+def test_before_a_value_that_is_divided_by_its_length():
+    before_its_norm(
         "the value is divided by its length (F.normalize), not by the root of mean of squares + eps",
         lambda x, r, w: F.normalize((r + all_reduce(x)).float(), dim=-1).to(x.dtype) * w, *inputs(),
     )  # fmt: skip
 
 
-def test_refused_a_sum_of_squares_that_another_number_divides():
+def test_before_a_sum_of_squares_that_another_number_divides():
     def block(x, r, w):
         total = r + all_reduce(x)
         return total * torch.rsqrt(total.pow(2).sum(-1, keepdim=True) / (H + 1) + 1e-5) * w
 
-    refused("no RMSNorm or LayerNorm follows", block, *inputs(torch.float32))
+    before_its_norm("no RMSNorm or LayerNorm follows", block, *inputs(torch.float32))
 
 
-def test_refused_layer_norm_that_changes_the_dtype():
+def test_before_a_layer_norm_that_changes_the_dtype():
     x, r, w = inputs()
-    refused(
+    before_its_norm(
         "the norm of a torch.bfloat16 value is torch.float32 (its weight is torch.float32)",
         lambda x, r, w, b: layer_norm((r + all_reduce(x)).float(), w, b),
         x, r, w.float(), bias(torch.float32),
     )  # fmt: skip
 
 
-def test_refused_bias_of_a_layer_norm_of_another_half_precision():
-    refused(
+def test_before_a_layer_norm_with_a_bias_of_another_half_precision():
+    before_its_norm(
         "the norm's bias is torch.float16, its input torch.bfloat16",
         lambda x, r, w, b: (layer_norm((r + all_reduce(x)).float(), w.float()) + b).to(x.dtype),
         *inputs(), bias(torch.float16),
@@ -543,28 +586,28 @@ def test_refused_norm_over_part_of_the_row():
     refused("no RMSNorm or LayerNorm follows", block, x, r, w[: H // 2].clone())
 
 
-def test_refused_norm_without_eps():
+def test_before_a_norm_without_eps():
     def block(x, r, w):
         total = r + all_reduce(x)
         return total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True)) * w
 
-    refused("the mean of squares is not followed by + eps", block, *inputs(torch.float32))
+    before_its_norm("the mean of squares is not followed by + eps", block, *inputs(torch.float32))
 
 
-def test_refused_norm_with_eps_from_a_tensor():
+def test_before_a_norm_with_eps_from_a_tensor():
     def block(x, r, w):
         total = r + all_reduce(x)
         return total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + w[:1]) * w
 
-    refused("the mean of squares is not followed by + eps", block, *inputs(torch.float32))
+    before_its_norm("the mean of squares is not followed by + eps", block, *inputs(torch.float32))
 
 
-def test_refused_norm_of_something_else_by_this_root():
+def test_before_a_norm_of_something_else_by_this_root():
     def block(x, r, w):
         total = r + all_reduce(x)
         return r * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5) * w
 
-    refused("no x * rsqrt(mean of squares + eps) follows", block, *inputs(torch.float32))
+    before_its_norm("no x * rsqrt(mean of squares + eps) follows", block, *inputs(torch.float32))
 
 
 def test_refused_reduced_value_added_to_itself():

@@ -73,6 +73,7 @@ passes.rules.gather
 passes.rules.token_axis
 passes.rules.per_half
 passes.find
+passes.linear
 passes.norms
 passes.emit
 passes.graph_utils

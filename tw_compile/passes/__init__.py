@@ -1,5 +1,6 @@
 """The passes over a post-grad graph. ``rewrite`` runs them in order."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +10,7 @@ from ..options import Options, TokenWeaveError
 from ..report import Refusal, Report, Site
 from .cut import Cut, choose_cut, stream
 from .expand import expand
-from .find import Match, find
+from .find import LEAVES, Match, find
 from .fingerprint import Decision, numbered
 from .fuse import fuse
 from .graph_utils import copied_graph, source_of, value
@@ -109,9 +110,12 @@ def rewrite(
         report.reasons.append(options.off or _nothing(kinds))
         return new
 
-    if (ends := sum(match.norm.kind == "" for match in matches)):
-        said = f"{ends} sites end before their norm" if ends > 1 else "1 site ends before its norm"
-        report.reasons.append(f"{said}, which is in the next graph: compile the whole model instead of each layer")
+    for why, ends in Counter(match.norm.lacking for match in matches if match.norm.lacking).items():
+        if why == LEAVES:
+            said = f"{ends} sites end before their norm" if ends > 1 else "1 site ends before its norm"
+            report.reasons.append(f"{said}, which is in the next graph: compile the whole model instead of each layer")
+        else:
+            report.reasons.append(f"{ends} sites have no norm: {why}" if ends > 1 else f"1 site has no norm: {why}")
     device = value(matches[0].total).device  # read now, as the passes below replace the node
     ctas = options.ctas if isinstance(options.ctas, int) else 0
     sites = fuse(work, matches, options.transport_and_wire, ctas)

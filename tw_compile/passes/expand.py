@@ -16,7 +16,7 @@ from ..compat import detect_fake_mode
 from ..quantise import read
 from ..site import WITHOUT_NORM
 from .emit import Emitter
-from .graph_utils import WAIT, aten, c10d, calls, prims, value
+from .graph_utils import WAIT, aten, c10d, calls, is_one, prims, same_size, value
 from .graph_utils import arguments as named
 from .quantise import emit_quantised
 
@@ -41,6 +41,8 @@ def expand(graph: Graph, over_process_group: Callable[[str, torch.Tensor], bool]
                 total = emit(ops.reduced, sums[given["token"]], sums.get(given["after"], given["after"]))
                 _replace(node, *_site(emit, total, named(given["token"])))
                 continue
+            if not _is_contiguous(value(x)):  # Inductor makes this an op in place, which sums wrongly where rows have gaps between
+                x = emit(aten.clone.default, x, memory_format=torch.contiguous_format)
             total = emit(c10d.all_reduce.default, x, "sum", given["group"])
             if calls(node, ops.start):
                 sums[node] = total
@@ -49,6 +51,16 @@ def expand(graph: Graph, over_process_group: Callable[[str, torch.Tensor], bool]
     for start in reversed(sums):
         graph.erase_node(start)
     graph.lint()
+
+
+def _is_contiguous(x: torch.Tensor) -> bool:
+    """Whether a fake tensor is known to be, without a guard."""
+    step: int | torch.SymInt = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride())):
+        if not is_one(size) and not same_size(stride, step):
+            return False
+        step = step * size
+    return True
 
 
 def _replace(done: Node, *results: Node) -> None:

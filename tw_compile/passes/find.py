@@ -9,7 +9,8 @@ A reshape, or a product with a scalar tensor, gives the same on each rank's part
 ``unshard`` gives sequence-parallel sites this form.
 
 The residual may be either operand of the add. There may be no residual, as in the norm after a vocabulary-parallel embedding. norms.py
-recognises the norms. Where a graph ends at the residual, as a layer that is compiled alone, the site ends there too.
+recognises the norms. Where no norm follows that it knows, the site may end at the residual: where the graph does, as a layer that is
+compiled alone, or before a norm of another kind.
 """
 
 import operator
@@ -42,11 +43,12 @@ from .graph_utils import (
     subgraphs,
     value,
 )
-from .norms import NO_NORM, Norm, has_row_length, is_number, match_norm, without_norm
+from .norms import NO_NORM, Norm, has_row_length, is_number, is_read_by_rows, match_norm, without_norm
 
 # Limits of the kernels.
 MAX_HIDDEN = 32768
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAVES = "the graph returns the sum with its residual before a norm: compile the whole model instead of each layer"
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,8 @@ def _match(node: Node, totals: Collection[Node]) -> Match | Refusal:
 def match_site(node: Node, call: AllReduce, totals: Collection[Node] = ()) -> Match | Refusal:
     """The site that begins with ``node``, the sum over the ranks that ``call`` describes; or why it is not one.
 
-    totals: those of sites before it. A site without a norm adds one of them, as all ranks are known to have the same
+    totals: those of sites before it. A site that ends before its norm adds one of them, as all ranks are known to have the same; or its
+            sum is read by rows, as a norm does
     """
     try:
         return _site(node, call, totals)
@@ -278,10 +281,11 @@ def _site(node: Node, call: AllReduce, totals: Collection[Node]) -> Match:
         norm = match_norm(total, dtype)
         if isinstance(norm, Norm) and (residual is not None or not is_cast):
             return Match(node, call.x, group, tuple(linear), bias, scale, residual, total, norm)
-        if residual is not None and norm is NO_NORM and any(user.op == "output" for user in total.users):
-            if residual in totals and not is_cast:
-                return Match(node, call.x, group, tuple(linear), bias, scale, residual, total, without_norm(total))
-            raise _Refused("the graph returns the sum with its residual before a norm: compile the whole model instead of each layer")
+        if residual is not None and not isinstance(norm, Norm):
+            lacking = LEAVES if norm is NO_NORM and any(user.op == "output" for user in total.users) else norm
+            if not is_cast and (residual in totals or is_read_by_rows(total)):
+                return Match(node, call.x, group, tuple(linear), bias, scale, residual, total, without_norm(total, lacking))
+            raise _Refused(lacking)
         if isinstance(norm, Norm):
             raise _Refused(f"a cast to {value(total).dtype} comes before the norm")
         if residual is not None or norm is not NO_NORM:

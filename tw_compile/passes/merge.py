@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from ..compat import detect_fake_mode
@@ -34,25 +35,22 @@ from .graph_utils import (
     c10d,
     calls,
     copied_graph,
-    is_one,
     is_tensor,
     keeps_order,
     keeps_rows,
     other_operand,
+    prims,
     same_shape,
-    same_size,
     sort_and_clean,
     value,
 )
+from .linear import PRODUCTS, ROWS, has_all_rows, is_scalar, is_vector, takes_rows
 from .norms import is_number
 from .replicated import own_values
 from .rules.token_axis import expr
 
-# Ops that pick or arrange whole rows: the same is done to the rows of each rank.
-_ROWS = (aten.slice.Tensor, aten.select.int, aten.permute.default)
-_PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
-# What ``find`` knows of a sum of one reduced value, in order: resHapes, scalar Factors, a Vector, Scales, a Residual.
-_KNOWN = "[hf]*v?s*r?h*"
+# What ``find`` knows of a sum of one reduced value, in order: resHapes, scalar Factors, a Vector, Scales, a Cast, a Residual.
+_KNOWN = "[hf]*v?s*c?s*r?h*"
 
 
 @dataclass(frozen=True)
@@ -134,37 +132,47 @@ class _Merger:
     def _parts(self, node: Node) -> list[Node]:
         """The sums among a call's operands that it is linear in, where nothing else reads them; [] if it is no sum."""
         sums = [a for a in node.all_input_nodes if a in self.sums and len(a.users) == 1]
-        if not sums or not is_tensor(node) or value(node).dtype != value(sums[0]).dtype or node.args.count(sums[0]) > 1:
+        if not sums or not is_tensor(node) or not self._has_dtype_of(node, sums[0]) or node.args.count(sums[0]) > 1:
             return []
         first = node.args[0]
+        if calls(node, prims.convert_element_type.default):
+            return [] if self._has_addends(first) else sums
         if calls(node, WAIT, aten.clone.default):
             return sums
-        if keeps_order(node) or (calls(node, *_ROWS) and _takes_rows(node)):
+        if keeps_order(node) or (calls(node, *ROWS) and takes_rows(node)):
             return sums if keeps_rows(node) and self._are_equal_rows(node, sums) else []
         if calls(node, aten.cat.default):
             along_rows = (node.args[1] if len(node.args) > 1 else 0) % value(node).dim() < value(node).dim() - 1
             return sums if along_rows and sums == first == self._of_one_group(sums) else []
-        if calls(node, aten.sum.dim_IntList):
+        if calls(node, aten.sum.dim_IntList, aten.mean.dim):
             rank = value(first).dim()
             over_rows = bool(node.args[1]) and all(d % rank < rank - 1 for d in node.args[1])
             return sums if over_rows and not self._has_addends(first) else []
         if calls(node, aten.mm.default):
             return sums if sums == [first] and not self._has_addends(first) and self._is_equal(node.args[1], sums) else []
-        whole = [a for a in sums if _has_all_rows(a, node)]
-        if calls(node, *_PRODUCTS):
+        whole = [a for a in sums if has_all_rows(a, node)]
+        if calls(node, *PRODUCTS):
             factor = other_operand(node, sums[0])
             is_divisor = calls(node, aten.div.Tensor, aten.div.Scalar) and factor is first
             return whole if len(sums) == 1 and not is_divisor and self._is_factor(factor, sums) else []
+        if calls(node, aten.where.self):
+            picks = whole == sums and not self._has_addends(sums[0]) and any(map(_is_zero, node.args))
+            return sums if picks and sums[0] is not first and self._is_equal(first, sums) else []
         if calls(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1:
-            alike = all(is_tensor(a) and value(a).dtype == value(node).dtype for a in node.args)
-            return self._of_one_group(whole) if alike else []
+            return self._of_one_group(whole) if all(map(is_tensor, node.args)) else []
         return []
 
+    def _has_dtype_of(self, node: Node, sum_: Node) -> bool:
+        """Whether a call keeps the dtype of its input, or is a cast, a product or a sum in float32 of what is reduced in 16 bits."""
+        dtypes = {value(node).dtype, value(sum_).dtype}
+        may_differ = calls(node, prims.convert_element_type.default, aten.add.Tensor, *PRODUCTS)
+        return len(dtypes) == 1 or (may_differ and dtypes == {value(self.sums[sum_][-1]).dtype, torch.float32})
+
     def _of_one_group(self, sums: list[Node]) -> list[Node]:
-        """The sums of the group of the last all-reduce."""
-        groups = [self.reduces[self.sums[a][-1]].group for a in sums]
+        """The sums of the group and the dtype of the last all-reduce."""
+        kinds = [(self.reduces[self.sums[a][-1]].group, value(self.sums[a][-1]).dtype) for a in sums]
         last = max(range(len(sums)), key=lambda i: self.order.index(self.sums[sums[i]][-1]), default=0)
-        return [a for a, group in zip(sums, groups) if group == groups[last] and value(a).dtype == value(sums[last]).dtype]
+        return [a for a, kind in zip(sums, kinds) if kind == kinds[last]]
 
     def _is_factor(self, factor: Any, sums: list[Node]) -> bool:
         return is_number(factor) or (is_tensor(factor) and self._is_equal(factor, sums))
@@ -180,7 +188,7 @@ class _Merger:
 
     def _are_equal_rows(self, node: Node, sums: list[Node]) -> bool:
         """Whether a call takes the same rows on all ranks, or rows that ``_rows`` tells apart; notes why not."""
-        bounds = [expr(value(a) if isinstance(a, Node) else a) for a in node.args[2:]] if calls(node, *_ROWS) else []
+        bounds = [expr(value(a) if isinstance(a, Node) else a) for a in node.args[2:]] if calls(node, *ROWS) else []
         sizes = {symbol for size in value(node.args[0]).shape for symbol in expr(size).free_symbols}
         equal_ = all(bound.free_symbols <= sizes for bound in bounds)
         if not equal_:
@@ -213,10 +221,12 @@ class _Merger:
         other = other_operand(node, part) if len(node.args) > 1 else None
         if calls(node, *RESHAPES):
             return "h"
-        if calls(node, *_PRODUCTS):
-            return "s" if is_number(other) else "f" if calls(node, aten.mul.Tensor) and _is_scalar(other) else "x"
-        if calls(node, aten.add.Tensor) and value(other).dim() == 1 and _is_vector(other, node):
-            return "v"
+        if calls(node, prims.convert_element_type.default):
+            return "c"
+        if calls(node, *PRODUCTS):
+            return "s" if is_number(other) else "f" if calls(node, aten.mul.Tensor) and is_scalar(other) else "x"
+        if calls(node, aten.add.Tensor) and value(other).dim() == 1 and is_vector(other, node):
+            return "v" if value(other).dtype == value(self.sums[node][-1]).dtype else "x"
         return "r" if calls(node, aten.add.Tensor) and same_shape(value(other).shape, value(part).shape) else "x"
 
     def _rewrite(self, root: Node) -> tuple[Node, Node] | None:
@@ -229,12 +239,15 @@ class _Merger:
                 return None
         self.early, self.late = last, root
         form = self._form(root)
-        reduce = self._partial(last, c10d.all_reduce.default, form.partial, "sum", self.reduces[last].group)
+        partial = self._cast(last, form.partial, value(last).dtype)
+        reduce = self._partial(last, c10d.all_reduce.default, partial, "sum", self.reduces[last].group)
         total = self._partial(last, WAIT, reduce)
         if form.bias is not None:
             total = self._whole(root, aten.add.Tensor, total, form.bias)
         if form.scale != 1.0:
             total = self._whole(root, aten.mul.Tensor, total, form.scale)
+        if value(root).dtype != value(total).dtype:
+            total = self._whole(root, prims.convert_element_type.default, total, value(root).dtype)
         if form.rest is not None:
             total = self._whole(root, aten.add.Tensor, total, self._expanded(form.rest, root))
         root.replace_all_uses_with(total)
@@ -249,7 +262,9 @@ class _Merger:
         forms = [self._form(part) for part in parts]
         if calls(node, WAIT, aten.clone.default):
             return forms[0]
-        if calls(node, aten.add.Tensor, *_PRODUCTS):  # which may add leading dimensions with one entry
+        if calls(node, prims.convert_element_type.default):
+            return replace(forms[0], partial=self._cast(node, forms[0].partial, value(node).dtype))
+        if calls(node, aten.add.Tensor, *PRODUCTS):  # which may add leading dimensions with one entry
             forms = [replace(form, partial=self._reshaped(form.partial, node)) for form in forms]
             if len(forms) > 1:
                 return self._added(node, *forms)
@@ -257,13 +272,14 @@ class _Merger:
             return combined(node, forms[0], other_operand(node, parts[0]))
         if calls(node, aten.cat.default):
             return self._joined(node, [self._unscaled(node, form) for form in forms])
-        (form,) = forms
+        (form,), (part,) = forms, parts
         if form.rest is not None:
-            rest = self._whole(node, node.target, self._expanded(form.rest, parts[0]), *node.args[1:])
+            rest = self._whole(node, node.target, self._expanded(form.rest, part), *node.args[1:])
             form = replace(form, rest=rest)
         if keeps_order(node):
             return replace(form, partial=self._reshaped(form.partial, node))
-        return replace(form, partial=self._partial(node, node.target, form.partial, *node.args[1:], **node.kwargs))
+        partial = self._reshaped(form.partial, part)
+        return replace(form, partial=self._partial(node, node.target, *[partial if a is part else a for a in node.args], **node.kwargs))
 
     def _joined(self, node: Node, forms: list[_Form]) -> _Form:
         """Rows of several sums: those of a sum have its bias."""
@@ -288,13 +304,13 @@ class _Merger:
         if bias is None:
             return replace(form, partial=partial)
         bias = self._whole(node, node.target, bias, factor)
-        if not _is_vector(bias, node):
+        if not is_vector(bias, node):
             return self._plus(node, replace(form, partial=partial, bias=None), bias)
         return replace(form, partial=partial, bias=self._vector(bias))
 
     def _plus(self, node: Node, form: _Form, addend: Node) -> _Form:
         """What is complete on each rank is added to the bias or to the rest."""
-        if _is_vector(addend, node) and form.rest is None:
+        if is_vector(addend, node) and form.rest is None and value(node).dtype == value(self.sums[node][-1]).dtype:
             form, addend = self._unscaled(node, form), self._vector(addend)
             return replace(form, bias=addend if form.bias is None else self._whole(node, aten.add.Tensor, form.bias, addend))
         return self._plus_rest(node, form, addend)
@@ -317,7 +333,7 @@ class _Merger:
             gemm = of
             while calls(gemm, *RESHAPES) and keeps_rows(gemm) and len(gemm.users) < 2:
                 gemm = gemm.args[0]
-            if calls(gemm, aten.mm.default) and len(gemm.users) < 2:
+            if calls(gemm, aten.mm.default) and len(gemm.users) < 2 and value(onto).dtype == value(of).dtype:
                 flat = self._reshaped(onto, gemm)
                 return self._reshaped(self._partial(node, aten.addmm.default, flat, *gemm.args), of)
         return self._partial(node, aten.add.Tensor, x, y)
@@ -329,6 +345,11 @@ class _Merger:
         return _Form(self._partial(node, aten.mul.Tensor, form.partial, form.scale), bias, 1.0, form.rest)
 
     # --- nodes -------------------------------------------------------------------------------------------------------
+
+    def _cast(self, like: Node, x: Node, dtype: torch.dtype) -> Node:
+        while calls(x, prims.convert_element_type.default) and value(x.args[0]).dtype == dtype:
+            x = x.args[0]  # the same number, rounded once less
+        return x if value(x).dtype == dtype else self._partial(like, prims.convert_element_type.default, x, dtype)
 
     def _reshaped(self, x: Node, like: Node) -> Node:
         """``x`` in the shape of another node."""
@@ -364,7 +385,7 @@ class _Merger:
 
     def _rows(self, root: Node) -> str:
         """Which rows of its reduced values a sum takes: each call, with its bounds."""
-        taken = [(str(node.target), value(node.args[0]), node.args[1:]) for node in self._steps(root) if calls(node, *_ROWS)]
+        taken = [(str(node.target), value(node.args[0]), node.args[1:]) for node in self._steps(root) if calls(node, *ROWS)]
         names: dict[str, str] = {}
 
         def show(size: Any) -> str:
@@ -374,25 +395,6 @@ class _Merger:
         return "; ".join(f"{op} of {[*map(show, x.shape)]} at {[*map(show, bounds)]}" for op, x, bounds in taken)
 
 
-def _takes_rows(node: Node) -> bool:
-    """Whether a call picks or arranges whole rows."""
-    rank = value(node.args[0]).dim()
-    return node.args[1][-1] % rank == rank - 1 if calls(node, aten.permute.default) else node.args[1] % rank < rank - 1
-
-
-def _is_vector(x: Node, total: Node) -> bool:
-    """Whether it is one row, that is added to all rows of ``total``. That of a single token is its residual."""
-    shape, whole = value(x).shape, value(total).shape
-    is_row = len(shape) > 0 and all(map(is_one, shape[:-1])) and same_size(shape[-1], whole[-1])
-    return is_row and not same_shape(shape, whole)
-
-
-def _is_scalar(factor: Any) -> bool:
-    return is_number(factor) or value(factor).dim() == 0
-
-
-def _has_all_rows(x: Node, node: Node) -> bool:
-    """Whether ``node``, a call that broadcasts its inputs, has no more rows than its input ``x``."""
-    mine, whole = value(x).shape, value(node).shape
-    more = len(whole) - len(mine)
-    return all(map(is_one, whole[:more])) and same_shape(mine, whole[more:])
+def _is_zero(x: Node) -> bool:
+    """Whether it is a tensor of zeros, as ``masked_fill`` has it."""
+    return calls(x, aten.full.default) and x.args[1] == 0

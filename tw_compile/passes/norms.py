@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node
 
 from ..site import WITHOUT_NORM
-from .graph_utils import RESHAPES, aten, calls, is_one, is_tensor, keeps_rows, other_operand, prims, same_size, value
+from .graph_utils import RESHAPES, aten, calls, is_one, is_tensor, keeps_rows, other_operand, prims, same_shape, same_size, value
 
 NO_NORM = "no RMSNorm or LayerNorm follows"
 
@@ -32,6 +32,7 @@ class Norm:
     weight: None for ones
     shift:  None for zeros
     center: it is a LayerNorm, where row is r - mean(r); otherwise an RMSNorm, where row is r and there is no shift
+    lacking: of a site that ends before its norm, why: what ``match_norm`` says
     """
 
     output: Node
@@ -40,15 +41,36 @@ class Norm:
     eps: float
     offset: float
     center: bool
+    lacking: str = ""
 
     @property
     def kind(self) -> str:
         return "" if self.eps == WITHOUT_NORM else "LayerNorm" if self.center else "RMSNorm"
 
 
-def without_norm(total: Node) -> Norm:
-    """What stands for the norm of a residual that no norm of the graph reads."""
-    return Norm(total, None, None, WITHOUT_NORM, 0.0, False)
+def without_norm(total: Node, lacking: str) -> Norm:
+    """What stands for the norm of a residual where a site ends before its norm. lacking: why"""
+    return Norm(total, None, None, WITHOUT_NORM, 0.0, False, lacking)
+
+
+def is_read_by_rows(total: Node) -> bool:
+    """Whether something is computed of each row of ``total`` as a whole: a norm of any kind."""
+    rows = [total]
+    for row in rows:
+        for user in row.users:
+            if calls(user, *_REDUCTIONS) and _of_rows(user):
+                return True
+            if user not in rows and (calls(user, *_OF_ENTRIES) or (calls(user, *RESHAPES) and keeps_rows(user))):
+                rows.append(user)
+    return False
+
+
+# Of rows, and of each entry of a row alone.
+_REDUCTIONS = (
+    aten.sum.dim_IntList, aten.mean.dim, aten.var.correction, aten.var_mean.correction, aten.amax.default,
+    aten.linalg_vector_norm.default,
+)  # fmt: skip
+_OF_ENTRIES = (prims.convert_element_type.default, aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.mul.Scalar, aten.abs.default)
 
 
 def match_norm(total: Node, dtype: torch.dtype | None = None) -> Norm | str:
@@ -136,7 +158,8 @@ def _reduction(result: Node) -> Node:
 
 def _as_column(node: Node) -> list[Node]:
     """``node``, and itself with a last dimension of one entry."""
-    return [node, *(u for u in node.users if calls(u, aten.unsqueeze.default) and u.args[1] in (-1, value(node).dim()))]
+    column = (*value(node).shape, 1)
+    return [node, *(u for u in node.users if calls(u, aten.unsqueeze.default, *RESHAPES) and same_shape(value(u).shape, column))]
 
 
 def _normalised(rows: list[Node], spread: Node, what: str, total: Node, dtype: torch.dtype, center: bool) -> Norm | str:
@@ -149,35 +172,49 @@ def _normalised(rows: list[Node], spread: Node, what: str, total: Node, dtype: t
     shifted = next((u for column in _as_column(spread) if (u := _one(column, aten.add.Tensor, aten.add.Scalar))), None)
     if not shifted or not is_number(shifted.args[1]) or shifted.args[1] < 0 or shifted.kwargs:
         return f"the {what} is not followed by + eps"
-    scaled = _divided(rows, shifted)
-    if not scaled:
-        return f"no x * rsqrt({what} + eps) follows"
-    return _weighted(scaled, float(shifted.args[1]), total, dtype, center)
+    for scaled in _divided(rows, shifted):
+        return _weighted(scaled, None, float(shifted.args[1]), total, dtype, center)
+    for row in rows:
+        for product in row.users:  # a weight that comes before
+            weight = other_operand(product, row) if calls(product, aten.mul.Tensor) else None
+            if _is_vector(weight, total):
+                for scaled in _divided([product], shifted):
+                    return _weighted(scaled, weight, float(shifted.args[1]), total, dtype, center)
+    return f"no x * rsqrt({what} + eps) follows"
 
 
 def _one(node: Node, *targets: object) -> Node | None:
     return next((u for u in node.users if calls(u, *targets)), None)
 
 
-def _divided(rows: list[Node], square: Node) -> Node | None:
-    """One of ``rows``, divided by the square root of ``square``."""
-    for root in (u for column in _as_column(square) for u in column.users):
-        power = root.args[1] if calls(root, aten.pow.Tensor_Scalar) else None
-        inverse = calls(root, aten.rsqrt.default) or power == -0.5
-        if not inverse and not calls(root, aten.sqrt.default) and power != 0.5:
-            continue
+def _divided(rows: list[Node], square: Node) -> Iterator[Node]:
+    """Each of ``rows``, divided by the square root of ``square``."""
+    roots = [root for column in _as_column(square) for root in column.users]
+    divisors = [root for root in roots if calls(root, aten.sqrt.default) or _is_power(root, 0.5)]
+    factors = [root for root in roots if calls(root, aten.rsqrt.default) or _is_power(root, -0.5)]
+    inverses = [u for root in divisors for column in _as_column(root) for u in column.users if calls(u, aten.reciprocal.default)]
+    factors += [*inverses, *(u for inverse in inverses for u in inverse.users if calls(u, aten.mul.Tensor) and u.args[1] == 1)]
+    for root in (*factors, *divisors):
         for column in _as_column(root):
             for user in column.users:
-                row = other_operand(user, column) if inverse else user.args[0]
-                divides = calls(user, aten.mul.Tensor) if inverse else calls(user, aten.div.Tensor) and user.args[1] is column
+                row = other_operand(user, column) if root in factors else user.args[0]
+                divides = calls(user, aten.mul.Tensor) if root in factors else calls(user, aten.div.Tensor) and user.args[1] is column
                 if divides and row in rows and value(column).dim() == value(row).dim() and is_one(value(column).shape[-1]):
-                    return user
-    return None
+                    yield user
 
 
-def _weighted(scaled: Node, eps: float, total: Node, dtype: torch.dtype, center: bool) -> Norm | str:
-    """The norm, with what follows ``scaled``: a weight, a shift if ``center``, and a cast back at any place. All are optional."""
-    output, weight, offset, shift = scaled, None, 0.0, None
+def _is_power(node: Node, exponent: float) -> bool:
+    return calls(node, aten.pow.Tensor_Scalar) and node.args[1] == exponent
+
+
+def _weighted(scaled: Node, weight: Node | None, eps: float, total: Node, dtype: torch.dtype, center: bool) -> Norm | str:
+    """The norm, with what follows ``scaled``: a weight, a shift if ``center``, and a cast back at any place. All are optional.
+
+    weight: one that ``scaled`` has already, or None
+    """
+    output, offset, shift = scaled, 0.0, None
+    if weight is not None:
+        weight, offset = _weight(weight, dtype)
     for _ in range(3):
         if len(output.users) != 1:
             break

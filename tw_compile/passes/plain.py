@@ -4,7 +4,9 @@
 - An argument that a functional call writes to, and that is its base in another shape, becomes the base.
 - Where a library has registered ops: a residual that is added in float32 to a sum over the ranks, and rounded afterwards, is added in the
   dtype of both, as vLLM's norms do it. A site adds in float32 in any case.
-- A difference, a negation, ``addcmul`` and ``add`` with ``alpha``, of what is linear in a sum over the ranks, become products and sums.
+- What is added in float32 to a sum over the ranks, and only rounded to the dtype of both afterwards, is added in that dtype.
+- A difference, a negation, ``addcmul`` and ``add`` with ``alpha`` or 0, of what is linear in a sum over the ranks, become products and
+  sums.
 - A concatenation of all slices of a value, in their order, becomes the value.
 """
 
@@ -19,7 +21,7 @@ from torch.fx import Graph, Node
 from ..compat import OpOverload, auto_functionalized, detect_fake_mode
 from .emit import Emit, Emitter
 from .find import is_sum, stays
-from .graph_utils import RESHAPES, aten, calls, is_tensor, is_view, prims, same_shape, value
+from .graph_utils import RESHAPES, aten, calls, is_one, is_tensor, is_view, prims, same_shape, value
 from .norms import Norm, is_number, match_norm
 from .rules.functional import BASES, EMPTY, given, written
 from .rules.token_axis import equal, expr
@@ -49,7 +51,7 @@ def plain(graph: Graph) -> None:
     if tensor is None:
         return
     emit = _Before(graph, detect_fake_mode([tensor]))
-    steps = _decompose, _reshape_bases, _add_in_dtype, _spell_out, _join
+    steps = _decompose, _reshape_bases, _add_in_dtype, _add_rounded, _spell_out, _join
     changed = [any(step(emit, node) for step in steps) for node in list(graph.nodes)]
     if any(changed):
         graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or stays(node))
@@ -197,7 +199,48 @@ def _add_in_dtype(emit: _Before, node: Node) -> bool:
     return True
 
 
-_LINEAR = (*RESHAPES, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.slice.Tensor)
+def _add_rounded(emit: _Before, node: Node) -> bool:
+    """What is added in float32 to 16 bits, and read in 16 bits only, is added in 16 bits: the sum is rounded once in either case."""
+    dtypes = {user.args[1] for user in node.users if calls(user, prims.convert_element_type.default)}
+    if not calls(node, aten.add.Tensor) or len(dtypes) != 1 or value(node).dtype != torch.float32:
+        return False
+    (dtype,), rounded = dtypes, list(node.users)
+    if dtype not in (torch.bfloat16, torch.float16) or not all(calls(user, prims.convert_element_type.default) for user in rounded):
+        return False
+    if not any(map(_is_reduced, node.all_input_nodes)) or not _has_16_bits(node, dtype):
+        return False
+    total = _in_16_bits(emit.at(node), node, dtype)
+    for user in rounded:
+        user.replace_all_uses_with(total)
+        emit.graph.erase_node(user)
+    emit.graph.erase_node(node)  # it would be another reader of the sum
+    return True
+
+
+def _has_16_bits(node: Node, dtype: torch.dtype) -> bool:
+    """Whether a value is made of values in ``dtype``, and of products of a sum over the ranks, by sums in float32."""
+    if not is_tensor(node) or value(node).dtype == dtype:
+        return is_tensor(node)
+    if calls(node, aten.add.Tensor):
+        return not node.kwargs and all(_has_16_bits(term, dtype) for term in node.args)
+    return (calls(node, prims.convert_element_type.default) and value(node.args[0]).dtype == dtype) or _is_reduced(node)
+
+
+def _in_16_bits(emit: Emitter, node: Node, dtype: torch.dtype) -> Node:
+    """A value that ``_has_16_bits``, in ``dtype``."""
+    if value(node).dtype == dtype:
+        return node
+    if calls(node, prims.convert_element_type.default) and value(node.args[0]).dtype == dtype:
+        return node.args[0]
+    if calls(node, aten.add.Tensor):
+        return emit(aten.add.Tensor, *[_in_16_bits(emit, term, dtype) for term in node.args])
+    return emit(prims.convert_element_type.default, node, dtype)
+
+
+_LINEAR = (
+    *RESHAPES, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.slice.Tensor,
+    aten.mm.default, prims.convert_element_type.default,
+)  # fmt: skip
 
 
 def _is_reduced(node: Node) -> bool:
@@ -208,6 +251,10 @@ def _is_reduced(node: Node) -> bool:
 
 def _spell_out(emit: _Before, node: Node) -> bool:
     """A call that is linear in a sum over the ranks becomes products and sums, which merge.py knows."""
+    if calls(node, aten.add.Tensor) and is_number(node.args[1]) and node.args[1] == 0 and _is_reduced(node.args[0]):
+        node.replace_all_uses_with(node.args[0])  # the first addend of Python's ``sum``
+        emit.graph.erase_node(node)
+        return True
     if not calls(node, aten.neg.default, aten.sub.Tensor, aten.add.Tensor, aten.addcmul.default):
         return False
     terms = list(node.args)
@@ -225,8 +272,10 @@ def _spell_out(emit: _Before, node: Node) -> bool:
 
 
 def _join(emit: _Before, node: Node) -> bool:
-    """The parts of a value, one after the other, become the value, so that one call reads it."""
+    """The parts of a value, one after the other, become the value, so that one call reads it; so does what is written to all of it."""
     whole = _cut_and_joined(node)
+    if calls(node, aten.select_scatter.default) and is_one(value(node).shape[node.args[2]]):
+        whole = emit.at(node)(aten.unsqueeze.default, node.args[1], node.args[2])
     if whole is not None:
         node.replace_all_uses_with(whole)
     return whole is not None

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .find import all_reduce_of, collective_group, communicates
-from .graph_utils import aten, c10d, calls, is_view, keeps_entries, value
+from .graph_utils import aten, c10d, calls, is_view, keeps_entries, positional, value
 
 _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
@@ -27,7 +27,7 @@ def own_values(graph: Graph, group: str) -> dict[Node, str]:
             continue
         if communicates(node):
             own.setdefault(node, f"{node}, which another collective returns")
-        elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        elif _draws(node):
             own.setdefault(node, f"{node}, random numbers")
         elif made := next((own[a] for a in node.all_input_nodes if a in own and not isinstance(value(node), torch.SymInt)), None):
             own.setdefault(node, made)
@@ -48,6 +48,14 @@ def _around(x: Node) -> list[Node]:
         found.append(operand := operands.pop())
         operands += [operand.args[0]] if keeps_entries(operand) else []
     return found
+
+
+def _draws(node: Node) -> bool:
+    """Whether a call draws random numbers. An attention does with dropout only."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    named = {a.name: given for a, given in zip(node.target._schema.arguments, positional(node))}
+    return named.get("dropout_p", 1.0) != 0.0
 
 
 def _equals_ranks(node: Node, group: str) -> bool:

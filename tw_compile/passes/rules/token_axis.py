@@ -182,7 +182,7 @@ _TRIALS = ((2, 1), (7, 4), (64, 31), (331, 18), (1024, 105))
 
 
 def product(sizes: Iterable[int | torch.SymInt]) -> sympy.Expr:
-    return sympy.prod([expr(s) for s in sizes])
+    return sympy.Mul(*(expr(s) for s in sizes))  # sympy.prod of none is an int
 
 
 def same_axis(a: TokenAxis, b: TokenAxis) -> bool:
