@@ -41,7 +41,8 @@ register_opaque_type(LayerName, typ="value", hoist=True)
 NAME = get_opaque_type_name(LayerName)
 library, halves = torch.library.Library("opaque", "DEF"), torch.library.Library("opaque_halves", "DEF")
 library.define(f"update(Tensor key, Tensor value, {NAME} layer_name) -> Tensor")
-library.define(f"attend(Tensor query, Tensor key, Tensor value, Tensor(a!) output, {NAME} layer_name, Tensor? kv_cache_dummy_dep=None) -> ()")
+tensors = "Tensor query, Tensor key, Tensor value, Tensor(a!) output"
+library.define(f"attend({tensors}, {NAME} layer_name, Tensor? kv_cache_dummy_dep=None) -> ()")
 
 
 class State:
