@@ -1,7 +1,8 @@
 """A Llama as a serving engine has it: packed tokens [T, H], and paged attention that is opaque to the compiler.
 
 It stands for vLLM where vLLM cannot be installed: its ops have the schemas of ``vllm.unified_kv_cache_update`` and
-``vllm.unified_attention_with_output``, find their cache and their metadata by the name of the layer, and run PyTorch's attention.
+``vllm.unified_attention_with_output``, find their cache and their metadata by the name of the layer, and run PyTorch's attention. As in
+vLLM 0.32, the name is an opaque object, which the graph takes as an input.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch._library.opaque_object import get_opaque_type_name, register_opaque_type
+from torch._opaque_base import OpaqueBase
 from torch.nn.attention.bias import causal_lower_right
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -17,10 +20,29 @@ import llama
 
 from tw_compile.passes.rules.paged import Engine, register_engine
 
-library, halves = torch.library.Library("opaque", "DEF"), torch.library.Library("opaque_halves", "DEF")
-library.define("update(Tensor key, Tensor value, str layer_name) -> Tensor")
-library.define("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) output, str layer_name, Tensor? kv_cache_dummy_dep=None) -> ()")
 
+class LayerName(OpaqueBase):
+    """The name of a layer, of the form of vLLM's class."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return isinstance(other, LayerName) and self.value == other.value
+
+    def __hash__(self):
+        return hash(self.value)
+
+    def __fx_repr__(self):
+        return f"LayerName({self.value!r})", {"LayerName": LayerName}
+
+
+register_opaque_type(LayerName, typ="value", hoist=True)
+NAME = get_opaque_type_name(LayerName)
+library, halves = torch.library.Library("opaque", "DEF"), torch.library.Library("opaque_halves", "DEF")
+library.define(f"update(Tensor key, Tensor value, {NAME} layer_name) -> Tensor")
+tensors = "Tensor query, Tensor key, Tensor value, Tensor(a!) output"
+library.define(f"attend({tensors}, {NAME} layer_name, Tensor? kv_cache_dummy_dep=None) -> ()")
 
 
 class State:
@@ -63,7 +85,7 @@ state = State()
 
 
 def _update(key, value, layer_name):
-    cache = state.caches[layer_name]
+    cache = state.caches[layer_name.value]
     for start, end, slot, position in state.step(len(key)):
         for cached, new in zip(cache, (key, value)):
             cached[slot + position : slot + position + end - start] = new[start:end]
@@ -73,7 +95,7 @@ def _update(key, value, layer_name):
 def _attend(query, key, value, output, layer_name, kv_cache_dummy_dep=None):
     for start, end, slot, position in state.step(len(query)):
         length = position + end - start
-        keys, values = (cached[slot : slot + length].transpose(0, 1)[None] for cached in state.caches[layer_name])
+        keys, values = (cached[slot : slot + length].transpose(0, 1)[None] for cached in state.caches[layer_name.value])
         queries = query[start:end].transpose(0, 1)[None]
         bias = causal_lower_right(end - start, length)
         output[start:end] = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=True)[0].transpose(0, 1)
@@ -84,7 +106,7 @@ library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("opaque::update", lambda key, value, layer_name: key.new_empty(0), lib=library)
 torch.library.register_fake("opaque::attend", lambda *args, **kwargs: None, lib=library)
 ops = torch.ops.opaque
-register_engine(Engine(ops.update.default, ops.attend.default, lambda layer: state.refused, state.halved), halves)
+register_engine(Engine(ops.update.default, ops.attend.default, lambda layer: state.refused, state.halved, NAME), halves)
 
 
 class Attention(llama.Attention):
@@ -94,8 +116,9 @@ class Attention(llama.Attention):
         query, key, value = (proj(x).view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         query, key = (llama.rotate(t, cos[:, None], sin[:, None]) for t in (query, key))
         output = torch.empty_like(query)
-        written = ops.update(key, value, self.name)
-        ops.attend(query, key, value, output, self.name, kv_cache_dummy_dep=written)
+        name = LayerName(self.name)
+        written = ops.update(key, value, name)
+        ops.attend(query, key, value, output, name, kv_cache_dummy_dep=written)
         return self.o_proj(output.view(len(x), -1))
 
 

@@ -14,7 +14,7 @@ from tw_compile import backend
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-LAYERS, TOKENS = 1, 40
+LAYERS, TOKENS = 3, 40
 # (tokens in the cache, new tokens) of each request of a step
 REQUESTS = {"one": None, "several": [(0, 9), (7, 1), (3, 21), (12, 1), (0, 8)]}
 
@@ -58,7 +58,7 @@ def forward(requests, refused):
 @pytest.mark.parametrize("requests, refused", [("one", ""), ("several", ""), ("several", "its backend is not known")])
 def test_opaque_attention(ranks, requests, refused):
     for same, without_cache, report in ranks(forward, REQUESTS[requests], refused):
-        assert same and without_cache == (requests == "one")
+        assert same and without_cache == (requests == "one") and report.alike == 2  # a name is an operand of a layer
         assert (report.mode, len(report.sites), len(report.refusals)) == ("weave", 2 * LAYERS + 1, 0)
         assert [(each.op, each.reason) for each in report.joins] == LAYERS * [
             (f"opaque.{op}.default", refused) for op in ("update", "attend") if refused

@@ -335,15 +335,18 @@ def test_an_op_does_not_write_to_what_a_layer_takes():
     assert copies(body) == 1
 
 
-def test_layers_with_texts_as_names_are_not_equal():
-    check(named(scale_by_text, str), *mlps_inputs(len(FACTORS), 8), count=0, mode="fuse")
+def test_layers_with_texts_as_names_are_not_equal(monkeypatch):
+    monkeypatch.setitem(token_axis._RULES, scale_by_text.default, rows("x", "output"))
+    for mode in ("fuse", "weave"):
+        said = reason(named(scale_by_text, str), *mlps_inputs(len(FACTORS), 8), mode=mode)
+        assert said.startswith("its layers differ in name of tests_outline_named.scale_by_text.default, a constant: 'layers."), said
 
 
 # --- what is not called ----------------------------------------------------------------------------------------------
 
 
 def reason(function, *inputs, **options):
-    graph = rewrite(function, *inputs, mode="fuse", **options).after
+    graph = rewrite(function, *inputs, **{"mode": "fuse"} | options).after
     return outline(GraphModule(graph.owning_module, graph).graph)[1]
 
 

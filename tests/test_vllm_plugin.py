@@ -56,6 +56,33 @@ def test_a_warning_where_vllm_compiles_nothing(caplog):
     assert "vLLM compiles nothing with these settings (compilation mode NONE)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "backend, given, custom_ops, asked",
+    [
+        ("inductor", [], ["none"], "inductor"), ("tokenweave", [], ["none"], "inductor"), ("eager", [], ["all"], "eager"),
+        ("tokenweave", ["all"], ["all"], "inductor"), ("tokenweave", ["+silu_and_mul"], ["+silu_and_mul", "none"], "inductor"),
+    ],
+)  # fmt: skip
+def test_vllm_chooses_ops_as_for_inductor(backend, given, custom_ops, asked, monkeypatch):
+    """Which of its own kernels are in the graph, and which kernels norms are."""
+    from vllm.config import CompilationConfig, CompilationMode, VllmConfig
+    from vllm.platforms import current_platform
+
+    from tw_compile.integrations.vllm import plugin
+
+    seen, platform = [], type(current_platform)
+    usual = platform.get_default_ir_op_priority.__func__(platform, VllmConfig())
+
+    def priority(vllm_config):
+        seen.append(vllm_config.compilation_config.backend)
+        return usual
+
+    monkeypatch.setattr(platform, "get_default_ir_op_priority", classmethod(plugin._of_inductor(priority)))
+    mode = CompilationMode.DYNAMO_TRACE_ONCE
+    config = VllmConfig(compilation_config=CompilationConfig(mode=mode, backend=backend, custom_ops=[*given])).compilation_config
+    assert (config.custom_ops, config.backend, {*seen}) == (custom_ops, backend, {asked})
+
+
 def configured(longest=64, **compilation):
     from vllm.config import CompilationConfig
 

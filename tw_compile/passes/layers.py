@@ -16,9 +16,10 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..compat import FakeScriptObject
+from ..compat import FakeScriptObject, OpOverload, auto_functionalized
 from ..site import NEXT_SITE
 from .graph_utils import arguments, aten, c10d, calls, in_order, value
+from .rules.functional import given, name_of
 from .rules.token_axis import expr
 
 # Sites, and what ``expand`` has made of them.
@@ -75,15 +76,16 @@ def _with_writes(nodes: list[Node]) -> list[Node]:
 
 
 def longest_run(
-    sections: list[list[Node]], numbers: dict[Node, int], refused: Container[tuple[int, int]]
+    sections: list[list[Node]], numbers: dict[Node, int], refused: Container[tuple[int, int]], texts: bool = True
 ) -> tuple[tuple[int, int], list[Repetition]]:
     """The repetitions that save the most nodes; among equals those of the shortest period. [] if no two are equal.
 
     refused: the runs that are not taken, as (first section, sections of a repetition)
+    texts:   whether equal repetitions have equal texts among their constants
     Returns ((first section, sections of a repetition), the repetitions).
     """
     known: dict[tuple, int] = {}
-    kinds = [known.setdefault(_key(section, numbers)[0], len(known)) for section in sections]
+    kinds = [known.setdefault(_key(section, numbers, texts)[0], len(known)) for section in sections]
     at, saved = (0, 0), 0
     best: list[Repetition] = []
     for period in range(1, len(sections) // 2 + 1):
@@ -97,22 +99,35 @@ def longest_run(
                 first += 1
                 continue
             if count > 1 and (count - 1) * sum(map(len, sections[first : first + period])) > saved:
-                run = _equal(sections, first, period, count, numbers)
+                run = _equal(sections, first, period, count, numbers, texts)
                 if (len(run) - 1) * len(run[0].nodes) > saved:
                     at, best, saved = (first, period), run, (len(run) - 1) * len(run[0].nodes)
             first = max(end - period, first) + 1
     return at, best
 
 
-def _equal(sections: list[list[Node]], first: int, period: int, count: int, numbers: dict[Node, int]) -> list[Repetition]:
+def _equal(
+    sections: list[list[Node]], first: int, period: int, count: int, numbers: dict[Node, int], texts: bool
+) -> list[Repetition]:
     """The longest run of equal repetitions, among repetitions whose sections are equal."""
     repetitions = []
     for at in range(first, first + count * period, period):
         nodes = _with_writes([node for section in sections[at : at + period] for node in section])
-        key, outer = _key(nodes, numbers)
+        key, outer = _key(nodes, numbers, texts)
         repetitions.append((key, Repetition(nodes, outer)))
     runs = [[repetition for _, repetition in run] for _, run in itertools.groupby(repetitions, key=operator.itemgetter(0))]
     return max(runs, key=len)
+
+
+def different_text(sections: list[list[Node]], numbers: dict[Node, int]) -> str:
+    """Why no two repetitions are equal, if only texts differ, such as names of layers; else ''."""
+    _, alike = longest_run(sections, numbers, (), texts=False)
+    for one, other in zip(*(repetition.nodes for repetition in alike[:2])) if alike else ():
+        is_op = isinstance(one.target, OpOverload) or calls(one, auto_functionalized)
+        for (name, text), theirs in zip(given(one).items(), given(other).values()) if is_op else ():
+            if isinstance(text, str) and text != theirs:
+                return f"its layers differ in {name} of {name_of(one)}, a constant: {text!r} and {theirs!r}"
+    return ""
 
 
 def site_numbers(graph: Graph) -> dict[Node, int]:
@@ -127,7 +142,7 @@ def site_numbers(graph: Graph) -> dict[Node, int]:
     return numbers
 
 
-def _key(nodes: list[Node], numbers: dict[Node, int]) -> tuple[tuple, list[Node]]:
+def _key(nodes: list[Node], numbers: dict[Node, int], texts: bool) -> tuple[tuple, list[Node]]:
     """(a key, which is equal for nodes that compute the same, the inputs of the nodes that are not among them)"""
     inner = {node: i for i, node in enumerate(nodes)}
     outer: dict[Node, int] = {}
@@ -139,6 +154,8 @@ def _key(nodes: list[Node], numbers: dict[Node, int]) -> tuple[tuple, list[Node]
             return tuple(map(encoded, a))
         if isinstance(a, dict):
             return tuple((name, encoded(item)) for name, item in a.items())
+        if isinstance(a, str) and not texts:
+            return (str,)
         return type(a), str(a)  # as 1 == 1.0 == True, and -0.0 == 0.0
 
     key = [

@@ -16,7 +16,7 @@ from ..compat import FakeScriptObject, OpOverload, auto_functionalized, detect_f
 from ..ops.lowering import layer
 from .emit import Emitter
 from .graph_utils import aten, calls, is_view, prims, value
-from .layers import SITES, Repetition, arguments_of, is_write, longest_run, sections_of, site_numbers
+from .layers import SITES, Repetition, arguments_of, different_text, is_write, longest_run, sections_of, site_numbers
 from .rules.token_axis import expr
 
 NAME = "tokenweave_layer"
@@ -26,7 +26,8 @@ TRIES = 8  # a woven layer has four sites
 def outline(graph: Graph) -> tuple[GraphModule | None, int | str]:
     """Replace equal layers by calls of ``ops.lowering.layer``, in place.
 
-    Returns (the module of one layer, the number of calls), or (None, why there are none); the reason is '' if no two layers are equal.
+    Returns (the module of one layer, the number of calls), or (None, why there are none); the reason is '' if layers differ in more
+    than texts.
     The module becomes the attribute NAME of the graph's module.
     """
     _move(graph)
@@ -37,7 +38,7 @@ def outline(graph: Graph) -> tuple[GraphModule | None, int | str]:
     while True:
         at, alike = longest_run(sections, numbers, refused)
         if not alike or len(refused) == TRIES:
-            return None, next(iter(refused.values()), "")
+            return None, next(iter(refused.values()), "") or different_text(sections, numbers)
         symbols = _symbols_of(graph, alike[0])
         reason = _not_callable(alike)
         if reason is None and symbols is not None:

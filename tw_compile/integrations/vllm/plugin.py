@@ -59,6 +59,8 @@ def _register() -> None:
 
     platform = type(current_platform)
     platform.check_and_update_config = classmethod(_checking(platform.check_and_update_config))
+    platform.apply_config_platform_defaults = classmethod(_as_for_inductor(platform.apply_config_platform_defaults))
+    platform.get_default_ir_op_priority = classmethod(_of_inductor(platform.get_default_ir_op_priority))
     platform.use_custom_op_collectives = classmethod(_using_custom_ops(platform.use_custom_op_collectives))
     CompilationConfig.init_backend = _with_options(CompilationConfig.init_backend)
 
@@ -78,6 +80,44 @@ def _group_of(node: Node) -> str:
 
 
 # --- hooks -------------------------------------------------------------------------------------------------------------------
+
+
+def _compiles(config: Any) -> bool:
+    """Whether a compilation configuration asks for this backend."""
+    from vllm.config import CompilationMode
+
+    return config.backend == NAME and config.mode != CompilationMode.NONE
+
+
+def _as_for_inductor(apply_config_platform_defaults: Callable) -> Callable:
+    """``Platform.apply_config_platform_defaults``: no custom ops unless the user asks for them, which is vLLM's default for Inductor.
+
+    For other backends vLLM's default is all of them: kernels of its own in place of those that Inductor would fuse.
+    """
+
+    def apply(cls, vllm_config):
+        apply_config_platform_defaults(vllm_config)
+        config = vllm_config.compilation_config
+        if _compiles(config) and not {"all", "none"} & set(config.custom_ops):
+            config.custom_ops.append("none")
+
+    return apply
+
+
+def _of_inductor(get_default_ir_op_priority: Callable) -> Callable:
+    """``Platform.get_default_ir_op_priority``: norms of PyTorch's ops, as for Inductor."""
+
+    def priority(cls, vllm_config):
+        config = vllm_config.compilation_config
+        if not _compiles(config):
+            return get_default_ir_op_priority(vllm_config)
+        config.backend = "inductor"
+        try:
+            return get_default_ir_op_priority(vllm_config)
+        finally:
+            config.backend = NAME
+
+    return priority
 
 
 def _checking(check_and_update_config: Callable) -> Callable:
