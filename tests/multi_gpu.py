@@ -89,7 +89,7 @@ def log_events():
         original = getattr(Symmetric, name)
 
         def logged(self, *args, original=original, letter=name[0].upper()):
-            EVENTS.append(f"{letter}{getattr(args[0], 'slot', args[0])}")
+            EVENTS.append(f"{letter}{Site._make(args[0]).slot if isinstance(args[0], tuple) else args[0]}")
             return original(self, *args)
 
         setattr(Symmetric, name, logged)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tw_compile.site import Planned, Site
+from tw_compile.site import NEXT_SITE, Planned, Site
 from tw_compile.transports.symmetric import gemms, host, transport
 from tw_compile.transports.symmetric.arguments import Arguments
 from tw_compile.transports.symmetric.layout import own_rows
@@ -196,9 +196,9 @@ def symmetric_sites(driver, world, monkeypatch):
         pass  # forgets what is still under way, for which GEMMs of this process have an SM carveout
 
 
-def packed(sites, x):
+def packed(sites, x, slot=SLOT):
     """What the last launch on x's shape was given (csrc/site.cuh): what a call changes."""
-    arguments = sites._call(SLOT, x.dtype, x.shape).arguments
+    arguments = sites._call(slot, x.dtype, x.shape).arguments
     names = (
         "rows", "x", "residual", "bias", "weight", "norm_out", "residual_out", "site", "weight_is_float", "takes_carried", "whole",
         "eps", "scale", "offset", "shift_is_float", "shift", "quantised_out", "scale_out", "static_scale", "added", "least", "most",
@@ -268,6 +268,14 @@ def test_gemms_have_a_carveout_while_kernels_may_run_beside_them(symmetric_sites
     assert log == [4, "before"]
     start(0), start(0)
     assert log == [4, "before", 4, "before", 4], "a run that failed between start and wait is forgotten first"
+
+
+def test_sites_are_numbered_on(symmetric_sites):
+    x, numbers = torch.randn(64, H), []
+    for slot, number in ((0, 0), (1, 0), (0, NEXT_SITE), (1, NEXT_SITE), (0, NEXT_SITE), (0, 7), (0, NEXT_SITE), (1, NEXT_SITE)):
+        symmetric_sites.fused(Site(x, None, *site(), 0, slot, number), True)
+        numbers.append(packed(symmetric_sites, x, slot).site)
+    assert numbers == [0, 0, 1, 1, 2, 7, 8, 2]
 
 
 def test_no_tokens_need_no_driver(symmetric_sites, driver):

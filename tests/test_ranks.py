@@ -15,6 +15,7 @@ from test_weave import designed
 
 import tw_compile
 from tw_compile import backend
+from tw_compile.site import Site
 from tw_compile.transports import choose
 from tw_compile.transports.process_group import ProcessGroup
 
@@ -30,7 +31,7 @@ def logged():
     log, start, wait = [], ProcessGroup.start, ProcessGroup.wait
 
     def logging_start(self, site):
-        log.append(f"S{site.slot}")
+        log.append(f"S{Site._make(site).slot}")
         return start(self, site)
 
     def logging_wait(self, slot, in_workspace):
