@@ -204,6 +204,8 @@ IN_FLOAT32 = {  # x and y are reduced in bfloat16, and r is added in float32: a 
 
 @pytest.mark.parametrize("name", IN_FLOAT32)
 def test_sums_in_float32_of_what_is_reduced_in_16_bits(name):
+    if name == "a sum of the promoted" and torch.__version__ < "2.13":
+        pytest.skip("Inductor of PyTorch 2.11 and 2.12 drops the rounding to bfloat16 before the norm")
     block, merged = IN_FLOAT32[name]
     x, y, r = (values(2, 8, H, dtype=torch.bfloat16) for _ in range(3))
     fused = rewrite(block, x, y, r, values(2, 1, H), values(H, dtype=torch.bfloat16), mode="fuse", by=trace_with_inputs)
@@ -212,6 +214,7 @@ def test_sums_in_float32_of_what_is_reduced_in_16_bits(name):
     torch.testing.assert_close(fused.outputs(), fused.expected(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="Inductor drops the rounding to bfloat16 before the norm, which makes this a site")
 def test_refused_a_sum_in_float32_that_is_read_in_float32():
     """It is not rounded, and what is added to it is in float32 by itself."""
 
