@@ -95,7 +95,7 @@ def _as_for_inductor(apply_config_platform_defaults: Callable) -> Callable:
     For other backends vLLM's default is all of them: kernels of its own in place of those that Inductor would fuse.
     """
 
-    def apply(cls, vllm_config):
+    def apply(cls: Any, vllm_config: Any) -> None:
         apply_config_platform_defaults(vllm_config)
         config = vllm_config.compilation_config
         if _compiles(config) and not {"all", "none"} & set(config.custom_ops):
@@ -107,7 +107,7 @@ def _as_for_inductor(apply_config_platform_defaults: Callable) -> Callable:
 def _of_inductor(get_default_ir_op_priority: Callable) -> Callable:
     """``Platform.get_default_ir_op_priority``: norms of PyTorch's ops, as for Inductor."""
 
-    def priority(cls, vllm_config):
+    def priority(cls: Any, vllm_config: Any) -> Any:
         config = vllm_config.compilation_config
         if not _compiles(config):
             return get_default_ir_op_priority(vllm_config)
